@@ -1,0 +1,183 @@
+"""Training memory and time, side by side: ``python -m benchmarks.stream`` in the repository root.
+
+Every figure comes from a fresh process. A repeat runs all setups one after the other, so setups are
+compared under the same load; figures are medians over repeats, and times are also given relative to
+checkpointing in the same repeat. Peak: live tensor bytes above the parameters, gradients included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.objectives import OBJECTIVES
+from benchmarks.report import write
+from benchmarks.setups import DEFAULT, SETUPS, why_not
+from fxmem.demo.fetch import smollm2
+from fxmem.demo.models import SMOLLM2, TINY, resolve
+from fxmem.errors import FxmemError
+from fxmem.isolate import OK, run_isolated
+from fxmem.trial import largest_difference
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run; lengths are tokens in all rows together."""
+
+    model: str = TINY
+    lengths: tuple[int, ...] = (3072,)
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+    setups: tuple[str, ...] = DEFAULT
+    repeats: int = 3
+    steps: int = 3
+    threads: int = 2
+    chunk: int | str = "auto"
+    out: Path = Path("benchmarks/results")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement."""
+
+    repeat: int
+    length: int
+    objective: str
+    setup: str
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """In the order of running; the setups' order turns by one from repeat to repeat."""
+    for repeat in range(options.repeats):
+        # The first repeat starts with the first setup, whose gradients the others are held to.
+        turn = repeat % len(options.setups)
+        ordered = options.setups[turn:] + options.setups[:turn]
+        for length, objective, setup in product(options.lengths, options.objectives, ordered):
+            yield Case(repeat, length, objective, setup)
+
+
+def run(options: Options) -> list[dict[str, Any]]:
+    """Measure every case; results are on disk after each, so an interrupted run is not lost."""
+    model = resolve(str(smollm2(say=print)) if options.model == SMOLLM2 else options.model)
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="fxmem-benchmark-") as scratch:
+        for case in cases(options):
+            record = {**vars(case), **measure(case, options, model, Path(scratch))}
+            records.append(record)
+            print(line(record), flush=True)
+            save(records, options)
+    return records
+
+
+def measure(case: Case, options: Options, model: str, scratch: Path) -> dict[str, Any]:
+    """One process, unless the setup cannot run the objective."""
+    setup = SETUPS[case.setup]
+    reason = why_not(setup, case.objective)
+    if reason is not None:
+        return {"status": "not applicable", "reason": reason}
+    reference = scratch / f"{case.objective}-{case.length}.pt"
+    gradients = reference if case.setup == "plain" else scratch / "other.pt"
+    request = {
+        "model": model,
+        "setup": case.setup,
+        "objective": case.objective,
+        "length": case.length,
+        "steps": options.steps,
+        "threads": options.threads,
+        "chunk": options.chunk,
+        "gradients": str(gradients) if case.repeat == 0 else None,
+    }
+    result = run_isolated("benchmarks.worker", request, threads=options.threads)
+    if result["status"] == OK and case.repeat == 0 and gradients != reference:
+        if reference.exists():
+            worst = largest_difference(reference, gradients)
+            result["difference"], result["difference_at"] = worst
+        gradients.unlink()
+    return result
+
+
+def line(record: dict[str, Any]) -> str:
+    """One line of progress."""
+    name = f"repeat {record['repeat'] + 1}  {record['length']:>6} {record['objective']:<5}"
+    name += f"{SETUPS[record['setup']].label:<38}"
+    if record["status"] != OK:
+        return f"{name} {record['reason'][:120]}"
+    peak, seconds = record["peak"] / 2**20, record["median_seconds"]
+    return f"{name} {peak:8.1f} MiB {1000 * seconds:8.0f} ms"
+
+
+def save(records: Sequence[dict[str, Any]], options: Options) -> None:
+    """All records as JSON, without the curves of later repeats."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = [
+        {key: value for key, value in record.items() if key != "timeline" or not record["repeat"]}
+        for record in records
+    ]
+    data = {"options": {**vars(options), "out": None}, "machine": machine(), "records": kept}
+    path = options.out / f"stream-{short_name(options.model)}.json"
+    path.write_text(json.dumps(data, indent=1))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def short_name(model: str) -> str:
+    """A file name for a model."""
+    return Path(model).name or "model"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, report."""
+    options = parse(arguments)
+    try:
+        records = run(options)
+    except FxmemError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    title = f"{short_name(options.model)}, float32, {options.threads} threads"
+    for path in write(records, options.out, f"stream-{short_name(options.model)}", title):
+        print(path)
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> Options:
+    """Options from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description=__doc__)
+    plain, add = Options(), parser.add_argument
+    add("--model", default=plain.model, help="tiny, smollm2, a folder or a hub id")
+    add("--lengths", type=int, nargs="+", default=plain.lengths)
+    add("--objectives", nargs="+", choices=tuple(OBJECTIVES), default=plain.objectives)
+    add("--setups", nargs="+", choices=tuple(SETUPS), default=plain.setups)
+    add("--repeats", type=int, default=plain.repeats)
+    add("--steps", type=int, default=plain.steps, help="timed steps per process, after one more")
+    add("--threads", type=int, default=plain.threads)
+    add("--chunk", type=lambda text: text if text == "auto" else int(text), default=plain.chunk)
+    add("--out", type=Path, default=plain.out)
+    given = vars(parser.parse_args(arguments))
+    tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    options = Options(**{**given, **tuples})
+    least = min(options.repeats, options.steps, options.threads, *(n // 4 for n in options.lengths))
+    if least < 1:
+        parser.error("repeats, steps and threads start at 1, lengths at 4")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

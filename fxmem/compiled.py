@@ -1,0 +1,210 @@
+"""A captured function in compiled form: preamble, regions in order, outputs.
+
+:func:`compile_graph` is the body of the Dynamo backend. Regions with equal structure share one
+:class:`~fxmem.region_code.RegionCode`, across layers, captures and models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmem import _compat
+from fxmem import capture as cap
+from fxmem import preamble as pre_
+from fxmem import regions
+from fxmem.dropped import dropped
+from fxmem.executor import CallState, execute, run_region
+from fxmem.joint import trace
+from fxmem.labels import analyse
+from fxmem.passes.canonicalize import Canonicalize
+from fxmem.passes.global_mean import global_mean
+from fxmem.passes.lower import HANDLERS
+from fxmem.passes.share_kv_heads import share_kv_heads
+from fxmem.plan import Plan
+from fxmem.region_code import RegionCode
+from fxmem.sizes import degree, has_axis, per_token
+
+KEEP_PER_TOKEN = 16
+"""Elements per token up to which an output that wants a gradient leaves the graph (metrics, log-probs)."""
+
+
+@dataclass(slots=True)
+class Counter:
+    """What was done so far: captures, traces of distinct regions, programs, executed chunk bodies."""
+
+    captures: int = 0
+    traces: int = 0
+    programs: int = 0
+    bodies: int = 0
+    trace_seconds: float = 0.0
+    lower_seconds: float = 0.0
+    capture_seconds: float = 0.0
+
+
+COUNTER = Counter()
+_CODES: dict[str, RegionCode] = {}
+
+
+@dataclass(slots=True)
+class RegionCall:
+    """One region of a capture: its code, where its tensors come from, and where its outputs go."""
+
+    code: RegionCode
+    leaves: list[pre_.Leaf]
+    outputs: list[pre_.Leaf]
+    release: list[pre_.Leaf] = field(default_factory=list)
+    modules: str = ""
+
+
+class CompiledGraph:
+    """Callable with the flat arguments of the Dynamo graph."""
+
+    def __init__(self, capture: cap.Capture, pre: pre_.Preamble, calls: list[RegionCall], plan: Plan, chunker: Any) -> None:
+        self.capture, self.pre, self.calls, self.plan = capture, pre, calls, plan
+        self.chunker = chunker
+        self._plan_releases()
+        self.sizes: dict[str, int] = {}
+
+    def _plan_releases(self) -> None:
+        last: dict[pre_.Leaf, int] = {}
+        for i, call in enumerate(self.calls):
+            for leaf in (*call.leaves, *call.outputs):
+                last[leaf] = i
+        final = {_leaf(self.pre, o) for o in self.capture.outputs if isinstance(o, fx.Node)}
+        for leaf, i in last.items():
+            if leaf not in final and leaf[0] != "input":
+                self.calls[i].release.append(leaf)
+
+    def __call__(self, *args: Any) -> list[Any]:
+        sizes = bind_sizes(self.capture, args)
+        self.sizes = sizes
+        by_node = dict(zip(self.capture.inputs, args, strict=True))
+        env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
+        env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
+        del by_node, args
+        state = CallState(sizes)
+        for call in self.calls:
+            chunk = self.chunker(call.code, sizes)
+            outputs = run_region(call.code, state, chunk, [env[leaf] for leaf in call.leaves])
+            env.update(zip(call.outputs, outputs, strict=True))
+            del outputs
+            for leaf in call.release:
+                env.pop(leaf, None)
+        return [self._output(o, env) for o in self.capture.outputs]
+
+    def _output(self, output: Any, env: dict[pre_.Leaf, Any]) -> Any:
+        if isinstance(output, Dropped):
+            shape = [cap.canonical(s, self.capture.symbols) for s in output.value.shape]
+            return dropped(shape, self.sizes, output.value.dtype, output.value.device)
+        return env[_leaf(self.pre, output)] if isinstance(output, fx.Node) else output
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """An output that does not leave the graph."""
+
+    value: Tensor
+
+
+def _leaf(pre: pre_.Preamble, node: fx.Node) -> pre_.Leaf:
+    if node in pre.narrow:
+        return pre.narrow[node]
+    return ("input" if node.op == "placeholder" else "main", node.name)
+
+
+def bind_sizes(capture: cap.Capture, args: Sequence[Any]) -> dict[str, int]:
+    """Values of the canonical symbols in this call."""
+    sizes: dict[str, int] = {}
+    for node, value in zip(capture.inputs, args, strict=True):
+        example = cap.value_of(node)
+        if isinstance(example, torch.SymInt) and example.node.expr in capture.symbols:
+            sizes[str(capture.symbols[example.node.expr])] = int(value)
+        elif isinstance(example, Tensor):
+            for expr, actual in zip(example.shape, value.shape, strict=True):
+                if isinstance(expr, torch.SymInt) and expr.node.expr in capture.symbols:
+                    sizes[str(capture.symbols[expr.node.expr])] = int(actual)
+    return sizes
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, chunker: Any
+) -> CompiledGraph:
+    """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`."""
+    start = time.perf_counter()
+    share_kv_heads(gm)
+    _compat.unify_sizes(gm)
+    ambient = _ambient(example_inputs)
+    capture = cap.analyse(gm, example_inputs, ambient)
+    if plan.stream is not None and plan.stream.logits == "drop":
+        _drop_outputs(capture)
+    pre = pre_.lower(capture)
+    parts = regions.split(capture, pre, _mixes)
+    calls = [_region_call(r, pre, i) for i, r in enumerate(parts)]
+    COUNTER.captures += 1
+    COUNTER.capture_seconds += time.perf_counter() - start
+    return CompiledGraph(capture, pre, calls, plan, chunker)
+
+
+def _ambient(example_inputs: Sequence[Any]) -> list[tuple[str, torch.dtype, bool]]:
+    devices = {v.device.type for v in example_inputs if isinstance(v, Tensor)}
+    return [(d, torch.get_autocast_dtype(d), True) for d in sorted(devices) if torch.is_autocast_enabled(d)]
+
+
+def _drop_outputs(capture: cap.Capture) -> None:
+    """With a scalar loss, streamed activations do not leave the graph."""
+    nodes = [o for o in capture.outputs if isinstance(o, fx.Node) and cap.is_tensor(o)]
+    if not any(o in capture.main_set and cap.value_of(o).dim() == 0 and cap.value_of(o).requires_grad for o in nodes):
+        return
+    drop = set()
+    for o in nodes:
+        shape = capture.shape(o)
+        if o in capture.main_set and cap.value_of(o).requires_grad and degree(shape) and per_token(shape) > KEEP_PER_TOKEN:
+            drop.add(o)
+    capture.outputs = [Dropped(cap.value_of(o)) if isinstance(o, fx.Node) and o in drop else o for o in capture.outputs]
+    keep = {o for o in capture.outputs if isinstance(o, fx.Node)}
+    needed = set(keep)
+    for n in reversed(capture.main):
+        if n in needed:
+            needed.update(n.all_input_nodes)
+    capture.main = [n for n in capture.main if n in needed]
+    capture.main_set = frozenset(capture.main)
+
+
+def _mixes(region: regions.Region) -> bool:
+    """The region's forward reads another token's wide value somewhere."""
+    joint = trace(region, Canonicalize(), backward=False)
+    labels = analyse(joint, causal=True)
+    for uses in labels.uses.values():
+        for use in uses:
+            info = joint.info[use.operand]
+            streams = use.operand in joint.learned and any(has_axis(d) for d in info.shape)
+            if use.cut is None and (streams or cap.is_wide(info.shape)) and info.dtype.is_floating_point:
+                return True
+            label = labels.label[use.operand]
+            if use.cut is not None and getattr(label, "cut", None) not in (None, use.cut):
+                return True
+    return False
+
+
+def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> RegionCall:
+    key = region.key()
+    if key not in _CODES:
+        _CODES[key] = RegionCode(region, Canonicalize, global_mean, HANDLERS, execute, COUNTER, f"region{len(_CODES)}")
+    outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
+    return RegionCall(_CODES[key], region.leaves, outputs, modules=_modules(region))
+
+
+def _modules(region: regions.Region) -> str:
+    paths = list(dict.fromkeys(p for n in region.nodes if (p := cap.module_path(n))))
+    if not paths:
+        return ""
+    return paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
+
+
+Builder = Callable[..., Any]

@@ -1,0 +1,102 @@
+"""The models that the demo, the benchmark and ``fxmem explain`` work on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxmem.demo.errors import UsageError, require
+
+TINY = "tiny"
+"""Name of the random two-layer Llama; its tokens are bytes."""
+
+SMOLLM2 = "smollm2"
+"""Name of the pretrained SmolLM2-135M; see :mod:`fxmem.demo.fetch`."""
+
+
+def tiny_config() -> Any:
+    """Hidden size 256, two layers, vocabulary 16384, untied: 39.5 MiB of float32 parameters."""
+    return require("transformers").LlamaConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=16384,
+        max_position_embeddings=8192,
+        use_cache=False,
+    )
+
+
+def load_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model with its weights, in training mode; ``source`` is "tiny", a folder or a hub id.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    transformers = require("transformers")
+    if source == TINY:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(tiny_config()).to(dtype).train()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise _unknown(source, error) from error
+    return model.train()
+
+
+def random_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of this configuration with random weights; only the configuration is read.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    if source == TINY:
+        return load_model(TINY, dtype)
+    transformers = require("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise _unknown(source, error) from error
+    return model.train()
+
+
+def load_tokenizer(source: str) -> Any | None:
+    """The model's tokenizer; None for "tiny", where the bytes of a text are its tokens.
+
+    Raises:
+        UsageError: the folder or hub id has none.
+    """
+    if source == TINY:
+        return None
+    transformers = require("transformers")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _unknown(source, error) from error
+
+
+def resolve(source: str) -> str:
+    """An absolute path where ``source`` is a folder here; otherwise as given."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Switch on transformers' own activation checkpointing, whichever of its two names exists."""
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        if hasattr(model, name):
+            getattr(model, name)()
+            return
+    raise UsageError(f"{type(model).__name__} has no activation checkpointing")
+
+
+def _unknown(source: str, error: Exception) -> UsageError:
+    first = " ".join(str(error).split())[:200]
+    return UsageError(
+        f"no usable language model at {source!r}: {first}",
+        advice='name a folder with config.json, a hub id, "smollm2" or "tiny"',
+    )

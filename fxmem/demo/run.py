@@ -1,0 +1,171 @@
+"""Run the setups one after the other, compare them, and leave a table and pictures."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fxmem.demo.errors import UsageError, require
+from fxmem.demo.fetch import smollm2
+from fxmem.demo.models import SMOLLM2, TINY, load_tokenizer, resolve
+from fxmem.demo.worker import SETUPS
+from fxmem.isolate import OK, run_isolated
+from fxmem.trial import largest_difference
+
+LEARNING_RATES = {"sgd": 0.02, "adamw": 2e-5}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What to run.
+
+    Attributes:
+        model: "smollm2", "tiny", a folder or a hub id.
+        length: tokens of the document.
+        steps: training steps, each on the whole document.
+        setups: names from :data:`fxmem.demo.worker.SETUPS`, in order; the first that works is the
+            reference for gradients, so put "plain" first.
+        threads: of torch; None leaves torch's own choice.
+        optimizer: "sgd" or "adamw".
+        lr: learning rate; None takes the one that suits the optimizer.
+        chunk: tokens per chunk in fxmem, or "auto".
+        out: folder for table and pictures.
+        wheel: an existing copy of the SmolLM2 wheel.
+    """
+
+    model: str = SMOLLM2
+    length: int = 2048
+    steps: int = 3
+    setups: tuple[str, ...] = tuple(SETUPS)
+    threads: int | None = None
+    optimizer: str = "sgd"
+    lr: float | None = None
+    chunk: int | str = "auto"
+    out: Path = Path("fxmem-demo")
+    wheel: Path | None = None
+
+    def check(self) -> None:
+        """Refuse impossible values before anything is loaded.
+
+        Raises:
+            UsageError: names the field and the values that are possible.
+        """
+        unknown = [name for name in self.setups if name not in SETUPS]
+        if unknown or not self.setups:
+            known = ", ".join(SETUPS)
+            raise UsageError(f"unknown setups {unknown}", advice=f"choose from {known}")
+        numbers = {"length": (self.length, 2), "steps": (self.steps, 1)}
+        numbers["threads"] = (1 if self.threads is None else self.threads, 1)
+        if isinstance(self.chunk, int):
+            numbers["chunk"] = (self.chunk, 1)
+        for field, (value, least) in numbers.items():
+            if value < least:
+                raise UsageError(f"{field} is {value}", advice=f"use at least {least}")
+        if self.optimizer not in LEARNING_RATES:
+            raise UsageError(f"unknown optimizer {self.optimizer!r}", advice="sgd or adamw")
+
+
+def run(demo: Demo) -> dict[str, Any]:
+    """Run the demo and return what it measured; the same is in ``result.json`` under ``out``.
+
+    Raises:
+        FxmemError: bad arguments, no model, or no setup that worked.
+    """
+    demo.check()
+    require("matplotlib")
+    from rich.console import Console
+
+    console = Console()
+    with console.status("getting the model") as status:
+        model = smollm2(demo.wheel, status.update) if demo.model == SMOLLM2 else demo.model
+        ids = document(resolve(str(model)), demo.length)
+    demo.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fxmem-demo-") as scratch:
+        results = measure(demo, resolve(str(model)), ids, Path(scratch), console)
+    report = {"demo": {**asdict(demo), "out": str(demo.out), "wheel": None}, "setups": results}
+    write(report, demo.out, console)
+    return report
+
+
+def document(model: str, length: int) -> list[int]:
+    """Token ids of the demo's text for this model; the vocabulary is checked."""
+    from fxmem.demo.text import token_ids
+
+    if model == TINY:
+        from fxmem.demo.models import tiny_config
+
+        config = tiny_config()
+    else:
+        config = require("transformers").AutoConfig.from_pretrained(model)
+    vocabulary = config.get_text_config().vocab_size
+    ids: list[int] = token_ids(length, load_tokenizer(model), vocabulary)[0].tolist()
+    return ids
+
+
+def measure(
+    demo: Demo, model: str, ids: Sequence[int], scratch: Path, console: Any
+) -> dict[str, dict[str, Any]]:
+    """One process per setup; the result of each, with its gradient difference to the first."""
+    from fxmem.demo.progress import follow
+
+    results: dict[str, dict[str, Any]] = {}
+    reference: Path | None = None
+    with follow(console, demo) as watch:
+        for setup in demo.setups:
+            gradients = scratch / f"{setup}.pt"
+            asked = request_for(demo, setup, model, ids, gradients)
+            tell = watch(setup)
+            result = run_isolated("fxmem.demo.worker", asked, tell, demo.threads)
+            results[setup] = result
+            tell({"event": "end", "status": result["status"]})
+            if result["status"] != OK:
+                continue
+            if reference is None:
+                reference = gradients
+                continue
+            result["difference"], result["difference_at"] = largest_difference(reference, gradients)
+            gradients.unlink()
+    return results
+
+
+def request_for(
+    demo: Demo, setup: str, model: str, ids: Sequence[int], gradients: Path
+) -> dict[str, Any]:
+    """What :func:`fxmem.demo.worker.train` is asked to do."""
+    return {
+        "setup": setup,
+        "model": model,
+        "ids": list(ids),
+        "steps": demo.steps,
+        "threads": demo.threads,
+        "optimizer": demo.optimizer,
+        "lr": LEARNING_RATES[demo.optimizer] if demo.lr is None else demo.lr,
+        "chunk": demo.chunk,
+        "gradients": str(gradients) if len(demo.setups) > 1 else None,
+    }
+
+
+def write(report: dict[str, Any], out: Path, console: Any) -> None:
+    """Print the table; leave ``result.json``, ``memory.png`` and ``memory.html`` in ``out``."""
+    from fxmem.demo import page, picture, table
+
+    (out / "result.json").write_text(json.dumps(report))
+    console.print(table.render(report))
+    for name, result in report["setups"].items():
+        if result["status"] != OK:
+            log = out / f"{name}.log"
+            log.write_text(result["detail"])
+            line = f"{SETUPS[name]}: {result['status']}: {result['reason']} (more in {log})"
+            console.print(line, style="red", markup=False)
+    drawn: list[tuple[str, Callable[[dict[str, Any], Path], None]]] = [
+        ("memory.png", picture.draw),
+        ("memory.html", page.draw),
+    ]
+    if any(result["status"] == OK for result in report["setups"].values()):
+        for name, draw in drawn:
+            draw(report, out / name)
+            console.print(f"picture: {out / name}")

@@ -1,0 +1,83 @@
+"""Job: train with one setup and measure it; the demo starts one process per setup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxmem.demo.errors import UsageError
+from fxmem.demo.models import enable_checkpointing, load_model
+from fxmem.isolate import serve
+from fxmem.measure import HighWater, parameter_bytes
+from fxmem.trial import Trial, run_trial
+
+SETUPS = {
+    "plain": "plain autograd",
+    "checkpoint": "checkpointing",
+    "fxmem": "fxmem",
+}
+"""Setup names and what they are called in tables and pictures."""
+
+
+def train(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Train on ``request["ids"]``; see :func:`fxmem.demo.run.request_for` for the other fields."""
+    high_water = HighWater()
+    torch.manual_seed(0)
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    emit({"event": "loading"})
+    model = load_model(request["model"])
+    model.config.use_cache = False
+    model = prepare(model, request["setup"], request["chunk"])
+    ids = torch.tensor([request["ids"]])
+    named = list(model.named_parameters())
+    optimizer = make_optimizer(request["optimizer"], [p for _, p in named], request["lr"])
+
+    def loss_fn() -> torch.Tensor:
+        loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+        return loss
+
+    gradients = request["gradients"] and Path(request["gradients"])
+    trial = Trial(steps=request["steps"], gradients=gradients or None)
+    figures = run_trial(trial, loss_fn, named, optimizer.step, high_water, emit)
+    return {"parameters": parameter_bytes(model), "threads": torch.get_num_threads(), **figures}
+
+
+def prepare(model: Any, setup: str, chunk: int | str) -> Any:
+    """The model to train in this setup.
+
+    Raises:
+        UsageError: an unknown setup.
+    """
+    if setup == "plain":
+        return model
+    if setup == "checkpoint":
+        enable_checkpointing(model)
+        return model
+    if setup == "fxmem":
+        import fxmem
+
+        return fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=chunk)))
+    raise UsageError(f"unknown setup {setup!r}", advice=f"one of {', '.join(SETUPS)}")
+
+
+def make_optimizer(
+    name: str, parameters: list[torch.nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    """SGD without state, or fused AdamW; both update in place, without weight-sized temporaries.
+
+    Raises:
+        UsageError: another name.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, foreach=False)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+    raise UsageError(f"unknown optimizer {name!r}", advice="sgd or adamw")
+
+
+if __name__ == "__main__":
+    serve(train)

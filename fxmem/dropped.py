@@ -1,0 +1,29 @@
+"""A stand-in for an output that was never made whole: shape, dtype and device are there, values are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxmem.errors import DroppedLogitsError
+from fxmem.sizes import Size, evaluate_shape
+
+
+class DroppedTensor(torch.Tensor):
+    """Any operation on it raises :class:`~fxmem.errors.DroppedLogitsError`."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise DroppedLogitsError("the logits of a streamed training step were asked for", op=str(func))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DroppedTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def dropped(shape: Sequence[Size], sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> DroppedTensor:
+    """A stand-in of the given symbolic shape."""
+    return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+        DroppedTensor, evaluate_shape(shape, sizes), dtype=dtype, device=device
+    )

@@ -1,0 +1,160 @@
+"""Every exception and warning that fxmem raises, one class per failure.
+
+All share one message template, ``what was found | where | what to do``. The parts stay readable as
+attributes, so a caller can act on them without parsing text. A part that is not known is left out
+of the message, never guessed.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FxmemError(Exception):
+    """Base of every error of fxmem.
+
+    Args:
+        what: what was found, one sentence, with the values at fault.
+        op: the operator at fault, such as ``"aten.sort.default"``.
+        module: dotted path of the module that calls it, such as ``"model.layers.3.mlp"``.
+        source: file and line of the user's code, such as ``"modeling_llama.py:312"``.
+        advice: what to do; the class's own ``default_advice`` where none is given.
+    """
+
+    default_advice: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        op: str | None = None,
+        module: str | None = None,
+        source: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.op = op
+        self.module = module
+        self.source = source
+        self.advice = self.default_advice if advice is None else advice
+
+    @property
+    def where(self) -> str:
+        """Op, module path and source line, those that are known; an empty string where none is."""
+        named = (("op", self.op), ("module", self.module), ("at", self.source))
+        return ", ".join(f"{name} {value}" for name, value in named if value)
+
+    @property
+    def found(self) -> str:
+        """The first part of the message: what was found."""
+        return self.what
+
+    def __str__(self) -> str:
+        return " | ".join(part for part in (self.found, self.where, self.advice) if part)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default form would call the class with `what` alone and is lost on keyword-only
+        # arguments; errors cross process borders in the benchmarks and in data-parallel training.
+        return (type(self), (self.what,), self.__dict__.copy())
+
+
+class CaptureError(FxmemError):
+    """The model cannot be captured as a graph.
+
+    Args:
+        what: what was being captured.
+        reason: Dynamo's own words for why it stopped; becomes part of the message.
+    """
+
+    default_advice = (
+        "rewrite the named line so that torch.compile(fullgraph=True) accepts it, "
+        "or do not transform this model"
+    )
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        reason: str | None = None,
+        op: str | None = None,
+        module: str | None = None,
+        source: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        super().__init__(what, op=op, module=module, source=source, advice=advice)
+        self.reason = reason
+
+    @property
+    def found(self) -> str:
+        """What was being captured, and Dynamo's reason for stopping where it gave one."""
+        return f"{self.what}: {self.reason}" if self.reason else self.what
+
+
+class UnsupportedOpError(FxmemError):
+    """A construct inside a streamed region has no exact fallback."""
+
+    default_advice = "move it out of the streamed part of the model, or train without Stream"
+
+
+class MutationError(FxmemError):
+    """The captured graph writes in place on one of its inputs."""
+
+    default_advice = "write the result to a new tensor and return it, instead of changing the input"
+
+
+class DoubleBackwardError(FxmemError):
+    """A gradient of a gradient was asked of a streamed region."""
+
+    default_advice = (
+        "call backward without create_graph=True; "
+        "for second derivatives undo with fxmem.restore(model) first"
+    )
+
+
+class BackwardTwiceError(FxmemError):
+    """Backward ran a second time through a region whose saved tensors are freed."""
+
+    default_advice = "pass retain_graph=True to the first backward, or run the forward again"
+
+
+class ModifiedParameterError(FxmemError):
+    """A parameter or input was changed in place between forward and backward."""
+
+    default_advice = (
+        "call optimizer.step() and other in-place changes after backward, or run the forward again"
+    )
+
+
+class DroppedLogitsError(FxmemError):
+    """The program reads logits that the plan allows fxmem not to keep."""
+
+    default_advice = 'ask for them with Stream(logits="keep"), or read them under torch.no_grad()'
+
+
+class PlanError(FxmemError, ValueError):
+    """A plan or an option has an unknown name or an impossible value."""
+
+
+class NotTransformedError(FxmemError):
+    """A model that fxmem.transform has not seen was given where a transformed one is needed."""
+
+    default_advice = "call fxmem.transform(model, plan) first"
+
+
+class VerificationError(FxmemError):
+    """A check between two compiler passes failed: a fault in fxmem, found before anything ran."""
+
+    default_advice = (
+        "this is a bug in fxmem; please report it with this message and the model's configuration"
+    )
+
+
+class FetchError(FxmemError):
+    """The demo's model could not be fetched, or what came is not what was expected."""
+
+    default_advice = "check the network and try again, or name a local model folder with --model"
+
+
+class FxmemWarning(UserWarning):
+    """Something is exact but not as lean as asked for, such as an op that runs whole."""

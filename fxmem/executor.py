@@ -1,0 +1,147 @@
+"""Running programs: the loops, and one autograd function per region.
+
+The autograd function's inputs are the region's tensors and its parameters, so every gradient is returned exactly
+once per backward and hooks, gradient accumulation, DDP and ``GradScaler`` behave as always. The forward saves
+the region's inputs only. A region that ends in a scalar loss takes its gradients in the forward, with tangent
+1, and scales them later: the LM head is never computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmem import masks
+from fxmem.errors import BackwardTwiceError, DoubleBackwardError, ModifiedParameterError
+from fxmem.program import Free, Loop, Mask, Program, Straight
+from fxmem.region_code import RegionCode
+from fxmem.sizes import evaluate_shape
+
+
+@dataclass(slots=True)
+class CallState:
+    """What one call of the model shares between its regions: sizes, and masks already classified."""
+
+    sizes: dict[str, int]
+    tiles: dict[tuple[Any, ...], masks.TileMap] = field(default_factory=dict)
+
+
+def chunks(length: int, chunk: int) -> list[tuple[int, int]]:
+    """``[lo, hi)`` pairs that cover ``length``; the last one may be shorter."""
+    return [(lo, min(lo + chunk, length)) for lo in range(0, length, chunk)]
+
+
+def execute(program: Program, state: CallState, tensors: Sequence[Tensor | None], chunk: int, counter: Any) -> list[Tensor | None]:
+    """Run a program; ``tensors`` in the order of ``program.inputs``."""
+    env: dict[str, Any] = dict(zip(program.inputs, tensors, strict=True))
+    parts = chunks(state.sizes.get("T", 1), chunk)
+    tiles = {m.name: tile_map(m, state, env, parts) for m in program.masks if all(t in env for t in m.tensors)}
+    sizes = state.sizes
+    device = next((t.device for t in tensors if t is not None and t.dim()), torch.device("cpu"))
+    for step in program.steps:
+        if isinstance(step, Free):
+            for name in step.names:
+                del env[name]
+        elif isinstance(step, Straight):
+            values = step.module(*(sizes[i] for i in step.ints), *(env[t] for t in step.tensors))
+            env.update(zip(step.results, values, strict=True))
+        else:
+            _run_loop(step, program, state, env, parts, tiles, device, chunk)
+            counter.bodies += len(parts)
+    return [None if o is None else _result(program, env, o) for o in program.outputs]
+
+
+def _run_loop(
+    step: Loop, program: Program, state: CallState, env: dict[str, Any], parts: list[tuple[int, int]],
+    tiles: dict[str, masks.TileMap], device: torch.device, chunk: int,
+) -> None:  # fmt: skip
+    for b in step.allocate:
+        make = torch.zeros if b.zero else torch.empty
+        env[b.name] = make(evaluate_shape(b.shape, state.sizes), dtype=b.dtype, device=device)
+    for name in step.masks:
+        if name not in tiles:
+            mask = next(m for m in program.masks if m.name == name)
+            tiles[name] = tile_map(mask, state, env, parts)
+    ints = [state.sizes[i] for i in step.ints]
+    tensors = [env[t] for t in step.tensors]
+    order = range(len(parts) - 1, -1, -1) if step.descending else range(len(parts))
+    for i in order:
+        spans = [tiles[name].spans[i] for name in step.masks]
+        step.module(*ints, *parts[i], *spans, *tensors)
+
+
+def _result(program: Program, env: Mapping[str, Any], name: str) -> Tensor:
+    value: Tensor = env[name]
+    dtype = program.shapes[name][1]
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def tile_map(mask: Mask, state: CallState, env: Mapping[str, Any], parts: list[tuple[int, int]]) -> masks.TileMap:
+    """The classified mask, shared by all regions of the call that use the same one."""
+    tensors = [env[t] for t in mask.tensors]
+    key = (mask.key, tuple(parts[:1]), *(id(t) for t in tensors))
+    if key not in state.tiles:
+        ints = [state.sizes[i] for i in mask.ints]
+        state.tiles[key] = masks.build(lambda lo, hi: mask.module(*ints, lo, hi, *tensors), parts)
+    return state.tiles[key]
+
+
+class RegionFunction(torch.autograd.Function):
+    """``apply(code, state, chunk, seed, *tensors) -> outputs``; see the module docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, code: RegionCode, state: CallState, chunk: int, seed: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs, grads = code.forward(state, chunk, tensors, seed, learn=True)
+        kept = code.saved(grads is not None)
+        ctx.save_for_backward(*(t if k else None for t, k in zip(tensors, kept, strict=True)))
+        ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
+        ctx.shapes = [(o.shape, o.dtype, o.device) for o in outputs]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o, d in zip(outputs, code.differentiable, strict=True) if not d))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise DoubleBackwardError("backward with create_graph=True through a streamed region")
+        saved = _saved(ctx)
+        grads, ctx.grads = ctx.grads, None
+        code: RegionCode = ctx.code
+        given = [t for t, d in zip(tangents, code.differentiable, strict=True) if d]
+        if grads is not None and sum(t is not None for t in given) == 1 and given[code.loss] is not None:
+            out = code.scale(grads, given[code.loss])
+        else:
+            shapes = [s for s, d in zip(ctx.shapes, code.differentiable, strict=True) if d]
+            full = [
+                torch.zeros(s, dtype=dt, device=dev) if t is None else t
+                for t, (s, dt, dev) in zip(given, shapes, strict=True)
+            ]
+            out = code.backward(ctx.state, ctx.chunk, saved, ctx.seed, full)
+        return (None, None, None, None, *out)
+
+
+def _saved(ctx: Any) -> Sequence[Tensor | None]:
+    try:
+        saved: Sequence[Tensor | None] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise ModifiedParameterError(
+                "a parameter or input was changed in place between forward and backward"
+            ) from error
+        raise BackwardTwiceError("backward through the same forward a second time") from error
+    return saved
+
+
+def run_region(code: RegionCode, state: CallState, chunk: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Outputs of a region, with autograd where any input wants a gradient."""
+    seed = code.draw_seed(tensors[0].device)
+    if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):
+        return RegionFunction.apply(code, state, chunk, seed, *tensors)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return code.forward(state, chunk, tensors, seed, learn=False)[0]

@@ -1,0 +1,156 @@
+"""The compiled form of one distinct region: its programs, built on first use and shared by equal regions.
+
+A region has up to four programs: the forward; the forward with gradients for a tangent of 1 (regions that end
+in a scalar loss); the backward for given tangents; and a second form of each for attention masks that turn
+out not to be causal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmem import joint as joint_trace
+from fxmem.emit import Emitter, Handler
+from fxmem.joint import Caller, Joint
+from fxmem.labels import Barrier
+from fxmem.program import Loop, Program, Straight
+from fxmem.regions import Region
+from fxmem.schedule import schedule
+
+HALF_UNIT = 2.0**15
+"""Tangent used instead of 1 where float16 values would underflow; divided out again afterwards."""
+
+
+class RegionCode:
+    """Programs of a region. ``rewrite`` runs the joint passes; ``counter`` counts traces and bodies."""
+
+    def __init__(
+        self, region: Region, caller: Callable[[], Caller], rewrite: Callable[[Joint], Joint],
+        handlers: dict[str, Handler], run: Callable[..., list[Tensor | None]], counter: Any, name: str,
+    ) -> None:  # fmt: skip
+        self.region = region
+        self.name = name
+        self._caller, self._rewrite, self._handlers, self._run = caller, rewrite, handlers, run
+        self.counter = counter
+        self.values = list(region.values)
+        self.needs_grad = region.needs_grad
+        self.learns = any(self.needs_grad)
+        out_values = [n.meta.get("example_value") for n in region.outputs]
+        self.differentiable = [bool(self.learns and v.requires_grad) for v in out_values]
+        diff = [v for v, d in zip(out_values, self.differentiable, strict=True) if d]
+        scalars = [i for i, v in enumerate(diff) if v.dim() == 0]
+        self.loss = scalars[0] if scalars else -1
+        self.is_loss = bool(scalars)
+        self._loss_joint: Joint | None = None
+        self.joint = self._trace()
+        self.programs: dict[tuple[str, bool], Program] = {}
+        self.half = any(v.dtype == torch.float16 for v in self.values) and self.is_loss
+
+    @property
+    def loss_joint(self) -> Joint:
+        """The joint graph that differentiates the scalar loss alone."""
+        if sum(self.differentiable) == 1:
+            return self.joint
+        if self._loss_joint is None:
+            at = [i for i, d in enumerate(self.differentiable) if d][self.loss]
+            self._loss_joint = self._trace(only=at)
+        return self._loss_joint
+
+    def _trace(self, only: int | None = None) -> Joint:
+        start = time.perf_counter()
+        traced = self._rewrite(
+            joint_trace.trace(self.region, self._caller(), backward=self.learns, only=only)
+        )
+        self.counter.traces += 1
+        self.counter.trace_seconds += time.perf_counter() - start
+        return traced
+
+    def program(self, kind: str, causal: bool = True) -> Program:
+        """The program of ``kind``: ``forward``, ``loss`` (forward and gradients) or ``backward``."""
+        key = (kind, causal)
+        if key not in self.programs:
+            start = time.perf_counter()
+            joint = self.loss_joint if kind == "loss" else self.joint
+            outputs, grads = joint.outputs, joint.grads
+            wanted = {"forward": outputs, "backward": grads, "loss": [*outputs, *grads]}[kind]
+            roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
+            plan = schedule(joint, roots, causal=causal)
+            program = Emitter(plan, f"{self.name}_{kind}", causal, self._handlers).run()
+            names = dict(zip(roots, program.outputs, strict=True))
+            program.outputs = [names[n] if isinstance(n, torch.fx.Node) else None for n in wanted]
+            self.programs[key] = program
+            self.counter.programs += 1
+            self.counter.lower_seconds += time.perf_counter() - start
+        return self.programs[key]
+
+    def _execute(self, kind: str, state: Any, chunk: int, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        program = self.program(kind)
+        if program.masks and not _is_causal(program, state, chunk, tensors):
+            program = self.program(kind, causal=False)
+        return self._run(program, state, tensors, chunk, self.counter)
+
+    def forward(
+        self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, *, learn: bool
+    ) -> tuple[list[Tensor], list[Tensor | None] | None]:
+        """Outputs, and the gradients for tangent 1 where the region is a loss and ``learn`` is set."""
+        if not (learn and self.is_loss):
+            given = [*tensors, seed, *(None for t in self.joint.tangents if t is not None)]
+            return [t for t in self._execute("forward", state, chunk, given) if t is not None], None
+        joint = self.loss_joint
+        (node,) = (t for t in joint.tangents if t is not None)
+        unit = torch.full((), self._unit, dtype=joint.info[node].dtype, device=tensors[0].device)
+        results = self._execute("loss", state, chunk, [*tensors, seed, unit])
+        k = len(joint.outputs)
+        return [t for t in results[:k] if t is not None], list(results[k:])
+
+    @property
+    def _unit(self) -> float:
+        return HALF_UNIT if self.half else 1.0
+
+    def draw_seed(self, device: torch.device) -> Tensor | None:
+        """The dropout seed of one forward, from torch's default generator."""
+        return torch.randint(2**31, ()).to(device) if self.joint.random else None
+
+    def backward(
+        self, state: Any, chunk: int, saved: Sequence[Tensor | None], seed: Tensor | None, tangents: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of the inputs that want one, ``None`` for the others."""
+        return self._execute("backward", state, chunk, [*saved, seed, *tangents])
+
+    def scale(self, grads: list[Tensor | None], tangent: Tensor) -> list[Tensor | None]:
+        """Stored gradients times the incoming tangent, in place where the storage is theirs alone."""
+        factor = tangent / self._unit
+        if tangent.device.type == "cpu" and float(factor) == 1.0:
+            return grads
+        done: dict[int, Tensor] = {}
+        for g in grads:
+            if g is not None and id(g) not in done:
+                dense = g.untyped_storage().nbytes() == g.numel() * g.itemsize
+                done[id(g)] = g.mul_(factor.to(g.dtype)) if dense else g * factor.to(g.dtype)
+        return [None if g is None else done[id(g)] for g in grads]
+
+    def saved(self, has_grads: bool) -> list[bool]:
+        """Which inputs the backward reads."""
+        used = {t for s in self.program("backward").steps if isinstance(s, (Straight, Loop)) for t in s.tensors}
+        used |= {t for m in self.program("backward").masks for t in m.tensors}
+        used |= set(filter(None, self.program("backward").outputs))
+        names = self.program("backward").inputs[: len(self.values)]
+        return [n in used for n in names]
+
+    @property
+    def barriers(self) -> list[Barrier]:
+        return [b for p in self.programs.values() for b in p.barriers]
+
+
+def _is_causal(program: Program, state: Any, chunk: int, tensors: Sequence[Tensor | None]) -> bool:
+    from fxmem.executor import chunks, tile_map
+
+    env = dict(zip(program.inputs, tensors, strict=True))
+    parts = chunks(state.sizes["T"], chunk)
+    known = [m for m in program.masks if all(t in env for t in m.tensors)]
+    return len(known) == len(program.masks) and all(tile_map(m, state, env, parts).causal for m in known)

@@ -1,0 +1,141 @@
+"""Rows for arithmetic: pointwise ops (by tag), reductions, matrix products, softmax and normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxmem.axes import ONE, AxisRule, Call, Dims, Rule, Signature, broadcast, einsum, letters
+from fxmem.sizes import same
+
+
+def pointwise(call: Call) -> Signature:
+    """Every output element depends on the same element of each operand, which may broadcast."""
+    out = call.out
+    return Signature(broadcast(call, call.tensors, out), (letters("d", out.rank),) * len(call.outs))
+
+
+POINTWISE = AxisRule(pointwise, cheap=True)
+
+
+def _reduced(call: Call, index: int) -> set[int]:
+    rank = call.tensors[0].rank
+    given = call.arg(index)
+    if given is None or (isinstance(given, Sequence) and not given):
+        return set(range(rank))
+    return {d % rank for d in (given if isinstance(given, Sequence) else (given,))} if rank else set()
+
+
+def reduction(index: int = 1, keepdim: int = 2, *, sums: bool) -> Rule:
+    """Axes of argument ``index`` disappear. With ``sums`` chunks of such an axis add up, else it is whole."""
+
+    def rule(call: Call) -> Signature:
+        t, gone = call.tensors[0], _reduced(call, index)
+        dims = letters("d", t.rank)
+        kept = bool(call.arg(keepdim, call.kwargs.get("keepdim", False)))
+        out = tuple(ONE if i in gone else d for i, d in enumerate(dims) if kept or i not in gone)
+        whole = frozenset() if sums else frozenset(f"d{i}" for i in gone)
+        return Signature((dims,), (out,) * len(call.outs), whole)
+
+    return rule
+
+
+def softmax(position: int, operands: int) -> Rule:
+    def rule(call: Call) -> Signature:
+        rank = call.tensors[0].rank
+        dims = letters("d", rank)
+        whole = frozenset((f"d{call.args[position] % rank}",)) if rank else frozenset[str]()
+        return Signature((dims,) * operands, (dims,), whole)
+
+    return rule
+
+
+def addmm(call: Call) -> Signature:
+    """``bias + a @ b``: summing over chunks of the contraction would add the bias once per chunk."""
+    bias, a, b = call.tensors
+    full: Dims = (("m",), ("n",))
+    dims = tuple(
+        ONE if size == 1 and not same(size, out) else d
+        for size, out, d in zip(
+            bias.shape, call.out.shape[-bias.rank or 2 :], full[-bias.rank or 2 :], strict=True
+        )
+    )
+    return Signature((dims, (("m",), ("k",)), (("k",), ("n",))), (full,), frozenset("k"))
+
+
+def baddbmm(call: Call) -> Signature:
+    full = letters("d", 3)
+    dims = broadcast(call, call.tensors[:1], call.out)[0]
+    a, b = (("d0",), ("d1",), ("k",)), (("d0",), ("k",), ("d2",))
+    return Signature((dims, a, b), (full,), frozenset("k"))
+
+
+def layer_norm(call: Call) -> Signature:
+    x, norm = call.tensors[0], len(call.args[1])
+    dims = letters("d", x.rank)
+    tail = dims[x.rank - norm :]
+    stats = tuple(ONE if i >= x.rank - norm else d for i, d in enumerate(dims))
+    weights = (tail,) * (len(call.tensors) - 1)
+    outs = (dims, stats, stats)[: len(call.outs)]
+    return Signature((dims, *weights), outs, frozenset(x for (x,) in tail))
+
+
+def layer_norm_backward(call: Call) -> Signature:
+    """dx is cut with its rows; the gradients of weight and bias are sums over rows."""
+    x, norm = call.tensors[1], len(call.args[2])
+    dims = letters("d", x.rank)
+    tail = dims[x.rank - norm :]
+    stats = tuple(ONE if i >= x.rank - norm else d for i, d in enumerate(dims))
+    weights = (tail,) * (len(call.tensors) - 4)
+    outs = tuple(None if o is None else d for o, d in zip(call.outs, (dims, tail, tail), strict=True))
+    return Signature((dims, dims, stats, stats, *weights), outs, frozenset(x for (x,) in tail))
+
+
+def rms_norm_backward(call: Call) -> Signature:
+    x, norm = call.tensors[1], len(call.args[2])
+    dims = letters("d", x.rank)
+    tail = dims[x.rank - norm :]
+    stats = tuple(ONE if i >= x.rank - norm else d for i, d in enumerate(dims))
+    outs = tuple(None if o is None else d for o, d in zip(call.outs, (dims, tail), strict=True))
+    weights = (tail,) * (len(call.tensors) - 3)
+    return Signature((dims, dims, stats, *weights), outs, frozenset(x for (x,) in tail))
+
+
+_sum = AxisRule(reduction(sums=True), linear=0)
+_whole = AxisRule(reduction(sums=False))
+_softmax_backward = AxisRule(softmax(2, 2), linear=0)
+
+ROWS: dict[str, AxisRule] = {
+    "aten.mm.default": AxisRule(einsum("m k, k n -> m n"), linear=0),
+    "aten.bmm.default": AxisRule(einsum("b m k, b k n -> b m n"), linear=0),
+    "aten.addmm.default": AxisRule(addmm),
+    "aten.baddbmm.default": AxisRule(baddbmm),
+    "aten.mv.default": AxisRule(einsum("m k, k -> m"), linear=0),
+    "aten.dot.default": AxisRule(einsum("k, k ->"), linear=0),
+    "aten.sum.dim_IntList": _sum,
+    "aten.sum.default": AxisRule(reduction(index=9, keepdim=9, sums=True), linear=0),
+    "aten.mean.dim": _whole,
+    "aten.mean.default": AxisRule(reduction(index=9, keepdim=9, sums=False)),
+    "aten.amax.default": _whole,
+    "aten.amin.default": _whole,
+    "aten.max.dim": _whole,
+    "aten.min.dim": _whole,
+    "aten.argmax.default": _whole,
+    "aten.argmin.default": _whole,
+    "aten.any.dim": _whole,
+    "aten.any.dims": _whole,
+    "aten.all.dim": _whole,
+    "aten.prod.dim_int": _whole,
+    "aten.logsumexp.default": _whole,
+    "aten.var.correction": _whole,
+    "aten.var_mean.correction": _whole,
+    "aten.linalg_vector_norm.default": AxisRule(reduction(index=2, keepdim=3, sums=False)),
+    "aten._softmax.default": AxisRule(softmax(1, 1)),
+    "aten._log_softmax.default": AxisRule(softmax(1, 1)),
+    "aten._softmax_backward_data.default": _softmax_backward,
+    "aten._log_softmax_backward_data.default": _softmax_backward,
+    "aten.cumsum.default": AxisRule(softmax(1, 1)),
+    "aten.native_layer_norm.default": AxisRule(layer_norm),
+    "aten.native_layer_norm_backward.default": AxisRule(layer_norm_backward, linear=0),
+    "aten._fused_rms_norm.default": AxisRule(layer_norm),
+    "aten._fused_rms_norm_backward.default": AxisRule(rms_norm_backward, linear=0),
+}

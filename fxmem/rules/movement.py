@@ -1,0 +1,229 @@
+"""Rows for ops that move elements without arithmetic: reshapes, permutations, slices, joins, factories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fxmem.axes import ONE, AxisRule, Call, Dims, Signature, TensorInfo, letters, regroup
+from fxmem.sizes import Size, has_axis, same, size
+
+
+def _axis(index: int, rank: int) -> int:
+    return index % rank if rank else 0
+
+
+def _dims(t: TensorInfo, prefix: str = "d") -> Dims:
+    return tuple(ONE if t.shape[i] == 1 else (f"{prefix}{i}",) for i in range(t.rank))
+
+
+def reshape(call: Call) -> Signature | None:
+    split = regroup(call.tensors[0].shape, call.out.shape)
+    return split and Signature((split[0],), (split[1],), extent=split[2])
+
+
+def expand(call: Call) -> Signature:
+    source, out = call.tensors[0], call.out
+    pad = out.rank - source.rank
+    dims = tuple(
+        ONE if source.shape[i] == 1 else (f"d{pad + i}",) for i in range(source.rank)
+    )
+    return Signature((dims,), (letters("d", out.rank),))
+
+
+def permute(call: Call) -> Signature:
+    source = letters("d", call.tensors[0].rank)
+    order = [_axis(d, len(source)) for d in call.args[1]]
+    return Signature((source,), (tuple(source[d] for d in order),))
+
+
+def transpose(call: Call) -> Signature:
+    source = list(letters("d", call.tensors[0].rank))
+    out = list(source)
+    if source:
+        i, j = (_axis(d, len(source)) for d in (call.arg(1, 0), call.arg(2, 1)))
+        out[i], out[j] = out[j], out[i]
+    return Signature((tuple(source),), (tuple(out),))
+
+
+def unsqueeze(call: Call) -> Signature:
+    source = letters("d", call.tensors[0].rank)
+    at = _axis(call.args[1], len(source) + 1)
+    return Signature((source,), ((*source[:at], ONE, *source[at:]),))
+
+
+def squeeze(call: Call) -> Signature:
+    t = call.tensors[0]
+    source = _dims(t)
+    if len(call.args) > 1:
+        given = call.args[1]
+        drop = {_axis(d, t.rank) for d in (given if isinstance(given, Sequence) else (given,))}
+    else:
+        drop = set(range(t.rank))
+    return Signature((source,), (tuple(d for i, d in enumerate(source) if i not in drop or d),))
+
+
+def cut_slice(call: Call) -> Signature | None:
+    """``x[start:end]`` along one axis: rows move by ``start``; strides other than 1 need the axis whole."""
+    t = call.tensors[0]
+    dim = _axis(call.arg(1, 0), t.rank)
+    source = letters("d", t.rank)
+    if call.arg(4, 1) != 1:
+        return Signature((source,), (source,), frozenset((f"d{dim}",)))
+    start = _position(call.arg(2), t.shape[dim])
+    return Signature((source,), (source,), shift={f"d{dim}": start})
+
+
+def _position(value: Any, length: Size) -> Size:
+    start = size(0 if value is None else value)
+    return start + length if start.is_negative else start
+
+
+def slice_backward(call: Call) -> Signature | None:
+    dim = _axis(call.args[2], call.out.rank)
+    source = letters("d", call.out.rank)
+    if call.args[5] != 1:
+        return Signature((source,), (source,), frozenset((f"d{dim}",)))
+    start = _position(call.args[3], call.out.shape[dim])
+    return Signature((source,), (source,), shift={f"d{dim}": -start})
+
+
+def select(call: Call) -> Signature:
+    source = letters("d", call.tensors[0].rank)
+    dim = _axis(call.args[1], len(source))
+    out = tuple(d for i, d in enumerate(source) if i != dim)
+    return Signature((source,), (out,), frozenset(source[dim]))
+
+
+def select_backward(call: Call) -> Signature:
+    out = letters("d", call.out.rank)
+    dim = _axis(call.args[2], len(out))
+    return Signature((tuple(d for i, d in enumerate(out) if i != dim),), (out,), frozenset(out[dim]))
+
+
+def cat(call: Call) -> Signature:
+    rank = call.out.rank
+    dim = _axis(call.arg(1, 0), rank)
+    dims = letters("d", rank)
+    return Signature((dims,) * len(call.tensors), (dims,), frozenset(dims[dim]))
+
+
+def stack(call: Call) -> Signature:
+    rank = call.out.rank
+    dim = _axis(call.arg(1, 0), rank)
+    dims = letters("d", rank)
+    source = tuple(d for i, d in enumerate(dims) if i != dim)
+    return Signature((source,) * len(call.tensors), (dims,))
+
+
+def split(call: Call) -> Signature:
+    source = letters("d", call.tensors[0].rank)
+    dim = _axis(call.arg(2, 0), len(source))
+    return Signature((source,), (source,) * len(call.outs), frozenset(source[dim]))
+
+
+def unbind(call: Call) -> Signature:
+    source = letters("d", call.tensors[0].rank)
+    dim = _axis(call.arg(1, 0), len(source))
+    out = tuple(d for i, d in enumerate(source) if i != dim)
+    return Signature((source,), (out,) * len(call.outs), frozenset(source[dim]))
+
+
+def repeat(call: Call) -> Signature:
+    source, out = call.tensors[0], call.out
+    pad = out.rank - source.rank
+    dims, whole = [], set()
+    for i in range(source.rank):
+        kept = same(source.shape[i], out.shape[pad + i])
+        dims.append(ONE if source.shape[i] == 1 and not kept else (f"d{pad + i}",))
+        if not kept and source.shape[i] != 1:
+            whole.add(f"d{pad + i}")
+    return Signature((tuple(dims),), (letters("d", out.rank),), frozenset(whole))
+
+
+def along(index: int, default: int | None = None) -> Any:
+    """Same dims in and out; the axes named by argument ``index`` must be complete."""
+
+    def rule(call: Call) -> Signature:
+        rank = call.tensors[0].rank
+        given = call.arg(index, default)
+        axes = given if isinstance(given, Sequence) else range(rank) if given is None else (given,)
+        dims = letters("d", rank)
+        whole = frozenset(dims[_axis(d, rank)][0] for d in axes) if rank else frozenset[str]()
+        return Signature((dims,) * len(call.tensors), (dims,) * len(call.outs), whole)
+
+    return rule
+
+
+def pad(call: Call) -> Signature:
+    """Axes that are padded must be complete."""
+    t = call.tensors[0]
+    dims = letters("d", t.rank)
+    whole = frozenset(f"d{i}" for i in range(t.rank) if not same(t.shape[i], call.out.shape[i]))
+    return Signature((dims,), (dims,), whole)
+
+
+def factory(call: Call) -> Signature:
+    """A constant: no operand matters, every output axis may be cut."""
+    return Signature(tuple((ONE,) * t.rank for t in call.tensors), (letters("d", call.out.rank),))
+
+
+def like(call: Call) -> Signature:
+    dims = letters("d", call.out.rank)
+    return Signature((dims,), (dims,))
+
+
+def arange(call: Call) -> Signature | None:
+    """Counting restarts in every chunk, so a range is cut only by slicing it whole."""
+    return None if has_axis(call.out.shape[0]) else Signature((), (letters("d", 1),))
+
+
+_view = AxisRule(reshape, sizes=1, cheap=True, linear=0)
+_same = AxisRule(like, cheap=True, linear=0)
+
+ROWS: dict[str, AxisRule] = {
+    "aten.view.default": _view,
+    "aten._unsafe_view.default": _view,
+    "aten.reshape.default": _view,
+    "aten.expand.default": AxisRule(expand, sizes=1, cheap=True, linear=0),
+    "aten.permute.default": AxisRule(permute, cheap=True, linear=0),
+    "aten.transpose.int": AxisRule(transpose, cheap=True, linear=0),
+    "aten.t.default": AxisRule(transpose, cheap=True, linear=0),
+    "aten.unsqueeze.default": AxisRule(unsqueeze, cheap=True, linear=0),
+    "aten.squeeze.dim": AxisRule(squeeze, cheap=True, linear=0),
+    "aten.squeeze.dims": AxisRule(squeeze, cheap=True, linear=0),
+    "aten.squeeze.default": AxisRule(squeeze, cheap=True, linear=0),
+    "aten.slice.Tensor": AxisRule(cut_slice, cheap=True, linear=0),
+    "aten.slice_backward.default": AxisRule(slice_backward, sizes=1, linear=0),
+    "aten.select.int": AxisRule(select, cheap=True, linear=0),
+    "aten.select_backward.default": AxisRule(select_backward, sizes=1, linear=0),
+    "aten.cat.default": AxisRule(cat, cheap=True),
+    "aten.stack.default": AxisRule(stack, cheap=True),
+    "aten.split.Tensor": AxisRule(split, cheap=True, linear=0),
+    "aten.split_with_sizes.default": AxisRule(split, cheap=True, linear=0),
+    "aten.unbind.int": AxisRule(unbind, cheap=True, linear=0),
+    "aten.repeat.default": AxisRule(repeat, cheap=True, linear=0),
+    "aten.flip.default": AxisRule(along(1), linear=0),
+    "aten.roll.default": AxisRule(along(2), linear=0),
+    "aten.constant_pad_nd.default": AxisRule(pad),
+    "aten.clone.default": _same,
+    "aten.detach.default": _same,
+    "aten.alias.default": _same,
+    "aten.lift_fresh_copy.default": _same,
+    "aten._to_copy.default": _same,
+    "aten.arange.start_step": AxisRule(arange, cheap=True),
+    "aten.arange.start": AxisRule(arange, cheap=True),
+    "aten.arange.default": AxisRule(arange, cheap=True),
+    "aten.full.default": AxisRule(factory, sizes=0, cheap=True),
+    "aten.zeros.default": AxisRule(factory, sizes=0, cheap=True),
+    "aten.ones.default": AxisRule(factory, sizes=0, cheap=True),
+    "aten.empty.memory_format": AxisRule(factory, sizes=0, cheap=True),
+    "aten.new_zeros.default": AxisRule(factory, sizes=1, cheap=True),
+    "aten.new_ones.default": AxisRule(factory, sizes=1, cheap=True),
+    "aten.new_full.default": AxisRule(factory, sizes=1, cheap=True),
+    "aten.new_empty.default": AxisRule(factory, sizes=1, cheap=True),
+    "aten.full_like.default": AxisRule(like, cheap=True),
+    "aten.zeros_like.default": AxisRule(like, cheap=True),
+    "aten.ones_like.default": AxisRule(like, cheap=True),
+    "aten.empty_like.default": AxisRule(like, cheap=True),
+}

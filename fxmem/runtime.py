@@ -1,0 +1,66 @@
+"""Functions that chunk bodies call: reading and writing slices, adding into accumulators.
+
+They are ordinary functions on tensors; bodies name them, so a printed body is the code that runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clamp(value: int, limit: int) -> int:
+    """``value`` clipped to ``[0, limit]``: the first row of a chunk of a value with an offset."""
+    return max(0, min(value, limit))
+
+
+def _view(x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
+    """``x`` with dimension ``dim`` split into ``outer, rows, inner``."""
+    return x.reshape(*x.shape[:dim], outer, -1, inner, *x.shape[dim + 1 :])
+
+
+def take(x: Tensor, dim: int, start: int, rows: int, outer: int = 1, inner: int = 1) -> Tensor:
+    """Rows ``[start, start + rows)`` of an axis that stands as ``outer x length x inner`` in ``dim``."""
+    if outer == 1:
+        return x.narrow(dim, start * inner, rows * inner)
+    return _view(x, dim, outer, inner).narrow(dim + 1, start, rows).flatten(dim, dim + 2)
+
+
+def put(buffer: Tensor, value: Tensor, dim: int, start: int, outer: int = 1, inner: int = 1) -> None:
+    """Write rows from ``start`` on."""
+    if outer == 1:
+        buffer.narrow(dim, start * inner, value.shape[dim]).copy_(value)
+        return
+    chunk = _view(value, dim, outer, inner)
+    shape = (*buffer.shape[:dim], outer, buffer.shape[dim] // (outer * inner), inner, *buffer.shape[dim + 1 :])
+    buffer.view(shape).narrow(dim + 1, start, chunk.shape[dim + 1]).copy_(chunk)
+
+
+def pad_rows(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+    """Zero rows before and after, along ``dim``."""
+    if before == 0 and after == 0:
+        return x
+    return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [before, after])
+
+
+def add(acc: Tensor, value: Tensor) -> None:
+    acc.add_(value)
+
+
+def add_mm(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """``acc += a @ b`` in the precision of ``acc``, without a temporary of its size."""
+    if a.shape[1]:
+        acc.addmm_(a.to(acc.dtype), b.to(acc.dtype))
+
+
+def add_bmm(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.shape[2]:
+        acc.baddbmm_(a.to(acc.dtype), b.to(acc.dtype))
+
+
+def add_embedding(acc: Tensor, grad: Tensor, index: Tensor, padding_idx: int) -> None:
+    """Gradient of an embedding table, added row by row."""
+    index, grad = index.reshape(-1), grad.reshape(-1, grad.shape[-1])
+    if padding_idx >= 0:
+        grad = grad.masked_fill((index == padding_idx).unsqueeze(-1), 0)
+    acc.index_add_(0, index, grad.to(acc.dtype))

@@ -1,0 +1,218 @@
+"""Loops: which values get a buffer, which are accumulated, and what each loop computes.
+
+Each stage with something to produce is one loop over the chunks. Its body is the backward closure of what it
+produces, stopping at values that exist already. A value of an earlier stage that is needed again is
+recomputed if it stems from the forward and kept in a buffer if it stems from the backward, unless it is
+wider than a hidden state. Loop directions are chosen to minimise loops first, then bytes of buffers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmem.axes import TensorInfo
+from fxmem.joint import Joint
+from fxmem.labels import (
+    ASCENDING,
+    ATTENTION,
+    DESCENDING,
+    Kind,
+    Label,
+    Labels,
+    Use,
+    analyse,
+    labels_direction,
+    slices,
+    tensor_operands,
+)
+from fxmem.sizes import has_axis, per_token
+
+MAX_STAGES = 5
+"""Directions are searched for this many loops; later loops ascend."""
+
+
+@dataclass(slots=True)
+class Loop:
+    """One pass over the chunks: ``nodes`` in order, ``buffers`` written, ``sums`` accumulated."""
+
+    stage: int
+    direction: int
+    nodes: list[fx.Node] = field(default_factory=list)
+    buffers: list[fx.Node] = field(default_factory=list)
+    sums: list[fx.Node] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Schedule:
+    """``straight[k]`` runs before loop ``k``; ``loops`` are in order; ``flex`` values asked for whole."""
+
+    labels: Labels
+    roots: list[fx.Node]
+    loops: list[Loop]
+    straight: dict[int, list[fx.Node]]
+    buffers: set[fx.Node]
+
+    @property
+    def cost(self) -> tuple[int, float]:
+        """Number of loops, elements per token of buffers that are not results."""
+        info = self.labels.joint.info
+        held = [info[n] for n in self.buffers]
+        held += [info[n] for loop in self.loops for n in loop.sums]
+        return len(self.loops), sum(per_token(i.shape) for i in held if any(has_axis(d) for d in i.shape))
+
+
+def schedule(joint: Joint, roots: Sequence[fx.Node], *, causal: bool) -> Schedule:
+    """The cheapest schedule that produces ``roots``."""
+    best: Schedule | None = None
+    first = build(joint, roots, causal=causal, directions=())
+    depth = min(MAX_STAGES, len(first.loops))
+    for directions in itertools.product((ASCENDING, DESCENDING), repeat=depth):
+        candidate = build(joint, roots, causal=causal, directions=directions)
+        if best is None or candidate.cost < best.cost:
+            best = candidate
+    assert best is not None
+    return best
+
+
+def build(joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: Sequence[int]) -> Schedule:
+    labels = analyse(joint, causal=causal, directions=directions)
+    need = _Needs(labels, list(roots))
+    loops: dict[int, Loop] = {}
+    for node in joint.graph.nodes:
+        label = labels.label.get(node)
+        if not isinstance(label, Label):
+            continue
+        if node in need.buffers or (label.kind is Kind.PARTIAL and node in need.items):
+            loop = loops.setdefault(label.stage, Loop(label.stage, labels_direction(labels, label.stage)))
+            (loop.sums if label.kind is Kind.PARTIAL else loop.buffers).append(node)
+    order = {n: i for i, n in enumerate(joint.graph.nodes)}
+    for stage, loop in loops.items():
+        body = need.body(stage, [*loop.buffers, *loop.sums])
+        loop.nodes = sorted(body, key=order.__getitem__)
+    straight: dict[int, list[fx.Node]] = {}
+    for node in joint.graph.nodes:
+        if node in need.items and node.op != "placeholder" and node not in need.buffers:
+            label = labels.of(node)
+            if label.kind in (Kind.STRAIGHT, Kind.FLEX):
+                straight.setdefault(label.stage, []).append(node)
+    return Schedule(labels, list(roots), [loops[k] for k in sorted(loops)], straight, need.buffers)
+
+
+class _Needs:
+    """Transitive requirements of the roots: ``items`` exist as whole tensors, ``buffers`` are written by loops."""
+
+    def __init__(self, labels: Labels, roots: list[fx.Node]) -> None:
+        self.labels = labels
+        self.items: set[fx.Node] = set()
+        self.buffers: set[fx.Node] = set()
+        self._backward = _depends(labels.joint, [t for t in labels.joint.tangents if t is not None])
+        self._limit = max(
+            (per_token(i.shape) for i in map(labels.joint.info.get, labels.joint.inputs) if _streams(i)), default=0.0
+        )
+        self._work: list[fx.Node] = []
+        for r in roots:
+            self.whole(r)
+        while self._work:
+            self._expand(self._work.pop())
+
+    def whole(self, node: fx.Node) -> None:
+        """``node`` must exist as a complete tensor."""
+        if node in self.items:
+            return
+        self.items.add(node)
+        if self.labels.of(node).kind is Kind.CUT:
+            self.buffers.add(node)
+        self._work.append(node)
+
+    def _expand(self, node: fx.Node) -> None:
+        label = self.labels.of(node)
+        if label.kind in (Kind.CUT, Kind.PARTIAL):
+            self.body(label.stage, [node])
+            return
+        source = producer(node)
+        for use in self.labels.uses.get(source, ()):
+            self.whole(use.operand)
+
+    def body(self, stage: int, products: Sequence[fx.Node]) -> set[fx.Node]:
+        """Nodes that loop ``stage`` computes for ``products``; what it reads whole becomes an item."""
+        seen: set[fx.Node] = set(products)
+        stack = [producer(p) for p in products]
+        expanded: set[fx.Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in expanded:
+                continue
+            expanded.add(node)
+            for use in self.labels.uses.get(node, ()):
+                for n in self._operand(node, use, stage):
+                    seen.add(n)
+                    stack.append(producer(n))
+        return {n for n in seen | expanded if n.op == "call_function"}
+
+    def _operand(self, node: fx.Node, use: Use, stage: int) -> list[fx.Node]:
+        label = self.labels.of(use.operand)
+        if use.cut is None or label.kind in (Kind.STRAIGHT, Kind.PARTIAL):
+            if label.kind is Kind.FLEX and _is_mask(node, use.operand):
+                self._flex(use.operand)
+            else:
+                self.whole(use.operand)
+            return []
+        if label.kind is Kind.FLEX:
+            self._flex(use.operand)
+            return []
+        if use.cut != label.cut:
+            self.whole(use.operand)
+            return []
+        if use.operand in self.buffers and label.stage < stage:
+            return []
+        if label.stage < stage and self._keep(use.operand):
+            self.whole(use.operand)
+            return []
+        return [use.operand]
+
+    def _keep(self, node: fx.Node) -> bool:
+        """Backward values of an earlier loop are kept unless they are wider than a hidden state."""
+        info = self.labels.joint.info[node]
+        return node in self._backward and isinstance(info, TensorInfo) and per_token(info.shape) <= self._limit
+
+    def _flex(self, node: fx.Node) -> None:
+        """The leaves of a FLEX value must exist; the value itself is sliced where it is used."""
+        for operand in tensor_operands(node, self.labels.joint):
+            if self.labels.of(operand).kind is Kind.FLEX:
+                self._flex(operand)
+            else:
+                self.whole(operand)
+
+
+def producer(node: fx.Node) -> fx.Node:
+    """The op behind a value: a tuple's getitem stands for the call that made the tuple."""
+    while node.op == "call_function" and node.target is operator.getitem:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_mask(node: fx.Node, operand: fx.Node) -> bool:
+    position = ATTENTION.get(str(node.target))
+    return position is not None and node.args[position[0]] is operand
+
+
+def _streams(info: Any) -> bool:
+    return isinstance(info, TensorInfo) and info.dtype.is_floating_point and any(has_axis(d) for d in info.shape)
+
+
+def _depends(joint: Joint, sources: Sequence[fx.Node]) -> set[fx.Node]:
+    reached = set(sources)
+    for n in joint.graph.nodes:
+        if any(a in reached for a in n.all_input_nodes):
+            reached.add(n)
+    return reached
+
+
+__all__ = ["Loop", "Schedule", "build", "producer", "schedule", "slices", "torch"]

@@ -1,0 +1,140 @@
+"""Lower: the chunk form of ops whose chunk is not the op itself.
+
+A slice along the streamed axis moves rows between chunks; attention takes spans of keys; attention's backward
+adds into the accumulators of dK and dV; the backward of the token loss overwrites logits that nobody needs any
+more; dropout is told where its chunk begins. Everything else is emitted as it stands.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmem import runtime
+from fxmem.emit import Body, Handler
+from fxmem.kernels import attention, dropout, token_nll
+from fxmem.labels import ATTENTION, Kind, Label
+from fxmem.sizes import HI, LO
+
+_VIEWS = frozenset(
+    {"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.detach.default", "aten.alias.default"}
+)
+
+
+def _slice(body: Body, node: fx.Node) -> Any:
+    use, cut = body.labels.uses[node][0], body.labels.of(node).cut
+    if use.cut is None or cut is None or node.args[1:2] == ():
+        return None
+    dim = node.args[1] % len(body.joint.info[node].shape)  # type: ignore[operator]
+    if dim != use.cut.dim:
+        return None
+    start, count = body.ints.rows(cut)
+    source = body.operand(use)
+    if use.cut == cut:
+        return source
+    first, _ = body.ints.rows(use.cut)
+    at = body.call(operator.sub, body.call(operator.add, start, body.ints(cut.offset - use.cut.offset)), first)
+    return body.call(torch.ops.aten.slice.Tensor, source, dim, at, body.call(operator.add, at, count))
+
+
+def _slice_backward(body: Body, node: fx.Node) -> Any:
+    use, cut = body.labels.uses[node][0], body.labels.of(node).cut
+    if use.cut is None or cut is None:
+        return None
+    dim = node.args[2] % len(body.joint.info[node].shape)  # type: ignore[operator]
+    if dim != use.cut.dim:
+        return None
+    (start, count), (first, rows) = body.ints.rows(cut), body.ints.rows(use.cut)
+    # a row r of the gradient is row r + shift of the result
+    moved = body.call(operator.add, first, body.ints(use.cut.offset - cut.offset))
+    before = body.call(runtime.clamp, body.call(operator.sub, moved, start), count)
+    filled = body.call(operator.add, before, rows)
+    return body.call(runtime.pad_rows, body.operand(use), dim, before, body.call(operator.sub, count, filled))
+
+
+def _spans(body: Body, node: fx.Node, keys: Any) -> Any:
+    mask_at, causal_at = ATTENTION[str(node.target)]
+    mask = node.args[mask_at]
+    if mask is None:
+        if node.args[causal_at]:
+            return body.call(attention.causal_spans, body.ints(LO), body.ints(HI))
+        return body.call(attention.full_spans, keys)
+    if mask in body.mask_of and node in body.labels.masked:
+        return body.masks[body.mask_of[mask]]  # type: ignore[index]
+    use = next(u for u in body.labels.uses[node] if u.operand is mask)
+    return body.call(attention.explicit_spans, body.operand(use))
+
+
+def _attention(body: Body, node: fx.Node) -> Any:
+    if not _streams(body, node):
+        return None
+    q, k, v = (body.operand(u) for u in body.labels.uses[node][:3])
+    return body.call(attention.forward, q, k, v, _spans(body, node, k), node.args[5])
+
+
+def _attention_backward(body: Body, node: fx.Node) -> Any:
+    if not _streams(body, node):
+        return None
+    dout, q, k, v, out, lse = (body.operand(u) for u in body.labels.uses[node][:6])
+    sums = {n.args[1]: n for n in node.users if n in body.sums}
+    dk, dv = (
+        body.input(body.names[sums[i]]) if i in sums else body.call(torch.zeros_like, x) for i, x in ((1, k), (2, v))
+    )
+    dq = body.call(attention.backward, dout, q, k, v, out, lse, dk, dv, _spans(body, node, k), node.args[8])
+    return (dq, None, None)
+
+
+def _streams(body: Body, node: fx.Node) -> bool:
+    label = body.labels.label[node]
+    return isinstance(label, tuple) and isinstance(label[0], Label) and label[0].kind is Kind.CUT
+
+
+def _token_nll_backward(body: Body, node: fx.Node) -> Any:
+    uses = body.labels.uses[node]
+    grad, logits, target, lse = (body.operand(u) for u in uses)
+    reuse = _dies_here(body, uses[1].operand, node)
+    return body.call(token_nll.backward, grad, logits, target, lse, node.args[4], logits if reuse else None)
+
+
+def _dies_here(body: Body, operand: fx.Node, node: fx.Node) -> bool:
+    """Nothing in this body reads the storage of ``operand`` after ``node``, and the body made it."""
+    here = body.order[node]
+    while True:
+        if operand not in body.order or operand in body.kept:
+            return False
+        if any(body.order.get(u, -1) > here for u in operand.users):
+            return False
+        if any(str(u.target) in _VIEWS and not _viewed_before(body, u, here) for u in operand.users):
+            return False
+        if str(operand.target) not in _VIEWS:
+            return str(operand.target) in ("aten.mm.default", "aten.addmm.default", "aten._to_copy.default", "aten.mul.Tensor", "aten.div.Tensor")
+        operand = operand.args[0]  # type: ignore[assignment]
+
+
+def _viewed_before(body: Body, view: fx.Node, here: int) -> bool:
+    later = any(body.order.get(u, -1) > here for u in view.users)
+    return not later and view not in body.kept
+
+
+def _dropout(body: Body, node: fx.Node) -> Any:
+    cut = body.labels.of(node).cut
+    if cut is None:
+        return None
+    x, seed = (body.operand(u) for u in body.labels.uses[node])
+    start, _ = body.ints.rows(cut)
+    outer, inner, length = (body.ints(v) for v in (cut.outer, cut.inner, cut.length))
+    return body.call(dropout.chunk, x, seed, node.args[2], node.args[3], cut.dim, outer, inner, start, length)
+
+
+HANDLERS: dict[str, Handler] = {
+    "aten.slice.Tensor": _slice,
+    "aten.slice_backward.default": _slice_backward,
+    "fxmem.attention.default": _attention,
+    "fxmem.attention_backward.default": _attention_backward,
+    "fxmem.token_nll_backward.default": _token_nll_backward,
+    "fxmem.dropout.default": _dropout,
+}
+"""Op name -> function from a body and a node to the node's value in the body (None: emit the op itself)."""
