@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ def why_not(setup: Setup, objective: str) -> str | None:
 
 
 def build(
-    setup: Setup, model: Any, objective: str, ids: torch.Tensor, chunk: int | str
+    setup: Setup, model: Any, objective: str, ids: torch.Tensor, chunk: int | Literal["auto"]
 ) -> Callable[[], torch.Tensor]:
     """Prepare the model in place; the result runs one forward and returns the loss."""
     loss, _ = OBJECTIVES[objective]
@@ -102,7 +102,7 @@ def _with_fxmem(
     model: Any,
     objective: str,
     way: str,
-    chunk: int | str,
+    chunk: int | Literal["auto"],
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A loss inside the model streams by `transform`, one in user code by `torch.compile`."""
     import fxmem

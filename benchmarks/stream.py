@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,7 +42,7 @@ class Options:
     repeats: int = 3
     steps: int = 3
     threads: int = 2
-    chunk: int | str = "auto"
+    chunk: int | Literal["auto"] = "auto"
     out: Path = Path("benchmarks/results")
 
 
@@ -168,7 +168,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--repeats", type=int, default=plain.repeats)
     add("--steps", type=int, default=plain.steps, help="timed steps per process, after one more")
     add("--threads", type=int, default=plain.threads)
-    add("--chunk", type=lambda text: text if text == "auto" else int(text), default=plain.chunk)
+    add("--chunk", type=lambda text: "auto" if text == "auto" else int(text), default=plain.chunk)
     add("--out", type=Path, default=plain.out)
     given = vars(parser.parse_args(arguments))
     tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}

@@ -7,6 +7,7 @@ fails there with the name, not somewhere in a user's training run.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 import torch._dynamo
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis, Unsupported
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "BackendCompilerFailed", "FakeTensor", "FakeTensorMode", "Unsupported", "ambient_autocast", "call_impl",
+    "BackendCompilerFailed", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "Unsupported", "ambient_autocast", "call_impl",
     "compile_times", "dynamic_inputs", "fake_mode_of", "is_control_node", "make_fx", "mark_dynamic",
-    "restart_capture", "set_compiled_call", "unset_compiled_call",
+    "restart_capture", "set_compiled_call", "tree_leaves", "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
 
 
@@ -79,6 +82,14 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
     return None
 
 
+def ignore_logging() -> contextlib.AbstractContextManager[Any]:
+    """Let Dynamo skip calls of logger methods instead of stopping at them."""
+    levels = ("debug", "info", "warning", "warning_once", "info_once", "warning_advice", "error")
+    methods = {getattr(logging.Logger, n) for n in levels if hasattr(logging.Logger, n)}
+    known = torch._dynamo.config.ignore_logging_functions
+    return torch._dynamo.config.patch(ignore_logging_functions={*known, *methods})
+
+
 def is_control_node(node: fx.Node) -> str | None:
     """``"grad"``, ``"enter"`` or ``"exit"`` for nodes that only switch grad mode or autocast."""
     if node.op != "call_function":
@@ -113,11 +124,22 @@ def ambient_autocast(state: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator
     """Re-enter the given autocast states without a weight cache, and none else."""
     with contextlib.ExitStack() as stack:
         for device, dtype, enabled in state:
-            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+            stack.enter_context(
+                torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+            )
         yield
 
 
 def compile_times() -> float:
     """Seconds that Dynamo has spent in this process on whole frames, backends included."""
     times = torch._dynamo.utils.compilation_time_metrics
-    return float(sum(times.get("_compile.compile_inner", []) or times.get("entire_frame_compile", [])))
+    return float(
+        sum(times.get("_compile.compile_inner", []) or times.get("entire_frame_compile", []))
+    )
+
+
+def wrapper_tensor(
+    cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Any:
+    """An instance of a tensor subclass that has metadata and no storage."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]

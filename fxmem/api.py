@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from fxmem import _compat
 from fxmem.compiled import CompiledGraph, compile_graph
@@ -23,8 +22,12 @@ class Backend:
         self.plan = plan
         self.graphs: list[CompiledGraph] = []
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        learns = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs)
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
+    ) -> Callable[..., Any]:
+        learns = torch.is_grad_enabled() and any(
+            isinstance(v, Tensor) and v.requires_grad for v in example_inputs
+        )
         if not learns or self.plan.stream is None:
             return gm.forward
         if not any(isinstance(v, torch.SymInt) for v in example_inputs):
@@ -59,12 +62,16 @@ def backend(plan: Plan | None = None) -> Backend:
     return Backend(Plan(stream=Stream()) if plan is None else plan)
 
 
-def fxmem_backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None) -> Callable[..., Any]:
+def fxmem_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None
+) -> Callable[..., Any]:
     """Entry point of ``torch.compile(..., backend="fxmem", options={"plan": plan})``."""
     options = dict(options or {})
     plan = options.pop("plan", None) or Plan(stream=Stream())
     if options:
-        raise PlanError(f"unknown option {sorted(options)[0]!r} of backend 'fxmem'; the one option is 'plan'")
+        raise PlanError(
+            f"unknown option {sorted(options)[0]!r} of backend 'fxmem'; the one option is 'plan'"
+        )
     if not isinstance(plan, Plan):
         raise PlanError(f"option 'plan' must be a fxmem.Plan, not {type(plan).__name__}")
     return Backend(plan)(gm, example_inputs)
@@ -88,13 +95,16 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        for leaf in tree_leaves((args, kwargs)):
+        for leaf in _compat.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 _compat.mark_dynamic(leaf)
         try:
-            return compiled(*args, **kwargs)
+            with _compat.ignore_logging():
+                return compiled(*args, **kwargs)
         except _compat.Unsupported as error:
-            raise CaptureError(f"{type(model).__name__} cannot be captured", reason=str(error)) from error
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured", reason=str(error)
+            ) from error
 
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
+from fxmem._compat import tree_leaves
 from fxmem.sizes import UNIT, ZERO, Size, T, divide, has_axis, product, same
 
 Dim = tuple[str, ...]
@@ -53,7 +53,9 @@ class Call:
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Tensor operands in argument order."""
-        leaves = tree_leaves((self.args, dict(self.kwargs)), is_leaf=lambda x: isinstance(x, TensorInfo))
+        leaves = tree_leaves(
+            (self.args, dict(self.kwargs)), is_leaf=lambda x: isinstance(x, TensorInfo)
+        )
         return tuple(x for x in leaves if isinstance(x, TensorInfo))
 
     @property
@@ -138,7 +140,9 @@ def broadcast(call: Call, operands: Sequence[TensorInfo], out: TensorInfo) -> tu
     return tuple(result)
 
 
-def regroup(shape_in: Sequence[Size], shape_out: Sequence[Size]) -> tuple[Dims, Dims, dict[str, Size]] | None:
+def regroup(
+    shape_in: Sequence[Size], shape_out: Sequence[Size]
+) -> tuple[Dims, Dims, dict[str, Size]] | None:
     """Letters of a reshape by common refinement of the two shapes, with the size of each letter.
 
     ``None`` where the shapes have no common refinement that can be shown symbolically.
@@ -185,7 +189,11 @@ def _chain(bounds: list[Size]) -> list[Size] | None:
     """``bounds`` ordered so that each divides the next."""
     rest, out, previous = list(bounds), [], product(())
     while rest:
-        fits = [b for b in rest if divide(b, previous) is not None and all(divide(o, b) is not None for o in rest)]
+        fits = [
+            b
+            for b in rest
+            if divide(b, previous) is not None and all(divide(o, b) is not None for o in rest)
+        ]
         if not fits:
             return None
         out.append(fits[0])
@@ -218,7 +226,9 @@ class Cut:
         return tuple(out)
 
 
-def locate(dims: Dims, shape: Sequence[Size], cut: Cut, table: Mapping[str, Size]) -> tuple[str, Cut] | None:
+def locate(
+    dims: Dims, shape: Sequence[Size], cut: Cut, table: Mapping[str, Size]
+) -> tuple[str, Cut] | None:
     """The letter of ``dims`` that ``cut`` falls into, with the cut relative to that letter (dim -1)."""
     dim = dims[cut.dim]
     if len(dim) == 1:
@@ -230,7 +240,11 @@ def locate(dims: Dims, shape: Sequence[Size], cut: Cut, table: Mapping[str, Size
             return None
         after = product(table[x] for x in dim[i + 1 :])
         outer, inner = divide(cut.outer, before), divide(cut.inner, after)
-        if outer is not None and inner is not None and same(product((outer, cut.length, inner)), extent):
+        if (
+            outer is not None
+            and inner is not None
+            and same(product((outer, cut.length, inner)), extent)
+        ):
             return letter, Cut(-1, cut.length, cut.offset, outer, inner)
         before = product((before, extent))
     return None
@@ -258,4 +272,3 @@ def axis_cuts(shape: Sequence[Size]) -> tuple[Cut, ...]:
             if outer is not None and not has_axis(outer):
                 out.append(Cut(i, T, outer=outer))
     return tuple(out)
-

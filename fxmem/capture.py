@@ -73,7 +73,9 @@ def canonical(expr: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
     return sympy.expand(sympy.sympify(expr).xreplace(dict(symbols)))
 
 
-def canonical_shape(value: torch.Tensor, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[Size, ...]:
+def canonical_shape(
+    value: torch.Tensor, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Size, ...]:
     return tuple(canonical(s, symbols) for s in value.shape)
 
 
@@ -81,12 +83,23 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(value_of(node), torch.Tensor)
 
 
+def is_size(value: Any) -> bool:
+    """An integer, symbolic or not, or a tuple of them: it needs no computing."""
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(is_size(v) for v in value)
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def is_wide(shape: Sequence[Size]) -> bool:
     """Too large per token to stand whole without need."""
     return degree(shape) > 1 or (degree(shape) == 1 and per_token(shape) > NARROW_LIMIT)
 
 
-def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], ambient: Sequence[tuple[str, torch.dtype, bool]]) -> Capture:
+def analyse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    ambient: Sequence[tuple[str, torch.dtype, bool]],
+) -> Capture:
     """Split ``gm`` into preamble and main. Raises :class:`MutationError` for writes into inputs."""
     contexts, nodes = _contexts(gm, ambient)
     inputs = list(gm.graph.find_nodes(op="placeholder"))
@@ -105,12 +118,24 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], ambient: Sequence
             main.append(n)
     symbols, hints = _symbols(inputs, parameters)
     capture = Capture(
-        gm, nodes, contexts, inputs, list(output.args[0]), parameters, main, frozenset(main), symbols, _compat.fake_mode_of(gm), hints
+        gm,
+        nodes,
+        contexts,
+        inputs,
+        list(output.args[0]),
+        parameters,
+        main,
+        frozenset(main),
+        symbols,
+        _compat.fake_mode_of(gm),
+        hints,
     )
     return capture
 
 
-def _contexts(gm: fx.GraphModule, ambient: Sequence[tuple[str, torch.dtype, bool]]) -> tuple[dict[fx.Node, Context], list[fx.Node]]:
+def _contexts(
+    gm: fx.GraphModule, ambient: Sequence[tuple[str, torch.dtype, bool]]
+) -> tuple[dict[fx.Node, Context], list[fx.Node]]:
     grad, casts, opened = True, list(ambient), {}
     contexts, nodes = {}, []
     for n in gm.graph.nodes:
@@ -154,7 +179,9 @@ def _refuse_input_mutation(nodes: list[fx.Node]) -> None:
             )  # fmt: skip
 
 
-def _symbols(inputs: Sequence[fx.Node], parameters: set[fx.Node]) -> tuple[dict[sympy.Symbol, sympy.Symbol], dict[str, int]]:
+def _symbols(
+    inputs: Sequence[fx.Node], parameters: set[fx.Node]
+) -> tuple[dict[sympy.Symbol, sympy.Symbol], dict[str, int]]:
     """Canonical names: ``T`` for the streamed length, ``n0``, ``n1``, ... for the others.
 
     The streamed axis is the symbol that stands last in the shapes of the inputs: tokens in ``[B, T]`` ids,
@@ -175,7 +202,9 @@ def _symbols(inputs: Sequence[fx.Node], parameters: set[fx.Node]) -> tuple[dict[
     streamed = max(votes, key=lambda s: votes[s]) if votes else None
     rename: dict[sympy.Symbol, sympy.Symbol] = {}
     for s in dict.fromkeys(order):
-        rename[s] = T if s == streamed else sympy.Symbol(f"n{len(rename)}", integer=True, positive=True)
+        rename[s] = (
+            T if s == streamed else sympy.Symbol(f"n{len(rename)}", integer=True, positive=True)
+        )
     hints = {}
     for n in inputs:
         value = value_of(n)
@@ -204,13 +233,22 @@ def source_line(node: fx.Node) -> str | None:
     return "  ".join(lines[at[-1] : at[-1] + 2]) if at else lines[-1]
 
 
-def run(nodes: Sequence[fx.Node], env: dict[fx.Node, Any], capture: Capture, call: Callable[[fx.Node, Any, Any], Any]) -> None:
+def run(
+    nodes: Sequence[fx.Node],
+    env: dict[fx.Node, Any],
+    capture: Capture,
+    call: Callable[[fx.Node, Any, Any], Any],
+) -> None:
     """Interpret Dynamo nodes into ``env`` under their contexts; ``call`` may replace single ops."""
     for n in nodes:
         if n in env:
             continue
         if n.op == "get_attr":
             env[n] = _attribute(capture.gm, n.target)
+            continue
+        if is_size(value_of(n)):
+            # the trace ties sizes to the tensors they come from
+            env[n] = value_of(n)
             continue
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: env[a])
         with capture.contexts[n].enter():

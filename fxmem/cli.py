@@ -10,7 +10,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fxmem.errors import FxmemError
 
@@ -58,6 +58,7 @@ def _add_demo(commands: Any) -> None:
     add("--lr", type=float, help="learning rate (default: suits the optimizer)")
     add("--out", type=Path, default=Path("fxmem-demo"), help="folder for table and pictures")
     add("--wheel", type=Path, help="an existing copy of the SmolLM2 wheel")
+    add("--exact", action="store_true", help="hold gradients to a float64 step; slow, large")
     add("--short", action="store_true", help="a tiny random model on 1024 tokens; no download")
     demo.set_defaults(run=_demo)
 
@@ -79,6 +80,7 @@ def _demo(options: argparse.Namespace) -> int:
     from fxmem.isolate import OK, OUT_OF_MEMORY
 
     asked: dict[str, Any] = {"model": TINY, "length": 1024, "steps": 2} if options.short else {}
+    asked["exact"] = options.exact
     fields = ("model", "length", "steps", "threads", "setups", "optimizer", "lr", "chunk", "out")
     for field in (*fields, "wheel"):
         value = getattr(options, field)
@@ -112,8 +114,8 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _chunk(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def _chunk(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmem import _compat
+from fxmem import _compat, regions
 from fxmem import capture as cap
 from fxmem import preamble as pre_
-from fxmem import regions
 from fxmem.dropped import dropped
 from fxmem.executor import CallState, execute, run_region
 from fxmem.joint import trace
@@ -30,7 +29,7 @@ from fxmem.plan import Plan
 from fxmem.region_code import RegionCode
 from fxmem.sizes import degree, has_axis, per_token
 
-KEEP_PER_TOKEN = 16
+KEEP_PER_TOKEN = 8
 """Elements per token up to which an output that wants a gradient leaves the graph (metrics, log-probs)."""
 
 
@@ -65,7 +64,14 @@ class RegionCall:
 class CompiledGraph:
     """Callable with the flat arguments of the Dynamo graph."""
 
-    def __init__(self, capture: cap.Capture, pre: pre_.Preamble, calls: list[RegionCall], plan: Plan, chunker: Any) -> None:
+    def __init__(
+        self,
+        capture: cap.Capture,
+        pre: pre_.Preamble,
+        calls: list[RegionCall],
+        plan: Plan,
+        chunker: Any,
+    ) -> None:
         self.capture, self.pre, self.calls, self.plan = capture, pre, calls, plan
         self.chunker = chunker
         self._plan_releases()
@@ -153,20 +159,35 @@ def compile_graph(
 
 def _ambient(example_inputs: Sequence[Any]) -> list[tuple[str, torch.dtype, bool]]:
     devices = {v.device.type for v in example_inputs if isinstance(v, Tensor)}
-    return [(d, torch.get_autocast_dtype(d), True) for d in sorted(devices) if torch.is_autocast_enabled(d)]
+    return [
+        (d, torch.get_autocast_dtype(d), True)
+        for d in sorted(devices)
+        if torch.is_autocast_enabled(d)
+    ]
 
 
 def _drop_outputs(capture: cap.Capture) -> None:
     """With a scalar loss, streamed activations do not leave the graph."""
     nodes = [o for o in capture.outputs if isinstance(o, fx.Node) and cap.is_tensor(o)]
-    if not any(o in capture.main_set and cap.value_of(o).dim() == 0 and cap.value_of(o).requires_grad for o in nodes):
+    if not any(
+        o in capture.main_set and cap.value_of(o).dim() == 0 and cap.value_of(o).requires_grad
+        for o in nodes
+    ):
         return
     drop = set()
     for o in nodes:
         shape = capture.shape(o)
-        if o in capture.main_set and cap.value_of(o).requires_grad and degree(shape) and per_token(shape) > KEEP_PER_TOKEN:
+        if (
+            o in capture.main_set
+            and cap.value_of(o).requires_grad
+            and degree(shape)
+            and per_token(shape) > KEEP_PER_TOKEN
+        ):
             drop.add(o)
-    capture.outputs = [Dropped(cap.value_of(o)) if isinstance(o, fx.Node) and o in drop else o for o in capture.outputs]
+    capture.outputs = [
+        Dropped(cap.value_of(o)) if isinstance(o, fx.Node) and o in drop else o
+        for o in capture.outputs
+    ]
     keep = {o for o in capture.outputs if isinstance(o, fx.Node)}
     needed = set(keep)
     for n in reversed(capture.main):
@@ -184,7 +205,11 @@ def _mixes(region: regions.Region) -> bool:
         for use in uses:
             info = joint.info[use.operand]
             streams = use.operand in joint.learned and any(has_axis(d) for d in info.shape)
-            if use.cut is None and (streams or cap.is_wide(info.shape)) and info.dtype.is_floating_point:
+            if (
+                use.cut is None
+                and (streams or cap.is_wide(info.shape))
+                and info.dtype.is_floating_point
+            ):
                 return True
             label = labels.label[use.operand]
             if use.cut is not None and getattr(label, "cut", None) not in (None, use.cut):
@@ -195,7 +220,9 @@ def _mixes(region: regions.Region) -> bool:
 def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> RegionCall:
     key = region.key()
     if key not in _CODES:
-        _CODES[key] = RegionCode(region, Canonicalize, global_mean, HANDLERS, execute, COUNTER, f"region{len(_CODES)}")
+        _CODES[key] = RegionCode(
+            region, Canonicalize, global_mean, HANDLERS, execute, COUNTER, f"region{len(_CODES)}"
+        )
     outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
     return RegionCall(_CODES[key], region.leaves, outputs, modules=_modules(region))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fxmem import _compat
 from fxmem.errors import DroppedLogitsError
 from fxmem.sizes import Size, evaluate_shape
 
@@ -16,14 +17,16 @@ class DroppedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise DroppedLogitsError("the logits of a streamed training step were asked for", op=str(func))
+        raise DroppedLogitsError(
+            "the logits of a streamed training step were asked for", op=str(func)
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"DroppedTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def dropped(shape: Sequence[Size], sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> DroppedTensor:
+def dropped(
+    shape: Sequence[Size], sizes: dict[str, int], dtype: torch.dtype, device: torch.device
+) -> DroppedTensor:
     """A stand-in of the given symbolic shape."""
-    return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
-        DroppedTensor, evaluate_shape(shape, sizes), dtype=dtype, device=device
-    )
+    return _compat.wrapper_tensor(DroppedTensor, evaluate_shape(shape, sizes), dtype, device)  # type: ignore[no-any-return]

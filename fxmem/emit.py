@@ -37,7 +37,9 @@ class Ints:
         }
         for symbol in (LO, HI):
             if str(symbol) in names:
-                self.memo[symbol] = self.memo[sympy.Symbol(str(symbol), integer=True, positive=True)]
+                self.memo[symbol] = self.memo[
+                    sympy.Symbol(str(symbol), integer=True, positive=True)
+                ]
 
     def __call__(self, expr: Size) -> Any:
         if expr.is_Integer:
@@ -135,7 +137,11 @@ class Body:
             value = self._flex(node, cut)
         else:
             start, rows = self.ints.rows(cut)
-            extra = () if (cut.outer, cut.inner) == (1, 1) else (self.ints(cut.outer), self.ints(cut.inner))
+            extra = (
+                ()
+                if (cut.outer, cut.inner) == (1, 1)
+                else (self.ints(cut.outer), self.ints(cut.inner))
+            )
             source = self.input(self.names[node])
             value = self.call(runtime.take, source, cut.dim, start, rows, *extra)
             info = self.joint.info[node]
@@ -217,7 +223,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 class Emitter:
     """Assigns names and turns a schedule into steps."""
 
-    def __init__(self, plan: Schedule, name: str, causal: bool, handlers: dict[str, Handler]) -> None:
+    def __init__(
+        self, plan: Schedule, name: str, causal: bool, handlers: dict[str, Handler]
+    ) -> None:
         self.plan, self.labels, self.joint = plan, plan.labels, plan.labels.joint
         self.name, self.causal = name, causal
         self.handlers = handlers
@@ -226,7 +234,11 @@ class Emitter:
         self.masks: dict[fx.Node, ir.Mask] = {}
 
     def run(self) -> ir.Program:
-        inputs = [*self.joint.inputs, self.joint.seed, *(t for t in self.joint.tangents if t is not None)]
+        inputs = [
+            *self.joint.inputs,
+            self.joint.seed,
+            *(t for t in self.joint.tangents if t is not None),
+        ]
         for i, node in enumerate(inputs):
             self.names[node] = f"x{i}"
         steps: list[ir.Step] = []
@@ -238,7 +250,9 @@ class Emitter:
             if stage in loops:
                 steps.append(self._loop(loops[stage]))
         outputs = [self.names[r] for r in self.plan.roots]
-        shapes = {self.names[n]: (self.joint.info[n].shape, self.joint.info[n].dtype) for n in self.names}
+        shapes = {
+            self.names[n]: (self.joint.info[n].shape, self.joint.info[n].dtype) for n in self.names
+        }
         return ir.Program(
             self.name, self.ints, [self.names[n] for n in inputs], list(outputs), _free(steps, outputs),
             list(self.masks.values()), self.causal, list(self.labels.barriers), shapes,
@@ -255,20 +269,28 @@ class Emitter:
         for node in nodes:
             source = producer(node)
             if (source, None) not in body.chunks:
-                uses = self.labels.uses.get(source) or tuple(Use(o, None) for o in tensor_operands(source, self.joint))
+                uses = self.labels.uses.get(source) or tuple(
+                    Use(o, None) for o in tensor_operands(source, self.joint)
+                )
                 uses = tuple(Use(u.operand, None) for u in uses)
                 body.chunks[source, None] = (
-                    body.graph.node_copy(source) if source.op == "get_attr" else body.copy(source, uses, None)
+                    body.graph.node_copy(source)
+                    if source.op == "get_attr"
+                    else body.copy(source, uses, None)
                 )
                 if source.op == "get_attr":
                     setattr(body.module, source.target, getattr(self.joint.module, source.target))
             if node is not source:
-                body.chunks[node, None] = body.call(operator.getitem, body.chunks[source, None], node.args[1])
+                body.chunks[node, None] = body.call(
+                    operator.getitem, body.chunks[source, None], node.args[1]
+                )
             results.append(node)
         for i, node in enumerate(results):
             self.names[node] = f"s{len(self.names)}_{i}"
         body.graph.output(tuple(body.chunks[n, None] for n in results))
-        return ir.Straight(body.finish(), self.ints, list(body.tensors), [self.names[n] for n in results])
+        return ir.Straight(
+            body.finish(), self.ints, list(body.tensors), [self.names[n] for n in results]
+        )
 
     def _loop(self, loop: Loop) -> ir.Loop:
         allocate = []
@@ -335,7 +357,9 @@ class Emitter:
 
     def _write(self, body: Body, node: fx.Node, value: Any, cut: Cut) -> None:
         start, _ = body.ints.rows(cut)
-        extra = () if (cut.outer, cut.inner) == (1, 1) else (body.ints(cut.outer), body.ints(cut.inner))
+        extra = (
+            () if (cut.outer, cut.inner) == (1, 1) else (body.ints(cut.outer), body.ints(cut.inner))
+        )
         body.call(runtime.put, body.input(self.names[node]), value, cut.dim, start, *extra)
 
 

@@ -35,11 +35,17 @@ def chunks(length: int, chunk: int) -> list[tuple[int, int]]:
     return [(lo, min(lo + chunk, length)) for lo in range(0, length, chunk)]
 
 
-def execute(program: Program, state: CallState, tensors: Sequence[Tensor | None], chunk: int, counter: Any) -> list[Tensor | None]:
+def execute(
+    program: Program, state: CallState, tensors: Sequence[Tensor | None], chunk: int, counter: Any
+) -> list[Tensor | None]:
     """Run a program; ``tensors`` in the order of ``program.inputs``."""
     env: dict[str, Any] = dict(zip(program.inputs, tensors, strict=True))
     parts = chunks(state.sizes.get("T", 1), chunk)
-    tiles = {m.name: tile_map(m, state, env, parts) for m in program.masks if all(t in env for t in m.tensors)}
+    tiles = {
+        m.name: tile_map(m, state, env, parts)
+        for m in program.masks
+        if all(t in env for t in m.tensors)
+    }
     sizes = state.sizes
     device = next((t.device for t in tensors if t is not None and t.dim()), torch.device("cpu"))
     for step in program.steps:
@@ -80,7 +86,9 @@ def _result(program: Program, env: Mapping[str, Any], name: str) -> Tensor:
     return value if value.dtype == dtype else value.to(dtype)
 
 
-def tile_map(mask: Mask, state: CallState, env: Mapping[str, Any], parts: list[tuple[int, int]]) -> masks.TileMap:
+def tile_map(
+    mask: Mask, state: CallState, env: Mapping[str, Any], parts: list[tuple[int, int]]
+) -> masks.TileMap:
     """The classified mask, shared by all regions of the call that use the same one."""
     tensors = [env[t] for t in mask.tensors]
     key = (mask.key, tuple(parts[:1]), *(id(t) for t in tensors))
@@ -95,7 +103,12 @@ class RegionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, code: RegionCode, state: CallState, chunk: int, seed: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        code: RegionCode,
+        state: CallState,
+        chunk: int,
+        seed: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         outputs, grads = code.forward(state, chunk, tensors, seed, learn=True)
         kept = code.saved(grads is not None)
@@ -103,7 +116,9 @@ class RegionFunction(torch.autograd.Function):
         ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
         ctx.shapes = [(o.shape, o.dtype, o.device) for o in outputs]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(o for o, d in zip(outputs, code.differentiable, strict=True) if not d))
+        ctx.mark_non_differentiable(
+            *(o for o, d in zip(outputs, code.differentiable, strict=True) if not d)
+        )
         return tuple(outputs)
 
     @staticmethod
@@ -114,7 +129,11 @@ class RegionFunction(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         code: RegionCode = ctx.code
         given = [t for t, d in zip(tangents, code.differentiable, strict=True) if d]
-        if grads is not None and sum(t is not None for t in given) == 1 and given[code.loss] is not None:
+        if (
+            grads is not None
+            and sum(t is not None for t in given) == 1
+            and given[code.loss] is not None
+        ):
             out = code.scale(grads, given[code.loss])
         else:
             shapes = [s for s, d in zip(ctx.shapes, code.differentiable, strict=True) if d]
@@ -138,7 +157,9 @@ def _saved(ctx: Any) -> Sequence[Tensor | None]:
     return saved
 
 
-def run_region(code: RegionCode, state: CallState, chunk: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def run_region(
+    code: RegionCode, state: CallState, chunk: int, tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
     """Outputs of a region, with autograd where any input wants a gradient."""
     seed = code.draw_seed(tensors[0].device)
     if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):

@@ -67,7 +67,8 @@ def trace(region: Region, call: Caller, *, backward: bool, only: int | None = No
     forward = region.function(call)
     fakes = _output_values(region)
     diff = [
-        bool(backward and any(wants) and v.requires_grad) and only in (None, i) for i, v in enumerate(fakes)
+        bool(backward and any(wants) and v.requires_grad) and only in (None, i)
+        for i, v in enumerate(fakes)
     ]
 
     def joint(*flat: Any) -> list[Any]:
@@ -76,14 +77,27 @@ def trace(region: Region, call: Caller, *, backward: bool, only: int | None = No
         with torch.enable_grad():
             outs = forward(*flat[: k + m])
             targets = [o for o, d in zip(outs, diff, strict=True) if d and o.requires_grad]
-            given = [t for t, o, d in zip(flat[k + m + 1 :], _only(outs, diff), _only(diff, diff), strict=True) if o.requires_grad]
+            given = [
+                t
+                for t, o, d in zip(
+                    flat[k + m + 1 :], _only(outs, diff), _only(diff, diff), strict=True
+                )
+                if o.requires_grad
+            ]
             wanted = [t for t, w in zip(flat[k : k + m], wants, strict=True) if w]
-            grads = torch.autograd.grad(targets, wanted, given, allow_unused=True) if targets else [None] * len(wanted)
+            grads = (
+                torch.autograd.grad(targets, wanted, given, allow_unused=True)
+                if targets
+                else [None] * len(wanted)
+            )
         record["random"] = call.sites > 0
         return [*outs, *grads]
 
     with mode, torch.enable_grad():
-        tangents = [torch.empty_strided(v.shape, _contiguous(v.shape), dtype=v.dtype, device=v.device) for v in _only(fakes, diff)]
+        tangents = [
+            torch.empty_strided(v.shape, _contiguous(v.shape), dtype=v.dtype, device=v.device)
+            for v in _only(fakes, diff)
+        ]
         gm = _compat.make_fx(joint)(*ints, *tensors, seed, *tangents)
     return _read(gm, region, diff, wants, bool(record["random"]))
 
@@ -99,7 +113,11 @@ def _output_values(region: Region) -> list[torch.Tensor]:
 def _fresh(value: torch.Tensor, wants_grad: bool) -> torch.Tensor:
     """A new leaf like ``value``; must be called under the fake mode."""
     return torch.empty_strided(
-        value.shape, value.stride(), dtype=value.dtype, device=value.device, requires_grad=wants_grad
+        value.shape,
+        value.stride(),
+        dtype=value.dtype,
+        device=value.device,
+        requires_grad=wants_grad,
     )
 
 
@@ -111,7 +129,9 @@ def _contiguous(shape: Sequence[Any]) -> list[Any]:
     return out[::-1]
 
 
-def _read(gm: fx.GraphModule, region: Region, diff: list[bool], wants: list[bool], random: bool) -> Joint:
+def _read(
+    gm: fx.GraphModule, region: Region, diff: list[bool], wants: list[bool], random: bool
+) -> Joint:
     gm = _functional(gm, region)
     gm.graph.eliminate_dead_code()
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
@@ -154,7 +174,7 @@ def _functional(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
     """Remove in-place ops on fresh values, if the trace has any."""
     mutable = [
         n for n in gm.graph.nodes
-        if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable
+        if isinstance(n.target, _compat.OpOverload) and n.target._schema.is_mutable
     ]  # fmt: skip
     if not mutable:
         return gm

@@ -64,6 +64,7 @@ class Use:
 class Barrier:
     """An op that had to run whole although a cut value reaches it."""
 
+    node: fx.Node
     op: str
     reason: str
     module: str | None
@@ -105,7 +106,9 @@ def call_of(node: fx.Node, joint: Joint) -> Call:
 def tensor_operands(node: fx.Node, joint: Joint) -> list[fx.Node]:
     """Tensor operands in argument order, repeats included."""
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda a: found.append(a) if joint.info[a] is not None else None)
+    fx.map_arg(
+        (node.args, node.kwargs), lambda a: found.append(a) if joint.info[a] is not None else None
+    )
     return found
 
 
@@ -135,7 +138,13 @@ def _visit(labels: Labels, node: fx.Node, causal: bool) -> None:
     wide = any(o is not None and _streams(labels, node, o) for o in call.outs)
     outcome = _decide(labels, call, row, signature, operands, wide)
     if outcome is None:
-        _barrier(labels, node, call, operands, "it has no row" if signature is None else "its axis is needed complete")
+        _barrier(
+            labels,
+            node,
+            call,
+            operands,
+            "it has no row" if signature is None else "its axis is needed complete",
+        )
         return
     labels.label[node], labels.uses[node] = outcome
 
@@ -158,7 +167,12 @@ def _attention_call(labels: Labels, node: fx.Node, call: Call, causal: bool) -> 
 
 
 def _decide(
-    labels: Labels, call: Call, row: AxisRule | None, signature: Signature | None, operands: list[fx.Node], wide: bool
+    labels: Labels,
+    call: Call,
+    row: AxisRule | None,
+    signature: Signature | None,
+    operands: list[fx.Node],
+    wide: bool,
 ) -> tuple[Any, tuple[Use, ...]] | None:
     given = [labels.of(o) for o in operands]
     is_cut = any(g.kind is Kind.CUT for g in given)
@@ -179,7 +193,9 @@ def _decide(
     return None
 
 
-def _straight(labels: Labels, call: Call, operands: list[fx.Node], given: list[Label]) -> tuple[Any, tuple[Use, ...]]:
+def _straight(
+    labels: Labels, call: Call, operands: list[fx.Node], given: list[Label]
+) -> tuple[Any, tuple[Use, ...]]:
     uses = tuple(Use(o, None) for o in operands)
     stage = max((_ready(labels, g, u) for g, u in zip(given, uses, strict=True)), default=0)
     label = Label(Kind.STRAIGHT, stage)
@@ -218,13 +234,17 @@ def _options(
     return list(found.values())
 
 
-def _option(call: Call, sig: Signature, given: list[Label], letter: str, relative: Cut) -> _Option | None:
+def _option(
+    call: Call, sig: Signature, given: list[Label], letter: str, relative: Cut
+) -> _Option | None:
     cuts: list[Cut | None] = []
     conflicts = 0
     for i, label in enumerate(given):
         cut = place(letter, relative, sig.ins[i], sig.extent)
         shape = call.tensors[i].shape
-        if cut is not None and not same(shape[cut.dim], product((cut.outer, cut.length, cut.inner))):
+        if cut is not None and not same(
+            shape[cut.dim], product((cut.outer, cut.length, cut.inner))
+        ):
             return None
         cuts.append(cut)
         if label.kind is Kind.CUT and (cut is None or cut != label.cut):
@@ -234,7 +254,12 @@ def _option(call: Call, sig: Signature, given: list[Label], letter: str, relativ
 
 
 def _apply(
-    labels: Labels, call: Call, sig: Signature, operands: list[fx.Node], given: list[Label], option: _Option
+    labels: Labels,
+    call: Call,
+    sig: Signature,
+    operands: list[fx.Node],
+    given: list[Label],
+    option: _Option,
 ) -> tuple[Any, tuple[Use, ...]] | None:
     uses = []
     for i, (operand, cut) in enumerate(zip(operands, option.cuts, strict=True)):
@@ -250,7 +275,9 @@ def _apply(
     return (outs[0] if len(outs) == 1 else tuple(outs)), tuple(uses)
 
 
-def _output(sig: Signature, option: _Option, index: int, info: TensorInfo | None, stage: int) -> Any:
+def _output(
+    sig: Signature, option: _Option, index: int, info: TensorInfo | None, stage: int
+) -> Any:
     """Label of one output; None where it does not exist, False where this option cannot make it."""
     dims = sig.outs[index]
     if info is None or dims is None:
@@ -282,7 +309,9 @@ def _ready(labels: Labels, label: Label, use: Use | None) -> int:
     """The first stage at which the use can be served."""
     chunk = use is not None and use.cut is not None
     if label.kind is Kind.CUT and not (chunk and use is not None and use.cut == label.cut):
-        fused = use is not None and use.prefix and labels_direction(labels, label.stage) == ASCENDING
+        fused = (
+            use is not None and use.prefix and labels_direction(labels, label.stage) == ASCENDING
+        )
         return label.stage if fused else label.stage + 1
     if label.kind is Kind.PARTIAL:
         fused = label.suffix and chunk and labels_direction(labels, label.stage) == DESCENDING
@@ -322,11 +351,15 @@ def can_slice(labels: Labels, node: fx.Node, cut: Cut) -> bool:
     return all(c is None or can_slice(labels, o, c) for o, c in zip(operands, cuts, strict=True))
 
 
-def _barrier(labels: Labels, node: fx.Node, call: Call, operands: list[fx.Node], reason: str) -> None:
+def _barrier(
+    labels: Labels, node: fx.Node, call: Call, operands: list[fx.Node], reason: str
+) -> None:
     given = [labels.of(o) for o in operands]
     labels.label[node], labels.uses[node] = _straight(labels, call, operands, given)
     shape = next((o.shape for o in call.outs if o is not None), ())
-    labels.barriers.append(Barrier(call.op, reason, module_path(node), source_line(node), shape))
+    labels.barriers.append(
+        Barrier(node, call.op, reason, module_path(node), source_line(node), shape)
+    )
 
 
 def describe(labels: Labels) -> Mapping[str, str]:

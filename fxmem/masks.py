@@ -76,4 +76,8 @@ def _trim(span: Span, stop: int) -> Span:
     """The span without keys at or after ``stop``, which no row sees."""
     if span.stop <= stop or span.start >= stop:
         return span
-    return Span(span.start, stop, None if span.mask is None else span.mask[..., : stop - span.start].contiguous())
+    return Span(
+        span.start,
+        stop,
+        None if span.mask is None else span.mask[..., : stop - span.start].contiguous(),
+    )

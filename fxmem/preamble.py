@@ -15,7 +15,16 @@ import torch
 from torch import fx
 
 from fxmem import _compat
-from fxmem.capture import Capture, _attribute, call_node, canonical_shape, is_tensor, is_wide, run, value_of
+from fxmem.capture import (
+    Capture,
+    _attribute,
+    call_node,
+    canonical_shape,
+    is_tensor,
+    is_wide,
+    run,
+    value_of,
+)
 
 Leaf = tuple[str, str]
 """Name of a run-time value: ``("input", placeholder)``, ``("pre", preamble node)`` or ``("main", node)``."""
@@ -62,7 +71,9 @@ def lower(capture: Capture) -> Preamble:
     return _split(capture, traced, inputs, wanted)
 
 
-def _trace(capture: Capture, inputs: list[fx.Node], nodes: list[fx.Node], wanted: list[fx.Node]) -> fx.GraphModule:
+def _trace(
+    capture: Capture, inputs: list[fx.Node], nodes: list[fx.Node], wanted: list[fx.Node]
+) -> fx.GraphModule:
     def fn(*values: Any) -> list[Any]:
         env: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
         run(nodes, env, capture, call_node)
@@ -73,7 +84,9 @@ def _trace(capture: Capture, inputs: list[fx.Node], nodes: list[fx.Node], wanted
         return _compat.make_fx(fn)(*(value_of(n) for n in inputs))
 
 
-def _split(capture: Capture, gm: fx.GraphModule, inputs: list[fx.Node], wanted: list[fx.Node]) -> Preamble:
+def _split(
+    capture: Capture, gm: fx.GraphModule, inputs: list[fx.Node], wanted: list[fx.Node]
+) -> Preamble:
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     origin = dict(zip(placeholders, inputs, strict=True))
     (output,) = gm.graph.find_nodes(op="output")
@@ -102,7 +115,9 @@ def _split(capture: Capture, gm: fx.GraphModule, inputs: list[fx.Node], wanted: 
     return pre
 
 
-def _cone(capture: Capture, gm: fx.GraphModule, root: fx.Node, origin: dict[fx.Node, fx.Node], name: Any) -> Cone:
+def _cone(
+    capture: Capture, gm: fx.GraphModule, root: fx.Node, origin: dict[fx.Node, fx.Node], name: Any
+) -> Cone:
     order: list[fx.Node] = []
     leaves: dict[fx.Node, None] = {}
 
@@ -110,7 +125,9 @@ def _cone(capture: Capture, gm: fx.GraphModule, root: fx.Node, origin: dict[fx.N
         if node in order or node in leaves:
             return
         value = value_of(node)
-        narrow = isinstance(value, torch.Tensor) and not is_wide(canonical_shape(value, capture.symbols))
+        narrow = isinstance(value, torch.Tensor) and not is_wide(
+            canonical_shape(value, capture.symbols)
+        )
         if node.op == "placeholder" or (narrow and node is not root and not _is_constant(node)):
             leaves[node] = None
             return
@@ -130,13 +147,18 @@ def _cone(capture: Capture, gm: fx.GraphModule, root: fx.Node, origin: dict[fx.N
         env[n] = graph.node_copy(n, lambda a: env[a])
     graph.output(env[root])
     return Cone(
-        fx.GraphModule(module, graph), [origin[n] for n in ints], [name(n) for n in tensors], [value_of(n) for n in tensors]
+        fx.GraphModule(module, graph),
+        [origin[n] for n in ints],
+        [name(n) for n in tensors],
+        [value_of(n) for n in tensors],
     )
 
 
 def _is_constant(node: fx.Node) -> bool:
     """A factory call: cheaper to repeat in a region than to pass in."""
-    return node.op == "call_function" and not any(isinstance(value_of(a), torch.Tensor) for a in node.all_input_nodes)
+    return node.op == "call_function" and not any(
+        isinstance(value_of(a), torch.Tensor) for a in node.all_input_nodes
+    )
 
 
 def execute(pre: Preamble, values: Sequence[Any]) -> dict[Leaf, Any]:

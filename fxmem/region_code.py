@@ -88,7 +88,9 @@ class RegionCode:
             self.counter.lower_seconds += time.perf_counter() - start
         return self.programs[key]
 
-    def _execute(self, kind: str, state: Any, chunk: int, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _execute(
+        self, kind: str, state: Any, chunk: int, tensors: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         program = self.program(kind)
         if program.masks and not _is_causal(program, state, chunk, tensors):
             program = self.program(kind, causal=False)
@@ -117,7 +119,12 @@ class RegionCode:
         return torch.randint(2**31, ()).to(device) if self.joint.random else None
 
     def backward(
-        self, state: Any, chunk: int, saved: Sequence[Tensor | None], seed: Tensor | None, tangents: Sequence[Tensor]
+        self,
+        state: Any,
+        chunk: int,
+        saved: Sequence[Tensor | None],
+        seed: Tensor | None,
+        tangents: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """Gradients of the inputs that want one, ``None`` for the others."""
         return self._execute("backward", state, chunk, [*saved, seed, *tangents])
@@ -136,7 +143,12 @@ class RegionCode:
 
     def saved(self, has_grads: bool) -> list[bool]:
         """Which inputs the backward reads."""
-        used = {t for s in self.program("backward").steps if isinstance(s, (Straight, Loop)) for t in s.tensors}
+        used = {
+            t
+            for s in self.program("backward").steps
+            if isinstance(s, (Straight, Loop))
+            for t in s.tensors
+        }
         used |= {t for m in self.program("backward").masks for t in m.tensors}
         used |= set(filter(None, self.program("backward").outputs))
         names = self.program("backward").inputs[: len(self.values)]
@@ -153,4 +165,6 @@ def _is_causal(program: Program, state: Any, chunk: int, tensors: Sequence[Tenso
     env = dict(zip(program.inputs, tensors, strict=True))
     parts = chunks(state.sizes["T"], chunk)
     known = [m for m in program.masks if all(t in env for t in m.tensors)]
-    return len(known) == len(program.masks) and all(tile_map(m, state, env, parts).causal for m in known)
+    return len(known) == len(program.masks) and all(
+        tile_map(m, state, env, parts).causal for m in known
+    )

@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmem.capture import Capture, canonical, canonical_shape, call_node, is_tensor, run, value_of
+from fxmem.capture import (
+    Capture,
+    call_node,
+    canonical,
+    canonical_shape,
+    is_size,
+    is_tensor,
+    run,
+    value_of,
+)
 from fxmem.preamble import Cone, Leaf, Preamble
 from fxmem.sizes import has_axis, per_token
 
@@ -48,7 +57,9 @@ class Region:
         named = {("input", p.name) for p in self.capture.parameters}
         return [leaf in named for leaf in self.leaves]
 
-    def function(self, call: Callable[[fx.Node, Any, Any], Any] = call_node) -> Callable[..., list[Any]]:
+    def function(
+        self, call: Callable[[fx.Node, Any, Any], Any] = call_node
+    ) -> Callable[..., list[Any]]:
         """``fn(*ints, *tensors) -> outputs``; ``call`` replaces single ops (canonicalisation)."""
 
         def fn(*values: Any) -> list[Any]:
@@ -81,10 +92,19 @@ class Region:
             lines.append(f"cone {args} {cone.key}")
         for n in self.nodes:
             index.setdefault(n, f"v{len(index)}")
+            if is_size(value_of(n)):
+                lines.append(f"{index[n]} = {_sizes(value_of(n), symbols)}")
+                continue
             args = fx.map_arg((n.args, n.kwargs), lambda a: _Name(index[a]))
             lines.append(f"{index[n]} = {_target(n)} {args} {self.capture.contexts[n]}")
         lines.append(f"out {[index[n] for n in self.outputs]}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _sizes(value: Any, symbols: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return str([_sizes(v, symbols) for v in value])
+    return str(canonical(value, symbols))
 
 
 class _Name(str):
@@ -94,7 +114,11 @@ class _Name(str):
 
 def _target(node: fx.Node) -> str:
     t = node.target
-    return t if isinstance(t, str) else f"{getattr(t, '__module__', '')}.{getattr(t, '__qualname__', t)}"
+    return (
+        t
+        if isinstance(t, str)
+        else f"{getattr(t, '__module__', '')}.{getattr(t, '__qualname__', t)}"
+    )
 
 
 def _describe(value: torch.Tensor, symbols: Any) -> str:
@@ -140,60 +164,58 @@ def _group(keys: Sequence[str], mixing: Sequence[bool]) -> list[list[int]]:
 
 
 def _waists(capture: Capture, main: list[fx.Node]) -> list[int]:
-    """Positions ``p`` such that a region may end before ``main[p]``."""
-    live = _live_bytes(capture, main)
-    minima = [
-        live[p] for p in range(1, len(main))
-        if 0 < live[p] <= live[p - 1] and (p + 1 >= len(main) or live[p] <= live[p + 1]) and live[p] != live[p - 1]
-    ]  # fmt: skip
-    if not minima:
+    """Positions ``p`` such that a region may end before ``main[p]``.
+
+    A single state is alive there, beside values under a quarter of its size (router logits that pass by), and
+    it has the size that most of these positions share.
+    """
+    alone = _single_states(capture, main)
+    runs = [v for p, v in enumerate(alone) if v is not None and (p == 0 or alone[p - 1] != v)]
+    if not runs:
         return []
-    counts = Counter(minima)
-    often = max(2, 0.45 * max(counts.values()))
-    # a single layer may have no repetition to go by: then the widest state that stands alone
-    residual = min((v for v, c in counts.items() if c >= often), default=max(minima))
-    cuts, previous = [], False
-    for p in range(1, len(main)):
-        here = residual * 0.95 <= live[p] <= residual * 1.05
-        if here and not previous:
-            cuts.append(p)
-        previous = here
-    return cuts
+    residual = Counter(runs).most_common(1)[0][0]
+    return [p for p in range(1, len(main)) if alone[p] == residual and alone[p - 1] != residual]
 
 
-def _live_bytes(capture: Capture, main: list[fx.Node]) -> list[float]:
-    """Bytes per token alive across the position before each node, values with the streamed axis only."""
+def _single_states(capture: Capture, main: list[fx.Node]) -> list[float | None]:
+    """Bytes per token of the one streamed state alive before each node; None where there are more."""
     order = {n: i for i, n in enumerate(main)}
-    delta = [0.0] * (len(main) + 1)
-    outputs = {o for o in capture.outputs if isinstance(o, fx.Node)}
-    for n in main:
+    ends: dict[int, list[fx.Node]] = {}
+    alive: dict[fx.Node, float] = {}
+    out: list[float | None] = []
+    tuples = -1  # last use of a tuple of tensors: no cut before it
+    for p, n in enumerate(main):
+        for gone in ends.pop(p, ()):
+            del alive[gone]
+        largest = max(alive.values(), default=0.0)
+        large = [v for v in alive.values() if v >= largest / 4]
+        out.append(large[0] if len(large) == 1 and tuples < 0 else None)
         value = value_of(n)
-        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-            continue
-        shape = capture.shape(n)
-        if not any(has_axis(d) for d in shape):
-            continue
         last = max((order[u] for u in n.users if u in order), default=-1)
-        if n in outputs and not last > order[n]:
-            continue
-        size = per_token(shape) * value.dtype.itemsize
-        if last > order[n]:
-            delta[order[n] + 1] += size
-            delta[last + 1 if last + 1 <= len(main) else len(main)] -= size
-    live, total = [], 0.0
-    for p in range(len(main)):
-        total += delta[p]
-        live.append(total)
-    return live
+        tuples = max(
+            tuples, last if isinstance(value, (tuple, list)) and not is_size(value) else -1
+        )
+        tuples = -1 if tuples <= p else tuples
+        if last > p and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            shape = capture.shape(n)
+            if any(has_axis(d) for d in shape):
+                alive[n] = per_token(shape) * value.dtype.itemsize
+                ends.setdefault(last + 1, []).append(n)
+    return out
 
 
 def make(capture: Capture, pre: Preamble, nodes: list[fx.Node]) -> Region:
     """The region of consecutive main nodes ``nodes`` with its inputs and outputs."""
     inside = set(nodes)
     final = {o for o in capture.outputs if isinstance(o, fx.Node)}
-    outputs = [n for n in nodes if n in final or any(u not in inside and u in capture.main_set for u in n.users)]
+    outputs = [
+        n
+        for n in nodes
+        if n in final or any(u not in inside and u in capture.main_set for u in n.users)
+    ]
     external = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
-    sym_nodes, ints = _sym_closure(capture, external)
+    ints = [n for n in capture.inputs if isinstance(value_of(n), torch.SymInt)]
+    scalars = [a for a in external if not is_tensor(a) and a not in ints]
     tensors = [a for a in external if is_tensor(a) and a not in pre.cones]
     leaves = [_leaf(capture, pre, a) for a in tensors]
     values = [value_of(a) for a in tensors]
@@ -201,16 +223,25 @@ def make(capture: Capture, pre: Preamble, nodes: list[fx.Node]) -> Region:
     for a in external:
         if a in pre.cones:
             cone = pre.cones[a]
-            ints = list(dict.fromkeys([*ints, *cone.ints]))
             args = []
             for leaf, value in zip(cone.leaves, cone.values, strict=True):
-                if leaf not in leaves[len(tensors):]:
+                if leaf not in leaves[len(tensors) :]:
                     leaves.append(leaf)
                     values.append(value)
-                args.append(len(tensors) + leaves[len(tensors):].index(leaf))
+                args.append(len(tensors) + leaves[len(tensors) :].index(leaf))
             cones.append((a, cone))
             cone_args.append(args)
-    return Region(capture, [*sym_nodes, *nodes], outputs, ints, tensors, leaves, values, cones, cone_args)
+    return Region(
+        capture,
+        [*_closure(capture, scalars), *nodes],
+        outputs,
+        ints,
+        tensors,
+        leaves,
+        values,
+        cones,
+        cone_args,
+    )
 
 
 def _leaf(capture: Capture, pre: Preamble, node: fx.Node) -> Leaf:
@@ -219,18 +250,17 @@ def _leaf(capture: Capture, pre: Preamble, node: fx.Node) -> Leaf:
     return ("input" if node.op == "placeholder" else "main", node.name)
 
 
-def _sym_closure(capture: Capture, external: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Integer nodes that a region repeats for itself, and the capture inputs they start from."""
+def _closure(capture: Capture, scalars: list[fx.Node]) -> list[fx.Node]:
+    """Scalar nodes that a region repeats for itself, with what they are computed from, in order."""
     needed: set[fx.Node] = set()
 
     def visit(n: fx.Node) -> None:
-        if n in needed or is_tensor(n):
-            return
-        needed.add(n)
-        for a in n.all_input_nodes:
-            visit(a)
+        if n not in needed and n.op != "placeholder" and not is_tensor(n):
+            needed.add(n)
+            if not is_size(value_of(n)):
+                for a in n.all_input_nodes:
+                    visit(a)
 
-    for a in external:
+    for a in scalars:
         visit(a)
-    ordered = [n for n in capture.nodes if n in needed]
-    return [n for n in ordered if n.op != "placeholder"], [n for n in ordered if n.op == "placeholder"]
+    return [n for n in capture.nodes if n in needed]

@@ -26,13 +26,21 @@ def take(x: Tensor, dim: int, start: int, rows: int, outer: int = 1, inner: int 
     return _view(x, dim, outer, inner).narrow(dim + 1, start, rows).flatten(dim, dim + 2)
 
 
-def put(buffer: Tensor, value: Tensor, dim: int, start: int, outer: int = 1, inner: int = 1) -> None:
+def put(
+    buffer: Tensor, value: Tensor, dim: int, start: int, outer: int = 1, inner: int = 1
+) -> None:
     """Write rows from ``start`` on."""
     if outer == 1:
         buffer.narrow(dim, start * inner, value.shape[dim]).copy_(value)
         return
     chunk = _view(value, dim, outer, inner)
-    shape = (*buffer.shape[:dim], outer, buffer.shape[dim] // (outer * inner), inner, *buffer.shape[dim + 1 :])
+    shape = (
+        *buffer.shape[:dim],
+        outer,
+        buffer.shape[dim] // (outer * inner),
+        inner,
+        *buffer.shape[dim + 1 :],
+    )
     buffer.view(shape).narrow(dim + 1, start, chunk.shape[dim + 1]).copy_(chunk)
 
 

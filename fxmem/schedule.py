@@ -65,7 +65,9 @@ class Schedule:
         info = self.labels.joint.info
         held = [info[n] for n in self.buffers]
         held += [info[n] for loop in self.loops for n in loop.sums]
-        return len(self.loops), sum(per_token(i.shape) for i in held if any(has_axis(d) for d in i.shape))
+        return len(self.loops), sum(
+            per_token(i.shape) for i in held if any(has_axis(d) for d in i.shape)
+        )
 
 
 def schedule(joint: Joint, roots: Sequence[fx.Node], *, causal: bool) -> Schedule:
@@ -81,7 +83,9 @@ def schedule(joint: Joint, roots: Sequence[fx.Node], *, causal: bool) -> Schedul
     return best
 
 
-def build(joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: Sequence[int]) -> Schedule:
+def build(
+    joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: Sequence[int]
+) -> Schedule:
     labels = analyse(joint, causal=causal, directions=directions)
     need = _Needs(labels, list(roots))
     loops: dict[int, Loop] = {}
@@ -90,7 +94,9 @@ def build(joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: S
         if not isinstance(label, Label):
             continue
         if node in need.buffers or (label.kind is Kind.PARTIAL and node in need.items):
-            loop = loops.setdefault(label.stage, Loop(label.stage, labels_direction(labels, label.stage)))
+            loop = loops.setdefault(
+                label.stage, Loop(label.stage, labels_direction(labels, label.stage))
+            )
             (loop.sums if label.kind is Kind.PARTIAL else loop.buffers).append(node)
     order = {n: i for i, n in enumerate(joint.graph.nodes)}
     for stage, loop in loops.items():
@@ -102,6 +108,8 @@ def build(joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: S
             label = labels.of(node)
             if label.kind in (Kind.STRAIGHT, Kind.FLEX):
                 straight.setdefault(label.stage, []).append(node)
+    run = {producer(n) for n in need.items}
+    labels.barriers = [b for b in labels.barriers if b.node in run]
     return Schedule(labels, list(roots), [loops[k] for k in sorted(loops)], straight, need.buffers)
 
 
@@ -114,7 +122,12 @@ class _Needs:
         self.buffers: set[fx.Node] = set()
         self._backward = _depends(labels.joint, [t for t in labels.joint.tangents if t is not None])
         self._limit = max(
-            (per_token(i.shape) for i in map(labels.joint.info.get, labels.joint.inputs) if _streams(i)), default=0.0
+            (
+                per_token(i.shape)
+                for i in map(labels.joint.info.get, labels.joint.inputs)
+                if _streams(i)
+            ),
+            default=0.0,
         )
         self._work: list[fx.Node] = []
         for r in roots:
@@ -180,7 +193,11 @@ class _Needs:
     def _keep(self, node: fx.Node) -> bool:
         """Backward values of an earlier loop are kept unless they are wider than a hidden state."""
         info = self.labels.joint.info[node]
-        return node in self._backward and isinstance(info, TensorInfo) and per_token(info.shape) <= self._limit
+        return (
+            node in self._backward
+            and isinstance(info, TensorInfo)
+            and per_token(info.shape) <= self._limit
+        )
 
     def _flex(self, node: fx.Node) -> None:
         """The leaves of a FLEX value must exist; the value itself is sliced where it is used."""
@@ -204,7 +221,11 @@ def _is_mask(node: fx.Node, operand: fx.Node) -> bool:
 
 
 def _streams(info: Any) -> bool:
-    return isinstance(info, TensorInfo) and info.dtype.is_floating_point and any(has_axis(d) for d in info.shape)
+    return (
+        isinstance(info, TensorInfo)
+        and info.dtype.is_floating_point
+        and any(has_axis(d) for d in info.shape)
+    )
 
 
 def _depends(joint: Joint, sources: Sequence[fx.Node]) -> set[fx.Node]:

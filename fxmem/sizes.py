@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -18,7 +18,7 @@ T = sympy.Symbol("T", integer=True, positive=True)
 LO = sympy.Symbol("lo", integer=True, nonnegative=True)
 HI = sympy.Symbol("hi", integer=True, positive=True)
 
-Size = sympy.Expr
+Size: TypeAlias = sympy.Expr
 ZERO: Size = sympy.Integer(0)
 UNIT: Size = sympy.Integer(1)
 
@@ -79,14 +79,18 @@ def per_token(shape: Sequence[Size]) -> float:
         if not d.free_symbols:
             out *= int(d)
         else:
-            out *= max(1.0, float(d.subs(dict.fromkeys(d.free_symbols, 64))) / 64 ** len(d.free_symbols))
+            out *= max(
+                1.0, float(d.subs(dict.fromkeys(d.free_symbols, 64))) / 64 ** len(d.free_symbols)
+            )
     return out
 
 
 @lru_cache(maxsize=65536)
 def _compiled(expr: Size) -> tuple[Any, tuple[str, ...]]:
     names = tuple(sorted(str(s) for s in expr.free_symbols))
-    return compile(sympy.pycode(expr) if not _has_torch_functions(expr) else str(expr), "<size>", "eval"), names
+    return compile(
+        sympy.pycode(expr) if not _has_torch_functions(expr) else str(expr), "<size>", "eval"
+    ), names
 
 
 def _has_torch_functions(expr: Size) -> bool:

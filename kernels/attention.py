@@ -107,7 +107,9 @@ def _span_mask(q: Tensor, span: Span) -> Tensor | None:
     return torch.ones(1, 1, c, c, dtype=torch.bool, device=q.device).tril_()
 
 
-def _forward_span(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_span(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float
+) -> tuple[Tensor, Tensor]:
     """``(out [B, H, C, F], lse [B, H, C])`` of one span; rows that see nothing have lse ``-inf``."""
     b, h, c, _ = q.shape
     groups = k.shape[1]
@@ -115,7 +117,12 @@ def _forward_span(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float) -> 
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if _fused(q, v) and span.diagonal:
         out, lse = flash(
-            q.reshape(b * groups, h // groups, c, -1), _expand_heads(k, h), _expand_heads(v, h), 0.0, True, scale=scale
+            q.reshape(b * groups, h // groups, c, -1),
+            _expand_heads(k, h),
+            _expand_heads(v, h),
+            0.0,
+            True,
+            scale=scale,
         )
         return out.reshape(b, h, c, -1), lse.reshape(b, h, c)
     mask = _span_mask(q, span)
@@ -124,7 +131,11 @@ def _forward_span(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float) -> 
     if _fused(q, v):
         out, lse = flash(rows, k, v, 0.0, False, attn_mask=bias, scale=scale)
     else:
-        scores = (rows @ k.transpose(-1, -2)).float() if q.dtype.itemsize < 4 else rows @ k.transpose(-1, -2)
+        scores = (
+            (rows @ k.transpose(-1, -2)).float()
+            if q.dtype.itemsize < 4
+            else rows @ k.transpose(-1, -2)
+        )
         scores = scores * scale if bias is None else scores * scale + bias
         lse = torch.logsumexp(scores, -1)
         out = (scores - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp().to(v.dtype) @ v
@@ -134,13 +145,19 @@ def _forward_span(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float) -> 
     return out, lse
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention of ``q [B, H, C, E]`` over the given spans of ``k``, ``v``; returns ``(out, lse)``.
 
     Rows that see no key give zeros and a logsumexp of 0.
     """
     b, h, c, _ = q.shape
-    parts = [_forward_span(q, k, v, s, scale) for s in _pieces(spans, _fused(q, v))] if q.numel() else []
+    parts = (
+        [_forward_span(q, k, v, s, scale) for s in _pieces(spans, _fused(q, v))]
+        if q.numel()
+        else []
+    )
     if not parts:
         wide = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(b, h, c, v.shape[-1]), q.new_zeros(b, h, c, dtype=wide)
@@ -159,7 +176,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: float
 
 
 def _backward_span(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, span: Span, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    span: Span,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, h, c, _ = q.shape
     groups = k.shape[1]
@@ -231,7 +255,9 @@ def attention(
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     b, h, c, _ = q.shape
     lse = q.new_empty((b, h, c), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty((b, h, c, v.shape[-1])), lse

@@ -22,7 +22,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def positions(shape: Sequence[int], dim: int, outer: int, inner: int, start: int, length: int, device: torch.device) -> Tensor:
+def positions(
+    shape: Sequence[int],
+    dim: int,
+    outer: int,
+    inner: int,
+    start: int,
+    length: int,
+    device: torch.device,
+) -> Tensor:
     """Whole-tensor index of every element of a chunk: dimension ``dim`` is ``outer x rows x inner``,
     its rows start at ``start`` of ``length``."""
     rows = shape[dim] // (outer * inner)
@@ -49,7 +57,15 @@ def apply(x: Tensor, seed: Tensor, p: float, site: int, index: Tensor) -> Tensor
 
 
 def chunk(
-    x: Tensor, seed: Tensor, p: float, site: int, dim: int, outer: int, inner: int, start: int, length: int
+    x: Tensor,
+    seed: Tensor,
+    p: float,
+    site: int,
+    dim: int,
+    outer: int,
+    inner: int,
+    start: int,
+    length: int,
 ) -> Tensor:
     """Dropout of a chunk whose rows begin at row ``start`` of ``length``."""
     if not x.numel():

@@ -37,7 +37,12 @@ def _(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor
 
 
 def backward(
-    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, out: Tensor | None = None
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the logits; ``out`` may be ``logits`` itself where they are not needed any more."""
     n, v = logits.shape
@@ -55,7 +60,9 @@ def backward(
 
 
 @torch.library.custom_op("fxmem::token_nll_backward", mutates_args=())
-def token_nll_backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+def token_nll_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
     """``grad [N]`` -> gradient of the logits ``[N, V]``."""
     return backward(grad, logits, target, lse, ignore_index)
 

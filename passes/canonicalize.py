@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxmem import _compat
 from fxmem.capture import call_node, module_path, source_line
 from fxmem.errors import UnsupportedOpError
 from fxmem.kernels.attention import attention as attention_op
@@ -34,13 +35,14 @@ class Canonicalize:
             F.nll_loss: self.nll_loss,
             F.dropout: self.dropout,
             torch.dropout: self.dropout,
+            torch.cat: self.cat,
         }
 
     def __call__(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         form = self._forms.get(node.target) if node.op == "call_function" else None
         if form is not None:
             return form(*args, **kwargs)
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, _compat.HigherOrderOperator):
             raise UnsupportedOpError(
                 f"higher-order op `{node.target}` inside a streamed region", op=str(node.target),
                 module=module_path(node), source=source_line(node),
@@ -48,7 +50,14 @@ class Canonicalize:
             )  # fmt: skip
         return call_node(node, args, kwargs)
 
-    def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def cat(self, tensors: Any, dim: int = 0, **kwargs: Any) -> Tensor:
+        """Joining with an empty tensor (a cache that holds nothing yet) is the other tensor itself."""
+        full = [t for t in tensors if tuple(t.shape) != (0,)]
+        return full[0] if len(full) == 1 and not kwargs else torch.cat(tensors, dim, **kwargs)
+
+    def dropout(
+        self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
         if not training or p == 0.0:
             return x.clone() if inplace else x
         assert self.seed is not None
@@ -62,7 +71,9 @@ class Canonicalize:
         scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
         learned = attn_mask is not None and attn_mask.requires_grad
         if query.dim() != 4 or dropout_p > 0 or learned:
-            return self._explicit_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+            return self._explicit_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale
+            )
         dtype = _autocast_dtype(query)
         query, key, value = (x.to(dtype) for x in (query, key, value))
         if attn_mask is not None and attn_mask.dim() < 4:
@@ -70,7 +81,14 @@ class Canonicalize:
         return attention_op(query, key, value, attn_mask, bool(is_causal), scale)[0]
 
     def _explicit_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        p: float,
+        causal: bool,
+        scale: float,
     ) -> Tensor:
         """Matmul, softmax, matmul: streams by its own labels (queries cut, keys whole)."""
         if q.dim() == 4 and q.shape[1] != k.shape[1]:
@@ -81,7 +99,9 @@ class Canonicalize:
             rows, columns = (torch.arange(x.shape[-2], device=q.device) for x in (q, k))
             scores = scores.masked_fill(columns > rows.unsqueeze(-1), -math.inf)
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+            scores = (
+                scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+            )
         weights = self.dropout(torch.softmax(scores, -1), p)
         return weights @ v
 
@@ -90,7 +110,16 @@ class Canonicalize:
         ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
     ) -> Tensor:  # fmt: skip
         if size_average is not None or reduce is not None or target.dtype.is_floating_point:
-            return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+            return F.cross_entropy(
+                input,
+                target,
+                weight,
+                size_average,
+                ignore_index,
+                reduce,
+                reduction,
+                label_smoothing,
+            )
         logits, labels = _rows(input, target)
         if torch.is_autocast_enabled(logits.device.type):
             logits = logits.float()

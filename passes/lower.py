@@ -20,7 +20,13 @@ from fxmem.labels import ATTENTION, Kind, Label
 from fxmem.sizes import HI, LO
 
 _VIEWS = frozenset(
-    {"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.detach.default", "aten.alias.default"}
+    {
+        "aten.view.default",
+        "aten._unsafe_view.default",
+        "aten.reshape.default",
+        "aten.detach.default",
+        "aten.alias.default",
+    }
 )
 
 
@@ -36,8 +42,12 @@ def _slice(body: Body, node: fx.Node) -> Any:
     if use.cut == cut:
         return source
     first, _ = body.ints.rows(use.cut)
-    at = body.call(operator.sub, body.call(operator.add, start, body.ints(cut.offset - use.cut.offset)), first)
-    return body.call(torch.ops.aten.slice.Tensor, source, dim, at, body.call(operator.add, at, count))
+    at = body.call(
+        operator.sub, body.call(operator.add, start, body.ints(cut.offset - use.cut.offset)), first
+    )
+    return body.call(
+        torch.ops.aten.slice.Tensor, source, dim, at, body.call(operator.add, at, count)
+    )
 
 
 def _slice_backward(body: Body, node: fx.Node) -> Any:
@@ -52,7 +62,9 @@ def _slice_backward(body: Body, node: fx.Node) -> Any:
     moved = body.call(operator.add, first, body.ints(use.cut.offset - cut.offset))
     before = body.call(runtime.clamp, body.call(operator.sub, moved, start), count)
     filled = body.call(operator.add, before, rows)
-    return body.call(runtime.pad_rows, body.operand(use), dim, before, body.call(operator.sub, count, filled))
+    return body.call(
+        runtime.pad_rows, body.operand(use), dim, before, body.call(operator.sub, count, filled)
+    )
 
 
 def _spans(body: Body, node: fx.Node, keys: Any) -> Any:
@@ -81,9 +93,12 @@ def _attention_backward(body: Body, node: fx.Node) -> Any:
     dout, q, k, v, out, lse = (body.operand(u) for u in body.labels.uses[node][:6])
     sums = {n.args[1]: n for n in node.users if n in body.sums}
     dk, dv = (
-        body.input(body.names[sums[i]]) if i in sums else body.call(torch.zeros_like, x) for i, x in ((1, k), (2, v))
+        body.input(body.names[sums[i]]) if i in sums else body.call(torch.zeros_like, x)
+        for i, x in ((1, k), (2, v))
     )
-    dq = body.call(attention.backward, dout, q, k, v, out, lse, dk, dv, _spans(body, node, k), node.args[8])
+    dq = body.call(
+        attention.backward, dout, q, k, v, out, lse, dk, dv, _spans(body, node, k), node.args[8]
+    )
     return (dq, None, None)
 
 
@@ -96,7 +111,9 @@ def _token_nll_backward(body: Body, node: fx.Node) -> Any:
     uses = body.labels.uses[node]
     grad, logits, target, lse = (body.operand(u) for u in uses)
     reuse = _dies_here(body, uses[1].operand, node)
-    return body.call(token_nll.backward, grad, logits, target, lse, node.args[4], logits if reuse else None)
+    return body.call(
+        token_nll.backward, grad, logits, target, lse, node.args[4], logits if reuse else None
+    )
 
 
 def _dies_here(body: Body, operand: fx.Node, node: fx.Node) -> bool:
@@ -107,10 +124,18 @@ def _dies_here(body: Body, operand: fx.Node, node: fx.Node) -> bool:
             return False
         if any(body.order.get(u, -1) > here for u in operand.users):
             return False
-        if any(str(u.target) in _VIEWS and not _viewed_before(body, u, here) for u in operand.users):
+        if any(
+            str(u.target) in _VIEWS and not _viewed_before(body, u, here) for u in operand.users
+        ):
             return False
         if str(operand.target) not in _VIEWS:
-            return str(operand.target) in ("aten.mm.default", "aten.addmm.default", "aten._to_copy.default", "aten.mul.Tensor", "aten.div.Tensor")
+            return str(operand.target) in (
+                "aten.mm.default",
+                "aten.addmm.default",
+                "aten._to_copy.default",
+                "aten.mul.Tensor",
+                "aten.div.Tensor",
+            )
         operand = operand.args[0]  # type: ignore[assignment]
 
 
@@ -126,7 +151,9 @@ def _dropout(body: Body, node: fx.Node) -> Any:
     x, seed = (body.operand(u) for u in body.labels.uses[node])
     start, _ = body.ints.rows(cut)
     outer, inner, length = (body.ints(v) for v in (cut.outer, cut.inner, cut.length))
-    return body.call(dropout.chunk, x, seed, node.args[2], node.args[3], cut.dim, outer, inner, start, length)
+    return body.call(
+        dropout.chunk, x, seed, node.args[2], node.args[3], cut.dim, outer, inner, start, length
+    )
 
 
 HANDLERS: dict[str, Handler] = {

@@ -17,7 +17,10 @@ def share_kv_heads(gm: fx.GraphModule) -> int:
     """Rewrite attention calls of ``gm`` in place; returns how many were changed."""
     edits = 0
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target is not torch.nn.functional.scaled_dot_product_attention:
+        if (
+            node.op != "call_function"
+            or node.target is not torch.nn.functional.scaled_dot_product_attention
+        ):
             continue
         if len(node.args) < 3:
             continue

@@ -173,7 +173,9 @@ def report() -> dict[str, Any]:
 
 
 def test_headline_states_the_saving() -> None:
-    assert "5.0 times less memory, gradients within 2e-06" in picture.headline(report())
+    assert "5.0 times less above the parameters, gradients within 2e-06" in picture.headline(
+        report()
+    )
     without = report()
     del without["setups"]["fxmem"]
     assert "less" not in picture.headline(without)
@@ -213,19 +215,25 @@ def test_page_stands_alone(tmp_path: Path) -> None:
     assert len(svg.findall("path")) == 4
 
 
-def test_short_run_of_the_rivals(tmp_path: Path) -> None:
+def test_short_run(tmp_path: Path) -> None:
     demo = Demo(
         model=TINY,
         length=64,
         steps=2,
-        setups=("plain", "checkpoint"),
         threads=1,
         optimizer="adamw",
         out=tmp_path / "out",
     )
     found = run(demo)["setups"]
-    assert found["checkpoint"]["difference"] < 1e-5
-    assert found["checkpoint"]["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-5)
+    for setup in ("checkpoint", "fxmem"):
+        assert found[setup]["status"] == "ok", found[setup]
+        assert found[setup]["difference"] < 1e-4
+        assert found[setup]["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-4)
     names = {entry.name for entry in demo.out.iterdir()}
     assert names == {"result.json", "memory.png", "memory.html"}
     assert json.loads((demo.out / "result.json").read_text())["demo"]["length"] == 64
+
+
+def test_exact_reference_is_closer_to_every_setup_than_rounding(tmp_path: Path) -> None:
+    demo = Demo(model=TINY, length=32, steps=1, setups=("plain",), out=tmp_path, exact=True)
+    assert 0.0 < run(demo)["setups"]["plain"]["difference"] < 1e-4

@@ -135,7 +135,8 @@ $rows
 const data = $data, [left, right, top_, bottom, width, height, seconds, most] = $geometry;
 const svg = document.querySelector("svg"), cursor = document.getElementById("cursor");
 const values = document.getElementById("values");
-const size = b => b >= 2**30 ? (b / 2**30).toFixed(2) + " GiB" : (b / 2**20).toFixed(0) + " MiB";
+const size = b => b >= 1000 * 2**20
+  ? (b / 2**30).toFixed(2) + " GiB" : (b / 2**20).toFixed(0) + " MiB";
 function at(curve, t) {
   if (t > curve.times[curve.times.length - 1]) return null;
   let low = 0, high = curve.times.length - 1;

@@ -8,7 +8,7 @@ from typing import Any
 from fxmem.demo.errors import require
 from fxmem.demo.worker import SETUPS
 from fxmem.isolate import OK
-from fxmem.measure import Timeline
+from fxmem.measure import MIB, Timeline
 
 COLOURS = {"plain": "#d1495b", "checkpoint": "#e0a030", "fxmem": "#00798c"}
 INK, FAINT = "#22303c", "#d8dee4"
@@ -26,7 +26,7 @@ def curves(report: dict[str, Any]) -> dict[str, Timeline]:
 
 def unit_for(peak: float) -> tuple[float, str]:
     """Bytes per unit and its name, such that ``peak`` reads well."""
-    return (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
+    return (2**30, "GiB") if peak >= 1000 * MIB else (MIB, "MiB")
 
 
 def readable(size: float) -> str:
@@ -37,15 +37,17 @@ def readable(size: float) -> str:
 
 
 def headline(report: dict[str, Any]) -> str:
-    """One sentence: how much less than plain autograd, or what is shown."""
+    """What is shown and, where both were run, how much less fxmem holds than plain autograd."""
     peaks = {name: curve.peak for name, curve in curves(report).items()}
     demo = report["demo"]
     name = {"smollm2": "SmolLM2-135M"}.get(demo["model"], Path(demo["model"]).name)
     what = f"{name}, one training step on {demo['length']:,} tokens"
     if not {"plain", "fxmem"} <= peaks.keys() or peaks["fxmem"] >= peaks["plain"]:
         return what
-    less = f"{peaks['plain'] / peaks['fxmem']:.1f} times less memory"
+    less = f"{peaks['plain'] / peaks['fxmem']:.1f} times less above the parameters"
     difference = report["setups"]["fxmem"].get("difference")
+    if report["demo"].get("exact"):
+        return f"{what}: {less}"
     return f"{what}: {less}" + (f", gradients within {difference:.0e}" if difference else "")
 
 

@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fxmem.demo.errors import UsageError, require
+from fxmem.demo.errors import UsageError, WorkerError, require
 from fxmem.demo.fetch import smollm2
 from fxmem.demo.models import SMOLLM2, TINY, load_tokenizer, resolve
-from fxmem.demo.worker import SETUPS
+from fxmem.demo.worker import EXACT, SETUPS
 from fxmem.isolate import OK, run_isolated
 from fxmem.trial import largest_difference
 
@@ -35,6 +35,7 @@ class Demo:
         chunk: tokens per chunk in fxmem, or "auto".
         out: folder for table and pictures.
         wheel: an existing copy of the SmolLM2 wheel.
+        exact: compare gradients with a float64 step, slow and large, instead of the first setup.
     """
 
     model: str = SMOLLM2
@@ -44,9 +45,10 @@ class Demo:
     threads: int | None = None
     optimizer: str = "sgd"
     lr: float | None = None
-    chunk: int | str = "auto"
+    chunk: int | Literal["auto"] = "auto"
     out: Path = Path("fxmem-demo")
     wheel: Path | None = None
+    exact: bool = False
 
     def check(self) -> None:
         """Refuse impossible values before anything is loaded.
@@ -109,11 +111,15 @@ def document(model: str, length: int) -> list[int]:
 def measure(
     demo: Demo, model: str, ids: Sequence[int], scratch: Path, console: Any
 ) -> dict[str, dict[str, Any]]:
-    """One process per setup; the result of each, with its gradient difference to the first."""
+    """One process per setup; the result of each, with its gradient difference to the reference.
+
+    Raises:
+        WorkerError: there is no float64 reference, although it was asked for.
+    """
     from fxmem.demo.progress import follow
 
     results: dict[str, dict[str, Any]] = {}
-    reference: Path | None = None
+    reference = exact_gradients(demo, model, ids, scratch, console) if demo.exact else None
     with follow(console, demo) as watch:
         for setup in demo.setups:
             gradients = scratch / f"{setup}.pt"
@@ -132,6 +138,23 @@ def measure(
     return results
 
 
+def exact_gradients(
+    demo: Demo, model: str, ids: Sequence[int], scratch: Path, console: Any
+) -> Path:
+    """File with the gradients of the first step in float64.
+
+    Raises:
+        WorkerError: the step did not work, for want of memory as a rule.
+    """
+    path = scratch / f"{EXACT}.pt"
+    with console.status("one step in float64, the yardstick"):
+        asked = request_for(demo, EXACT, model, ids, path)
+        result = run_isolated("fxmem.demo.worker", asked, threads=demo.threads)
+    if result["status"] != OK:
+        raise WorkerError(f"the float64 step failed: {result['reason']}")
+    return path
+
+
 def request_for(
     demo: Demo, setup: str, model: str, ids: Sequence[int], gradients: Path
 ) -> dict[str, Any]:
@@ -145,7 +168,7 @@ def request_for(
         "optimizer": demo.optimizer,
         "lr": LEARNING_RATES[demo.optimizer] if demo.lr is None else demo.lr,
         "chunk": demo.chunk,
-        "gradients": str(gradients) if len(demo.setups) > 1 else None,
+        "gradients": str(gradients) if len(demo.setups) > 1 or demo.exact else None,
     }
 
 
@@ -156,8 +179,9 @@ def write(report: dict[str, Any], out: Path, console: Any) -> None:
     (out / "result.json").write_text(json.dumps(report))
     console.print(table.render(report))
     for name, result in report["setups"].items():
+        log = out / f"{name}.log"
+        log.unlink(missing_ok=True)
         if result["status"] != OK:
-            log = out / f"{name}.log"
             log.write_text(result["detail"])
             line = f"{SETUPS[name]}: {result['status']}: {result['reason']} (more in {log})"
             console.print(line, style="red", markup=False)

@@ -15,7 +15,10 @@ def render(report: dict[str, Any]) -> Any:
     demo, results = report["demo"], report["setups"]
     title = f"{demo['model']}, {demo['length']} tokens, {demo['steps']} steps ({demo['optimizer']})"
     table = require("rich.table").Table(
-        title=title, title_style="bold", caption=_caption(results), box=require("rich.box").SIMPLE
+        title=title,
+        title_style="bold",
+        caption=_caption(results, demo.get("exact", False)),
+        box=require("rich.box").SIMPLE,
     )
     table.add_column("\nsetup", no_wrap=True)
     for name in ("process\npeak", "tensor\npeak", "s per\nstep", "\nloss", "gradients\ndiffer"):
@@ -39,7 +42,7 @@ def _cells(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _caption(results: dict[str, dict[str, Any]]) -> str:
+def _caption(results: dict[str, dict[str, Any]], exact: bool) -> str:
     worked = [result for result in results.values() if result["status"] == OK]
     if not worked:
         return ""
@@ -47,8 +50,8 @@ def _caption(results: dict[str, dict[str, Any]]) -> str:
     return (
         f"Parameters: {size:,.0f} MiB. Process peak: resident memory of the whole process. "
         "Tensor peak: live tensors above parameters and optimizer state, gradients included. "
-        "Gradients: largest over all parameters of max|difference| / max|reference|, first step. "
-        f"Seconds: median, without the first step ({_firsts(results)})."
+        "Gradients: largest over all parameters of max|difference| / max|reference|, first step, "
+        f"{_REFERENCE[exact]} Seconds: median, without the first step ({_firsts(results)})."
     )
 
 
@@ -56,3 +59,9 @@ def _firsts(results: dict[str, dict[str, Any]]) -> str:
     """Seconds of the first steps, which pay for capture and compilation."""
     worked = [(name, result) for name, result in results.items() if result["status"] == OK]
     return ", ".join(f"{SETUPS[name]} {result['first_seconds']:.1f}" for name, result in worked)
+
+
+_REFERENCE = {
+    False: "against the first setup, whose own rounding counts too.",
+    True: "against float64.",
+}

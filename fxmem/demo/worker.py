@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from fxmem.demo.errors import UsageError
 from fxmem.demo.models import enable_checkpointing, load_model
@@ -21,6 +22,9 @@ SETUPS = {
 }
 """Setup names and what they are called in tables and pictures."""
 
+EXACT = "exact"
+"""Not a setup: float64 throughout, the yardstick for everyone's gradients."""
+
 
 def train(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Train on ``request["ids"]``; see :func:`fxmem.demo.run.request_for` for the other fields."""
@@ -29,7 +33,8 @@ def train(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> di
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     emit({"event": "loading"})
-    model = load_model(request["model"])
+    exact = request["setup"] == EXACT
+    model = load_model(request["model"], torch.float64 if exact else torch.float32)
     model.config.use_cache = False
     model = prepare(model, request["setup"], request["chunk"])
     ids = torch.tensor([request["ids"]])
@@ -37,16 +42,21 @@ def train(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> di
     optimizer = make_optimizer(request["optimizer"], [p for _, p in named], request["lr"])
 
     def loss_fn() -> torch.Tensor:
+        if exact:
+            # The loss inside the model is taken in float32 whatever the model's type.
+            return F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
         loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
         return loss
 
     gradients = request["gradients"] and Path(request["gradients"])
-    trial = Trial(steps=request["steps"], gradients=gradients or None)
+    trial = Trial(
+        steps=1 if exact else request["steps"], gradients=gradients or None, timeline=not exact
+    )
     figures = run_trial(trial, loss_fn, named, optimizer.step, high_water, emit)
     return {"parameters": parameter_bytes(model), "threads": torch.get_num_threads(), **figures}
 
 
-def prepare(model: Any, setup: str, chunk: int | str) -> Any:
+def prepare(model: Any, setup: str, chunk: int | Literal["auto"]) -> Any:
     """The model to train in this setup.
 
     Raises:
@@ -54,7 +64,7 @@ def prepare(model: Any, setup: str, chunk: int | str) -> Any:
     """
     if setup == "plain":
         return model
-    if setup == "checkpoint":
+    if setup in ("checkpoint", EXACT):
         enable_checkpointing(model)
         return model
     if setup == "fxmem":

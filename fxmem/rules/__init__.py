@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fxmem._compat import OpOverload
 from fxmem.axes import AxisRule
 from fxmem.errors import PlanError
 from fxmem.rules import arithmetic, fused, indexing, movement
@@ -50,7 +51,7 @@ def lookup(target: Any) -> AxisRule | None:
 
 
 def _is_pointwise(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
         return False
@@ -64,5 +65,7 @@ def register(op: Any, row: AxisRule, *, replace: bool = False) -> None:
     """
     key = str(op)
     if key in TABLE and not replace:
-        raise PlanError(f"op {key} has a row in the axis table already; pass replace=True to change it")
+        raise PlanError(
+            f"op {key} has a row in the axis table already; pass replace=True to change it"
+        )
     TABLE[key] = row

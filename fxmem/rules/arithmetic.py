@@ -22,7 +22,9 @@ def _reduced(call: Call, index: int) -> set[int]:
     given = call.arg(index)
     if given is None or (isinstance(given, Sequence) and not given):
         return set(range(rank))
-    return {d % rank for d in (given if isinstance(given, Sequence) else (given,))} if rank else set()
+    return (
+        {d % rank for d in (given if isinstance(given, Sequence) else (given,))} if rank else set()
+    )
 
 
 def reduction(index: int = 1, keepdim: int = 2, *, sums: bool) -> Rule:
@@ -86,7 +88,9 @@ def layer_norm_backward(call: Call) -> Signature:
     tail = dims[x.rank - norm :]
     stats = tuple(ONE if i >= x.rank - norm else d for i, d in enumerate(dims))
     weights = (tail,) * (len(call.tensors) - 4)
-    outs = tuple(None if o is None else d for o, d in zip(call.outs, (dims, tail, tail), strict=True))
+    outs = tuple(
+        None if o is None else d for o, d in zip(call.outs, (dims, tail, tail), strict=True)
+    )
     return Signature((dims, dims, stats, stats, *weights), outs, frozenset(x for (x,) in tail))
 
 

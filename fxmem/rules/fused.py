@@ -10,7 +10,9 @@ def _mask_dims(call: Call, position: int) -> tuple[Dims, ...]:
     if mask is None:
         return ()
     full: Dims = (("b",), ("h",), ("q",), ("k",))
-    return (tuple(ONE if s == 1 else d for s, d in zip(mask.shape, full[4 - mask.rank :], strict=True)),)
+    return (
+        tuple(ONE if s == 1 else d for s, d in zip(mask.shape, full[4 - mask.rank :], strict=True)),
+    )
 
 
 Q: Dims = (("b",), ("h",), ("q",), ("e",))
@@ -23,9 +25,7 @@ LSE: Dims = (("b",), ("h",), ("q",))
 def attention(call: Call) -> Signature:
     """Arguments q, k, v, mask, causal, scale. A causal query chunk reads keys up to its own last row."""
     prefix = frozenset((1, 2)) if call.args[4] else frozenset[int]()
-    return Signature(
-        (Q, K, V, *_mask_dims(call, 3)), (OUT, LSE), frozenset("kehg"), prefix=prefix
-    )
+    return Signature((Q, K, V, *_mask_dims(call, 3)), (OUT, LSE), frozenset("kehg"), prefix=prefix)
 
 
 def attention_backward(call: Call) -> Signature:

@@ -33,10 +33,14 @@ def scatter(call: Call) -> Signature:
     return Signature((dims, *rest), (dims,), whole)
 
 
-def _independent(dim: int, source: tuple[object, ...], index: tuple[object, ...]) -> tuple[Dims, frozenset[str]]:
+def _independent(
+    dim: int, source: tuple[object, ...], index: tuple[object, ...]
+) -> tuple[Dims, frozenset[str]]:
     dims = letters("d", len(source))
     whole = {f"d{dim}"} | {
-        f"d{i}" for i, (a, b) in enumerate(zip(source, index, strict=True)) if not same(a, b)  # type: ignore[arg-type]
+        f"d{i}"
+        for i, (a, b) in enumerate(zip(source, index, strict=True))
+        if not same(a, b)  # type: ignore[arg-type]
     }
     return dims, frozenset(whole)
 

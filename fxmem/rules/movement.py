@@ -25,9 +25,7 @@ def reshape(call: Call) -> Signature | None:
 def expand(call: Call) -> Signature:
     source, out = call.tensors[0], call.out
     pad = out.rank - source.rank
-    dims = tuple(
-        ONE if source.shape[i] == 1 else (f"d{pad + i}",) for i in range(source.rank)
-    )
+    dims = tuple(ONE if source.shape[i] == 1 else (f"d{pad + i}",) for i in range(source.rank))
     return Signature((dims,), (letters("d", out.rank),))
 
 
@@ -98,7 +96,9 @@ def select(call: Call) -> Signature:
 def select_backward(call: Call) -> Signature:
     out = letters("d", call.out.rank)
     dim = _axis(call.args[2], len(out))
-    return Signature((tuple(d for i, d in enumerate(out) if i != dim),), (out,), frozenset(out[dim]))
+    return Signature(
+        (tuple(d for i, d in enumerate(out) if i != dim),), (out,), frozenset(out[dim])
+    )
 
 
 def cat(call: Call) -> Signature:

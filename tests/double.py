@@ -1,0 +1,37 @@
+"""Run models in float64 throughout: Hugging Face code upcasts norms and losses to float32 by name.
+
+Inside :func:`everything_in_double` the names ``torch.float32`` and ``Tensor.float`` mean float64, for plain autograd
+and for the captured graph alike, so that 1e-10 can be asked of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+
+@contextlib.contextmanager
+def everything_in_double() -> Iterator[None]:
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+def largest_difference(
+    got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]
+) -> tuple[float, str]:
+    """``max |got - want| / max |want|`` over all tensors, and the name where it stands."""
+    assert got.keys() == want.keys()
+    worst, at = 0.0, ""
+    for name, ref in want.items():
+        scale = ref.abs().max().item()
+        error = (got[name] - ref).abs().max().item()
+        relative = error / scale if scale else error
+        if not relative <= worst:
+            worst, at = relative, name
+    return worst, at
