@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 
 from fxmem._compat import tree_leaves
@@ -264,11 +265,12 @@ def place(letter: str, relative: Cut, dims: Dims, table: Mapping[str, Size]) -> 
 
 
 def axis_cuts(shape: Sequence[Size]) -> tuple[Cut, ...]:
-    """All cuts of a value with this shape whose rows are the anchors themselves (offset 0)."""
+    """The cuts a value of this shape allows, with row 0 at anchor 0; lengths may be ``T - k``."""
     out = []
     for i, d in enumerate(shape):
-        if has_axis(d):
-            outer = divide(d, T)
-            if outer is not None and not has_axis(outer):
-                out.append(Cut(i, T, outer=outer))
+        if has_axis(d) and sympy.degree(d, T) == 1:
+            outer, rest = d.coeff(T, 1), d.coeff(T, 0)
+            excess = divide(rest, outer)
+            if excess is not None and excess.is_Integer and excess <= 0:
+                out.append(Cut(i, T + excess, outer=outer))
     return tuple(out)

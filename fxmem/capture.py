@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -54,9 +55,8 @@ class Capture:
     parameters: set[fx.Node]
     main: list[fx.Node]
     main_set: frozenset[fx.Node]
-    symbols: dict[sympy.Symbol, sympy.Symbol]
+    symbols: dict[sympy.Symbol, Size]
     fake_mode: Any
-    hints: dict[str, int] = field(default_factory=dict)
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """Canonical sizes of a tensor node."""
@@ -67,14 +67,14 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
-def canonical(expr: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
+def canonical(expr: Any, symbols: Mapping[sympy.Symbol, Size]) -> Size:
     if isinstance(expr, torch.SymInt):
         expr = expr.node.expr
     return sympy.expand(sympy.sympify(expr).xreplace(dict(symbols)))
 
 
 def canonical_shape(
-    value: torch.Tensor, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+    value: torch.Tensor, symbols: Mapping[sympy.Symbol, Size]
 ) -> tuple[Size, ...]:
     return tuple(canonical(s, symbols) for s in value.shape)
 
@@ -116,7 +116,7 @@ def analyse(
         if n.op not in ("placeholder", "get_attr") and any(a in heavy for a in n.all_input_nodes):
             heavy.add(n)
             main.append(n)
-    symbols, hints = _symbols(inputs, parameters)
+    symbols = _symbols(inputs, parameters)
     capture = Capture(
         gm,
         nodes,
@@ -128,7 +128,6 @@ def analyse(
         frozenset(main),
         symbols,
         _compat.fake_mode_of(gm),
-        hints,
     )
     return capture
 
@@ -181,37 +180,37 @@ def _refuse_input_mutation(nodes: list[fx.Node]) -> None:
 
 def _symbols(
     inputs: Sequence[fx.Node], parameters: set[fx.Node]
-) -> tuple[dict[sympy.Symbol, sympy.Symbol], dict[str, int]]:
+) -> dict[sympy.Symbol, Size]:
     """Canonical names: ``T`` for the streamed length, ``n0``, ``n1``, ... for the others.
 
     The streamed axis is the symbol that stands last in the shapes of the inputs: tokens in ``[B, T]`` ids,
     in ``[B, T, d]`` states, in packed ``[T]`` streams.
     """
-    votes: dict[sympy.Symbol, int] = {}
+    votes: Counter[sympy.Symbol] = Counter()
+    lengths: dict[sympy.Symbol, int] = {}
     order: list[sympy.Symbol] = []
     for n in inputs:
         value = value_of(n)
-        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
-            order.append(value.node.expr)
+        if isinstance(value, torch.SymInt):
+            order += sorted(value.node.expr.free_symbols, key=str)
         if not isinstance(value, torch.Tensor) or n in parameters:
             continue
         symbolic = [s.node.expr for s in value.shape if isinstance(s, torch.SymInt)]
         order += [x for e in symbolic for x in sorted(e.free_symbols, key=str)]
-        if symbolic and symbolic[-1].is_Symbol:
-            votes[symbolic[-1]] = votes.get(symbolic[-1], 0) + len(symbolic)
+        last = symbolic[-1] if symbolic else sympy.Integer(0)
+        if len(last.free_symbols) == 1:
+            (symbol,) = last.free_symbols
+            excess = last - symbol
+            if excess.is_Integer:
+                votes[symbol] += len(symbolic)
+                lengths[symbol] = max(lengths.get(symbol, 0), int(excess))
     streamed = max(votes, key=lambda s: votes[s]) if votes else None
-    rename: dict[sympy.Symbol, sympy.Symbol] = {}
+    rename: dict[sympy.Symbol, Size] = {}
     for s in dict.fromkeys(order):
-        rename[s] = (
-            T if s == streamed else sympy.Symbol(f"n{len(rename)}", integer=True, positive=True)
-        )
-    hints = {}
-    for n in inputs:
-        value = value_of(n)
-        for s in value.shape if isinstance(value, torch.Tensor) else (value,):
-            if isinstance(s, torch.SymInt) and s.node.expr in rename:
-                hints[str(rename[s.node.expr])] = int(s.node.hint)
-    return rename, hints
+        # T is the longest input: labels of length T - 1 may have been traced as the symbol itself
+        fresh = sympy.Symbol(f"n{len(rename)}", integer=True, positive=True)
+        rename[s] = T - lengths[s] if s == streamed else fresh
+    return rename
 
 
 def module_path(node: fx.Node) -> str | None:

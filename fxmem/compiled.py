@@ -19,9 +19,10 @@ from fxmem import capture as cap
 from fxmem import preamble as pre_
 from fxmem.dropped import dropped
 from fxmem.executor import CallState, execute, run_region
-from fxmem.joint import trace
+from fxmem.joint import Joint, trace
 from fxmem.labels import analyse
 from fxmem.passes.canonicalize import Canonicalize
+from fxmem.passes.free_factories import free_factories
 from fxmem.passes.global_mean import global_mean
 from fxmem.passes.lower import HANDLERS
 from fxmem.passes.share_kv_heads import share_kv_heads
@@ -48,6 +49,8 @@ class Counter:
 
 COUNTER = Counter()
 _CODES: dict[str, RegionCode] = {}
+JOINT_PASSES: tuple[Callable[[Joint], Joint], ...] = (free_factories, global_mean)
+"""Rewrites of every traced region, in order."""
 
 
 @dataclass(slots=True)
@@ -127,14 +130,20 @@ def _leaf(pre: pre_.Preamble, node: fx.Node) -> pre_.Leaf:
 def bind_sizes(capture: cap.Capture, args: Sequence[Any]) -> dict[str, int]:
     """Values of the canonical symbols in this call."""
     sizes: dict[str, int] = {}
+
+    def bind(example: Any, actual: int) -> None:
+        if isinstance(example, torch.SymInt) and example.node.expr in capture.symbols:
+            size = capture.symbols[example.node.expr]
+            (symbol,) = size.free_symbols
+            sizes[str(symbol)] = int(actual) - int(size - symbol)
+
     for node, value in zip(capture.inputs, args, strict=True):
         example = cap.value_of(node)
-        if isinstance(example, torch.SymInt) and example.node.expr in capture.symbols:
-            sizes[str(capture.symbols[example.node.expr])] = int(value)
-        elif isinstance(example, Tensor):
+        if isinstance(example, Tensor):
             for expr, actual in zip(example.shape, value.shape, strict=True):
-                if isinstance(expr, torch.SymInt) and expr.node.expr in capture.symbols:
-                    sizes[str(capture.symbols[expr.node.expr])] = int(actual)
+                bind(expr, actual)
+        else:
+            bind(example, value)
     return sizes
 
 
@@ -220,11 +229,18 @@ def _mixes(region: regions.Region) -> bool:
 def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> RegionCall:
     key = region.key()
     if key not in _CODES:
+        name = f"region{len(_CODES)}"
         _CODES[key] = RegionCode(
-            region, Canonicalize, global_mean, HANDLERS, execute, COUNTER, f"region{len(_CODES)}"
+            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name
         )
     outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
     return RegionCall(_CODES[key], region.leaves, outputs, modules=_modules(region))
+
+
+def _joint_passes(joint: Joint) -> Joint:
+    for rewrite in JOINT_PASSES:
+        joint = rewrite(joint)
+    return joint
 
 
 def _modules(region: regions.Region) -> str:
@@ -233,5 +249,3 @@ def _modules(region: regions.Region) -> str:
         return ""
     return paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
 
-
-Builder = Callable[..., Any]

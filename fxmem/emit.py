@@ -229,7 +229,7 @@ class Emitter:
         self.plan, self.labels, self.joint = plan, plan.labels, plan.labels.joint
         self.name, self.causal = name, causal
         self.handlers = handlers
-        self.ints = sorted({str(s) for s in self.joint.symbols.values()})
+        self.ints = sorted({str(s) for e in self.joint.symbols.values() for s in e.free_symbols})
         self.names: dict[fx.Node, str] = {}
         self.masks: dict[fx.Node, ir.Mask] = {}
 
