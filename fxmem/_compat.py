@@ -82,12 +82,14 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
     return None
 
 
-def ignore_logging() -> contextlib.AbstractContextManager[Any]:
-    """Let Dynamo skip calls of logger methods instead of stopping at them."""
+def capture_config() -> contextlib.AbstractContextManager[Any]:
+    """How Dynamo captures a model: logger calls are skipped, and Python floats stay constants."""
     levels = ("debug", "info", "warning", "warning_once", "info_once", "warning_advice", "error")
     methods = {getattr(logging.Logger, n) for n in levels if hasattr(logging.Logger, n)}
     known = torch._dynamo.config.ignore_logging_functions
-    return torch._dynamo.config.patch(ignore_logging_functions={*known, *methods})
+    return torch._dynamo.config.patch(
+        ignore_logging_functions={*known, *methods}, specialize_float=True
+    )
 
 
 def is_control_node(node: fx.Node) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxmem import _compat
 from fxmem.compiled import CompiledGraph, compile_graph
 from fxmem.errors import CaptureError, FxmemError, NotTransformedError, PlanError
+from fxmem.experts import streamable
 from fxmem.plan import Plan, Stream
 
 
@@ -99,7 +100,7 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
             if isinstance(leaf, Tensor):
                 _compat.mark_dynamic(leaf)
         try:
-            with _compat.ignore_logging():
+            with _compat.capture_config(), streamable(model):
                 return compiled(*args, **kwargs)
         except _compat.Unsupported as error:
             raise CaptureError(

@@ -1,16 +1,16 @@
 """Axis signatures: how the output axes of an op relate to its input axes.
 
-Streaming is sharding in time: a tensor cut along the sequence is a shard, a weight gradient summed over
-chunks is a partial sum, K and V that every later query needs are a gather. One signature per op says all
-of it. Terms:
+Streaming is sharding in time: a tensor cut along the sequence is a shard, a weight gradient summed
+over chunks is a partial sum, K and V that every later query needs are a gather. One signature per
+op says all of it. Terms:
 
-*Letter*: a named axis inside one op call. *Dim*: one tensor dimension, a product of letters ``(b s)``;
-the empty product is a dimension of size 1. *Signature*: the dims of every tensor operand and output, plus
-the letters that must be complete (``whole``), for example the axis of a softmax.
+*Letter*: a named axis inside one op call. *Dim*: one tensor dimension, a product of letters ``(b
+s)``; the empty product is a dimension of size 1. *Signature*: the dims of every tensor operand and
+output, plus the letters that must be complete (``whole``), for example the axis of a softmax.
 
-A letter of the inputs that is missing from an output was contracted away: chunks of it add up (PARTIAL).
-A rule computes the signature of one call; the table is in :mod:`fxmem.rules`. An op without a rule is a
-barrier: it runs on whole operands, exact, and the report names it.
+A letter of the inputs that is missing from an output was contracted away: chunks of it add up
+(PARTIAL). A rule computes the signature of one call; the table is in :mod:`fxmem.rules`. An op
+without a rule is a barrier: it runs on whole operands, exact, and the report names it.
 """
 
 from __future__ import annotations
@@ -73,11 +73,12 @@ class Call:
 class Signature:
     """Axis letters of operands and outputs of one call.
 
-    ``whole``: letters that must be complete. ``prefix``: operand indices that are needed whole but, under a
-    causal mask, only up to the last row of the chunk. ``suffix``: outputs that are sums over chunks whose
-    row ``r`` is final once every chunk at or after ``r`` has run. ``shift``: letter -> number of input rows
-    skipped before output row 0 (a slice with an offset). ``sums``: False where a missing letter is not a sum.
-    ``extent``: size of the letters that share a dimension with others.
+    ``whole``: letters that must be complete. ``prefix``: operand indices that are needed whole but,
+    under a causal mask, only up to the last row of the chunk. ``suffix``: outputs that are sums
+    over chunks whose row ``r`` is final once every chunk at or after ``r`` has run. ``shift``:
+    letter -> number of input rows skipped before output row 0 (a slice with an offset). ``sums``:
+    False where a missing letter is not a sum. ``extent``: size of the letters that share a
+    dimension with others.
     """
 
     ins: tuple[Dims, ...]
@@ -97,10 +98,10 @@ Rule = Callable[[Call], Signature | None]
 class AxisRule:
     """A row of the table.
 
-    ``rule``: the signature, or ``None`` where this call has none. ``sizes``: index of the argument that
-    holds the output shape and follows the chunk. ``cheap``: the op may be recomputed wherever a slice of
-    it is needed (pointwise, views, factories). ``linear``: index of the tensor operand in which the op is
-    linear row by row, so that zero rows stay zero.
+    ``rule``: the signature, or ``None`` where this call has none. ``sizes``: index of the argument
+    that holds the output shape and follows the chunk. ``cheap``: the op may be recomputed wherever
+    a slice of it is needed (pointwise, views, factories). ``linear``: index of the tensor operand
+    in which the op is linear row by row, so that zero rows stay zero.
     """
 
     rule: Rule
@@ -114,7 +115,9 @@ def letters(prefix: str, count: int) -> Dims:
 
 
 def einsum(spec: str, whole: str = "") -> Rule:
-    """A rule from einops-like text: ``"m k, k n -> m n"``. Size-1 dims are dropped where they broadcast."""
+    """A rule from einops-like text: ``"m k, k n -> m n"``. Size-1 dims are dropped where they
+    broadcast.
+    """
     left, right = (side.strip() for side in spec.split("->"))
     ins = tuple(tuple((a,) for a in part.split()) for part in left.split(","))
     outs = tuple(tuple((a,) for a in part.split()) for part in right.split(","))
@@ -128,7 +131,9 @@ def einsum(spec: str, whole: str = "") -> Rule:
 
 
 def broadcast(call: Call, operands: Sequence[TensorInfo], out: TensorInfo) -> tuple[Dims, ...]:
-    """Dims of ``operands`` aligned right against ``out``; a broadcast dimension is the empty product."""
+    """Dims of ``operands`` aligned right against ``out``; a broadcast dimension is the empty
+    product.
+    """
     result = []
     for t in operands:
         pad = out.rank - t.rank
@@ -205,10 +210,12 @@ def _chain(bounds: list[Size]) -> list[Size] | None:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where a value carries the streamed axis: dimension ``dim`` is ``outer x length x inner`` elements.
+    """Where a value carries the streamed axis: dimension ``dim`` is ``outer x length x inner``
+    elements.
 
-    Row ``r`` of the axis belongs to anchor position ``r + offset`` of the streamed axis, so the chunk of
-    anchors ``[lo, hi)`` holds rows ``[lo - offset, hi - offset)`` clipped to ``[0, length)``.
+    Row ``r`` of the axis belongs to anchor position ``r + offset`` of the streamed axis, so the
+    chunk of anchors ``[lo, hi)`` holds rows ``[lo - offset, hi - offset)`` clipped to ``[0,
+    length)``.
     """
 
     dim: int
@@ -230,7 +237,9 @@ class Cut:
 def locate(
     dims: Dims, shape: Sequence[Size], cut: Cut, table: Mapping[str, Size]
 ) -> tuple[str, Cut] | None:
-    """The letter of ``dims`` that ``cut`` falls into, with the cut relative to that letter (dim -1)."""
+    """The letter of ``dims`` that ``cut`` falls into, with the cut relative to that letter (dim
+    -1).
+    """
     dim = dims[cut.dim]
     if len(dim) == 1:
         return dim[0], Cut(-1, cut.length, cut.offset, cut.outer, cut.inner)

@@ -22,6 +22,7 @@ from fxmem.executor import CallState, execute, run_region
 from fxmem.joint import Joint, trace
 from fxmem.labels import analyse
 from fxmem.passes.canonicalize import Canonicalize
+from fxmem.passes.drop_identities import drop_identities
 from fxmem.passes.free_factories import free_factories
 from fxmem.passes.global_mean import global_mean
 from fxmem.passes.lower import HANDLERS
@@ -51,6 +52,8 @@ COUNTER = Counter()
 _CODES: dict[str, RegionCode] = {}
 JOINT_PASSES: tuple[Callable[[Joint], Joint], ...] = (free_factories, global_mean)
 """Rewrites of every traced region, in order."""
+GRAPH_PASSES: tuple[Callable[[fx.GraphModule], int], ...] = (drop_identities, share_kv_heads)
+"""Rewrites of the captured graph, in order; each returns its number of edits."""
 
 
 @dataclass(slots=True)
@@ -152,7 +155,8 @@ def compile_graph(
 ) -> CompiledGraph:
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`."""
     start = time.perf_counter()
-    share_kv_heads(gm)
+    for graph_pass in GRAPH_PASSES:
+        graph_pass(gm)
     _compat.unify_sizes(gm)
     ambient = _ambient(example_inputs)
     capture = cap.analyse(gm, example_inputs, ambient)

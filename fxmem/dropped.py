@@ -1,4 +1,6 @@
-"""A stand-in for an output that was never made whole: shape, dtype and device are there, values are not."""
+"""A stand-in for an output that was never made whole: shape, dtype and device are there, values are
+not.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""From a schedule to a program: every loop body, straight line and mask becomes an ``fx.GraphModule``.
+"""From a schedule to a program: every loop body, straight line and mask becomes an
+``fx.GraphModule``.
 
-The rewrite decides nothing; it follows the labels. In a body, a CUT value is its chunk, an operand that is
-whole in memory is read by slice, sizes follow the chunk, results are written into buffers and sums are added
-into accumulators in place, matrix products without a temporary.
+The rewrite decides nothing; it follows the labels. In a body, a CUT value is its chunk, an operand
+that is whole in memory is read by slice, sizes follow the chunk, results are written into buffers
+and sums are added into accumulators in place, matrix products without a temporary.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ from fxmem.schedule import Loop, Schedule, producer
 from fxmem.sizes import HI, LO, Size, T, has_axis, same
 
 Handler = Callable[["Body", fx.Node], fx.Node | None]
+
+_AS_RESHAPE = frozenset(
+    f"aten.{name}"
+    for name in (
+        "view.default", "_unsafe_view.default", "squeeze.default", "squeeze.dim", "squeeze.dims",
+    )
+)  # fmt: skip
+"""Ops whose result is known by its shape; a chunk may be strided, or have one row that is no unit axis."""
 
 
 class Ints:
@@ -86,7 +95,9 @@ class Ints:
 
 
 class Body:
-    """Builds one graph. ``env`` maps values to nodes; ``whole`` tensors become placeholders on first use."""
+    """Builds one graph. ``env`` maps values to nodes; ``whole`` tensors become placeholders on
+    first use.
+    """
 
     def __init__(self, labels: Labels, ints: Sequence[str], extra: Sequence[str] = ()) -> None:
         self.labels = labels
@@ -120,7 +131,9 @@ class Body:
         return self.graph.call_function(target, args, kwargs)
 
     def whole(self, node: fx.Node) -> Any:
-        """The complete tensor of a value that exists outside this graph (or was computed here whole)."""
+        """The complete tensor of a value that exists outside this graph (or was computed here
+        whole).
+        """
         if (node, None) in self.chunks:
             return self.chunks[node, None]
         value: Any = self.input(self.names[node])
@@ -192,7 +205,7 @@ class Body:
             sizes = [self._size(d, cut) for d in shape]
             args = (*args[: row.sizes], sizes, *args[row.sizes + 1 :])
         target = node.target
-        if str(target) in ("aten.view.default", "aten._unsafe_view.default"):
+        if str(target) in _AS_RESHAPE:
             target = torch.ops.aten.reshape.default
         return self.graph.call_function(target, tuple(args), dict(kwargs))
 
@@ -205,7 +218,9 @@ class Body:
         return count if factor == 1 else self.call(operator.mul, self.ints(factor), count)
 
     def item(self, node: fx.Node) -> Any:
-        """Element of a tuple made here; None where the maker has added it to its accumulator itself."""
+        """Element of a tuple made here; None where the maker has added it to its accumulator
+        itself.
+        """
         source = self.chunks[node.args[0], None]  # type: ignore[index]
         if isinstance(source, tuple):
             return source[node.args[1]]  # type: ignore[index]
@@ -374,7 +389,11 @@ def _accumulate(body: Body, node: fx.Node, value: Any) -> None:
     """Add the chunk's part of a sum; products go straight into the accumulator."""
     acc = body.input(body.names[node])
     target = str(node.target)
-    forms = {"aten.mm.default": runtime.add_mm, "aten.bmm.default": runtime.add_bmm}
+    forms: dict[str, Callable[..., None]] = {
+        "aten.mm.default": runtime.add_mm,
+        "aten.bmm.default": runtime.add_bmm,
+        "fxmem.expert_weight_grad.default": runtime.add_expert_weight,
+    }
     if value is None and target in forms:
         body.call(forms[target], acc, *(body.operand(u) for u in body.labels.uses[node]))
     elif value is None and target == "aten.embedding_dense_backward.default":

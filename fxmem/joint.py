@@ -1,9 +1,9 @@
 """One joint forward and backward ATen graph per distinct region.
 
-The trace runs over fake tensors with symbolic sizes, so it costs no memory and holds for every length.
-Inputs are ints, tensors, the dropout seed and one tangent per differentiable output; outputs are the region's
-outputs and one gradient per input that wants one. Meaning comes from :class:`Joint`'s lists, never from
-names.
+The trace runs over fake tensors with symbolic sizes, so it costs no memory and holds for every
+length. Inputs are ints, tensors, the dropout seed and one tangent per differentiable output;
+outputs are the region's outputs and one gradient per input that wants one. Meaning comes from
+:class:`Joint`'s lists, never from names.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Caller(Protocol):
 
 @dataclass(slots=True)
 class Joint:
-    """A traced region. ``info`` has the canonical shapes of every tensor node (a tuple for multi-outputs).
+    """A traced region. ``info`` has the canonical shapes of every tensor node (a tuple for
+    multi-outputs).
 
-    ``learned``: nodes that depend on a parameter, on another region or on a tangent. Those that carry the
-    streamed axis are cut however small they are; other small values may stand whole.
+    ``learned``: nodes that depend on a parameter, on another region or on a tangent. Those that
+    carry the streamed axis are cut however small they are; other small values may stand whole.
     """
 
     graph: fx.Graph

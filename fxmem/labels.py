@@ -7,13 +7,13 @@
 | CUT | chunk i of it needs chunk i of its cut operands |
 | PARTIAL | the axis was contracted away: chunks add up |
 
-*Stage*: a CUT value of stage k is made in loop k. A value that is needed complete (keys at attention, a sum)
-is complete after its loop, so its users are one stage later, with two exceptions that remove loops: a PREFIX
-use in an ascending loop reads only rows that exist already, and a SUFFIX sum in a descending loop is final
-for the rows of the current chunk.
+*Stage*: a CUT value of stage k is made in loop k. A value that is needed complete (keys at
+attention, a sum) is complete after its loop, so its users are one stage later, with two exceptions
+that remove loops: a PREFIX use in an ascending loop reads only rows that exist already, and a
+SUFFIX sum in a descending loop is final for the rows of the current chunk.
 
-The rules come from :mod:`fxmem.rules`; whatever a row does not allow is a *barrier*: the op runs whole and
-exact, and :class:`Barrier` says why.
+The rules come from :mod:`fxmem.rules`; whatever a row does not allow is a *barrier*: the op runs
+whole and exact, and :class:`Barrier` says why.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ ATTENTION = {"fxmem.attention.default": (3, 4), "fxmem.attention_backward.defaul
 
 
 def call_of(node: fx.Node, joint: Joint) -> Call:
-    """The call of a node with :class:`TensorInfo` in place of tensors and sizes in place of SymInts."""
+    """The call of a node with :class:`TensorInfo` in place of tensors and sizes in place of
+    SymInts.
+    """
 
     def convert(a: fx.Node) -> Any:
         info = joint.info[a]
@@ -113,7 +115,9 @@ def tensor_operands(node: fx.Node, joint: Joint) -> list[fx.Node]:
 
 
 def analyse(joint: Joint, *, causal: bool, directions: Sequence[int] = ()) -> Labels:
-    """Label every node. ``causal``: attention masks are known to hide later keys; ``directions`` per loop."""
+    """Label every node. ``causal``: attention masks are known to hide later keys; ``directions``
+    per loop.
+    """
     labels = Labels(joint, tuple(directions))
     for node in joint.graph.nodes:
         if node.op == "placeholder" or node.op == "get_attr":
@@ -296,7 +300,8 @@ def _output(
 
 
 def _shifted(cut: Cut, shift: Size, dim: Size) -> Cut | None:
-    """The cut after rows moved by ``shift``; None where rows would fall outside the streamed axis."""
+    """The cut after rows moved by ``shift``; None where rows would fall outside the streamed axis.
+    """
     length = divide(dim, product((cut.outer, cut.inner)))
     if length is None or (cut.outer, cut.inner) != (1, 1):
         return cut if length is not None and same(length, cut.length) and shift == 0 else None
@@ -324,7 +329,9 @@ def labels_direction(labels: Labels, stage: int) -> int:
 
 
 def slices(labels: Labels, node: fx.Node, cut: Cut) -> tuple[Cut | None, ...] | None:
-    """Operand cuts of a FLEX node when its slice ``cut`` is wanted; None where it cannot be sliced so."""
+    """Operand cuts of a FLEX node when its slice ``cut`` is wanted; None where it cannot be sliced
+    so.
+    """
     row, call = lookup(node.target), call_of(node, labels.joint)
     sig = row.rule(call) if row is not None else None
     if sig is None or sig.outs[0] is None or not sig.outs[0][cut.dim]:

@@ -1,9 +1,10 @@
 """Attention masks as structure: which keys a chunk of queries sees, tile by tile.
 
-A mask is never built as a ``T x T`` tensor. Its rows are evaluated chunk by chunk, once per call of the model,
-and each tile of keys is classified: seen by every row, by none, or by some. Runs of full tiles become spans without
-a mask, empty tiles disappear, only mixed tiles keep their (small) piece of the mask. Causality, sliding
-windows, padding and packed documents all show up this way, whatever formula the model used.
+A mask is never built as a ``T x T`` tensor. Its rows are evaluated chunk by chunk, once per call of
+the model, and each tile of keys is classified: seen by every row, by none, or by some. Runs of full
+tiles become spans without a mask, empty tiles disappear, only mixed tiles keep their (small) piece
+of the mask. Causality, sliding windows, padding and packed documents all show up this way, whatever
+formula the model used.
 """
 
 from __future__ import annotations

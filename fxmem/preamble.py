@@ -1,8 +1,8 @@
 """The parameter-free part of a capture, lowered to ATen: narrow values, and cones of wide ones.
 
-A *cone* is the graph that computes one wide value (a ``T x T`` mask, say) from narrow leaves. The preamble
-program computes the leaves; the cone is traced into the regions that use the value, where it is cut like
-everything else, so that the wide value never stands whole.
+A *cone* is the graph that computes one wide value (a ``T x T`` mask, say) from narrow leaves. The
+preamble program computes the leaves; the cone is traced into the regions that use the value, where
+it is cut like everything else, so that the wide value never stands whole.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from fxmem.capture import (
 )
 
 Leaf = tuple[str, str]
-"""Name of a run-time value: ``("input", placeholder)``, ``("pre", preamble node)`` or ``("main", node)``."""
+"""Name of a run-time value: ``("input", placeholder)``, ``("pre", preamble node)`` or ``("main",
+node)``.
+"""
 
 
 @dataclass(slots=True)

@@ -1,9 +1,9 @@
 """The program of a region: loops over chunk bodies, straight-line code, buffers.
 
 A program is data. ``steps`` run in order over an environment of named tensors; every body is an
-``fx.GraphModule`` that takes plain ints (sizes, ``lo``, ``hi``) and tensors and writes its results in place, so
-one body serves every length, batch size and chunk. :func:`fxmem.executor.execute` runs it, ``str()`` prints it as
-readable Python.
+``fx.GraphModule`` that takes plain ints (sizes, ``lo``, ``hi``) and tensors and writes its results
+in place, so one body serves every length, batch size and chunk. :func:`fxmem.executor.execute` runs
+it, ``str()`` prints it as readable Python.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ class Straight:
 
 @dataclass(slots=True)
 class Loop:
-    """``for [lo, hi) in chunks: module(*ints, lo, hi, *masks, *tensors)``; tensors include what it writes.
+    """``for [lo, hi) in chunks: module(*ints, lo, hi, *masks, *tensors)``; tensors include what it
+    writes.
 
-    ``token_local``: nothing in the body reads another token, so rows may be packed (ignored rows dropped).
+    ``token_local``: nothing in the body reads another token, so rows may be packed (ignored rows
+    dropped).
     """
 
     module: fx.GraphModule
@@ -82,7 +84,8 @@ Step = Straight | Loop | Free
 
 @dataclass(slots=True)
 class Program:
-    """What a region runs: named ``inputs`` in call order, ``steps``, and the names of ``outputs``."""
+    """What a region runs: named ``inputs`` in call order, ``steps``, and the names of ``outputs``.
+    """
 
     name: str
     ints: list[str]

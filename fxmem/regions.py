@@ -1,11 +1,12 @@
 """Where to cut a model: regions between two narrow waists of the graph.
 
-Walk the main nodes in order and look at the bytes per token of the values alive across each position. At a
-*waist* a single state is alive (the residual stream): the smallest value that occurs again and again. Waists
-split the graph into *segments*. A segment that mixes tokens (attention) starts a region and takes the
-token-local segments after it along, up to the next mixing one; what precedes the first mixing segment (the
-embedding) and what follows the last one without a counterpart elsewhere (final norm, LM head, loss) are
-regions of their own. Values that merely pass by a region are not its inputs.
+Walk the main nodes in order and look at the bytes per token of the values alive across each
+position. At a *waist* a single state is alive (the residual stream): the smallest value that occurs
+again and again. Waists split the graph into *segments*. A segment that mixes tokens (attention)
+starts a region and takes the token-local segments after it along, up to the next mixing one; what
+precedes the first mixing segment (the embedding) and what follows the last one without a
+counterpart elsewhere (final norm, LM head, loss) are regions of their own. Values that merely pass
+by a region are not its inputs.
 """
 
 from __future__ import annotations
@@ -166,8 +167,8 @@ def _group(keys: Sequence[str], mixing: Sequence[bool]) -> list[list[int]]:
 def _waists(capture: Capture, main: list[fx.Node]) -> list[int]:
     """Positions ``p`` such that a region may end before ``main[p]``.
 
-    A single state is alive there, beside values under a quarter of its size (router logits that pass by), and
-    it has the size that most of these positions share.
+    A single state is alive there, beside values under a quarter of its size (router logits that
+    pass by), and it has the size that most of these positions share.
     """
     alone = _single_states(capture, main)
     runs = [v for p, v in enumerate(alone) if v is not None and (p == 0 or alone[p - 1] != v)]
@@ -178,7 +179,8 @@ def _waists(capture: Capture, main: list[fx.Node]) -> list[int]:
 
 
 def _single_states(capture: Capture, main: list[fx.Node]) -> list[float | None]:
-    """Bytes per token of the one streamed state alive before each node; None where there are more."""
+    """Bytes per token of the one streamed state alive before each node; None where there are more.
+    """
     order = {n: i for i, n in enumerate(main)}
     ends: dict[int, list[fx.Node]] = {}
     alive: dict[fx.Node, float] = {}
@@ -209,10 +211,10 @@ def make(capture: Capture, pre: Preamble, nodes: list[fx.Node]) -> Region:
     inside = set(nodes)
     final = {o for o in capture.outputs if isinstance(o, fx.Node)}
     outputs = [
-        n
-        for n in nodes
-        if n in final or any(u not in inside and u in capture.main_set for u in n.users)
-    ]
+        n for n in nodes
+        if is_tensor(n)
+        and (n in final or any(u not in inside and u in capture.main_set for u in n.users))
+    ]  # fmt: skip
     external = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
     ints = [n for n in capture.inputs if isinstance(value_of(n), torch.SymInt)]
     scalars = [a for a in external if not is_tensor(a) and a not in ints]

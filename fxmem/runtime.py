@@ -20,7 +20,9 @@ def _view(x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
 
 
 def take(x: Tensor, dim: int, start: int, rows: int, outer: int = 1, inner: int = 1) -> Tensor:
-    """Rows ``[start, start + rows)`` of an axis that stands as ``outer x length x inner`` in ``dim``."""
+    """Rows ``[start, start + rows)`` of an axis that stands as ``outer x length x inner`` in
+    ``dim``.
+    """
     if outer == 1:
         return x.narrow(dim, start * inner, rows * inner)
     return _view(x, dim, outer, inner).narrow(dim + 1, start, rows).flatten(dim, dim + 2)
@@ -72,3 +74,21 @@ def add_embedding(acc: Tensor, grad: Tensor, index: Tensor, padding_idx: int) ->
     if padding_idx >= 0:
         grad = grad.masked_fill((index == padding_idx).unsqueeze(-1), 0)
     acc.index_add_(0, index, grad.to(acc.dtype))
+
+
+def expert_rows(index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
+    """``(expert, rows that chose it)`` for every expert with rows."""
+    order = index.argsort(stable=True)
+    counts = torch.bincount(index, minlength=experts)[:experts].tolist()
+    out, at = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            out.append((expert, order[at : at + count]))
+        at += count
+    return out
+
+
+def add_expert_weight(acc: Tensor, grad: Tensor, x: Tensor, index: Tensor) -> None:
+    """``acc[e] += grad[rows of e]^T @ x[rows of e]`` for ``acc [E, O, I]``."""
+    for expert, rows in expert_rows(index, acc.shape[0]):
+        acc[expert].addmm_(grad[rows].t().to(acc.dtype), x[rows].to(acc.dtype))

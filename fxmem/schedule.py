@@ -1,9 +1,10 @@
 """Loops: which values get a buffer, which are accumulated, and what each loop computes.
 
-Each stage with something to produce is one loop over the chunks. Its body is the backward closure of what it
-produces, stopping at values that exist already. A value of an earlier stage that is needed again is
-recomputed if it stems from the forward and kept in a buffer if it stems from the backward, unless it is
-wider than a hidden state. Loop directions are chosen to minimise loops first, then bytes of buffers.
+Each stage with something to produce is one loop over the chunks. Its body is the backward closure
+of what it produces, stopping at values that exist already. A value of an earlier stage that is
+needed again is recomputed if it stems from the forward and kept in a buffer if it stems from the
+backward, unless it is wider than a hidden state. Loop directions are chosen to minimise loops
+first, then bytes of buffers.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Loop:
 
 @dataclass(slots=True)
 class Schedule:
-    """``straight[k]`` runs before loop ``k``; ``loops`` are in order; ``flex`` values asked for whole."""
+    """``straight[k]`` runs before loop ``k``; ``loops`` are in order; ``flex`` values asked for
+    whole.
+    """
 
     labels: Labels
     roots: list[fx.Node]
@@ -114,7 +117,9 @@ def build(
 
 
 class _Needs:
-    """Transitive requirements of the roots: ``items`` exist as whole tensors, ``buffers`` are written by loops."""
+    """Transitive requirements of the roots: ``items`` exist as whole tensors, ``buffers`` are
+    written by loops.
+    """
 
     def __init__(self, labels: Labels, roots: list[fx.Node]) -> None:
         self.labels = labels
@@ -154,7 +159,8 @@ class _Needs:
             self.whole(use.operand)
 
     def body(self, stage: int, products: Sequence[fx.Node]) -> set[fx.Node]:
-        """Nodes that loop ``stage`` computes for ``products``; what it reads whole becomes an item."""
+        """Nodes that loop ``stage`` computes for ``products``; what it reads whole becomes an item.
+        """
         seen: set[fx.Node] = set(products)
         stack = [producer(p) for p in products]
         expanded: set[fx.Node] = set()

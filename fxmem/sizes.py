@@ -1,8 +1,8 @@
 """Symbolic sizes: the small amount of integer algebra that labels and programs need.
 
-A size is a Python ``int`` or a sympy expression over canonical symbols: ``T`` is the streamed length,
-all other symbols (``n0``, ``n1``, ...; usually the batch) stay whole. Sizes never carry values of a
-particular call; :func:`evaluate` turns them into integers when a program runs.
+A size is a Python ``int`` or a sympy expression over canonical symbols: ``T`` is the streamed
+length, all other symbols (``n0``, ``n1``, ...; usually the batch) stay whole. Sizes never carry
+values of a particular call; :func:`evaluate` turns them into integers when a program runs.
 """
 
 from __future__ import annotations

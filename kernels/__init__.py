@@ -1,1 +1,2 @@
-"""Hot operations, one per file: the canonical op, its plain PyTorch reference and its chunk form."""
+"""Hot operations, one per file: the canonical op, its plain PyTorch reference and its chunk form.
+"""

@@ -1,13 +1,14 @@
 """Attention of a query chunk against keys and values, with its logsumexp and its backward.
 
-Letters: B batch, H query heads, G key/value heads (H = n G), C query rows, S keys, E head size, F value size.
+Letters: B batch, H query heads, G key/value heads (H = n G), C query rows, S keys, E head size, F
+value size.
 
-A chunk of queries sees its keys as *spans*: a run of keys that every query row sees, one whose upper
-triangle is hidden (the chunk against itself), or one with an explicit mask tile. Each span is one call of an
-attention kernel; results are merged by logsumexp, which is exact. In the backward every span uses the
-logsumexp of the whole row, so its part of the gradient is final (FlashAttention-2, section 3.1). No tensor
-of C x S elements is made where a fused kernel exists, and grouped heads are never repeated in memory: the n
-query heads of a group are stacked as rows.
+A chunk of queries sees its keys as *spans*: a run of keys that every query row sees, one whose
+upper triangle is hidden (the chunk against itself), or one with an explicit mask tile. Each span is
+one call of an attention kernel; results are merged by logsumexp, which is exact. In the backward
+every span uses the logsumexp of the whole row, so its part of the gradient is final
+(FlashAttention-2, section 3.1). No tensor of C x S elements is made where a fused kernel exists,
+and grouped heads are never repeated in memory: the n query heads of a group are stacked as rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ MATH_TILE = 1024  # keys per tile where scores are formed explicitly
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Keys ``[start, stop)``: ``mask`` (bool or additive, ``[B|1, H|1, C, keys]``), or the causal diagonal."""
+    """Keys ``[start, stop)``: ``mask`` (bool or additive, ``[B|1, H|1, C, keys]``), or the causal
+    diagonal.
+    """
 
     start: int
     stop: int
@@ -80,7 +83,8 @@ def _visible(mask: Tensor) -> Tensor:
 
 
 def _expand_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, G, S, E] -> [B G, n, S, E]`` without a copy: heads of a group share storage (stride 0)."""
+    """``[B, G, S, E] -> [B G, n, S, E]`` without a copy: heads of a group share storage (stride 0).
+    """
     b, g, s, e = x.shape
     return x.reshape(b * g, 1, s, e).expand(b * g, heads // g, s, e)
 
@@ -110,7 +114,8 @@ def _span_mask(q: Tensor, span: Span) -> Tensor | None:
 def _forward_span(
     q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, H, C, F], lse [B, H, C])`` of one span; rows that see nothing have lse ``-inf``."""
+    """``(out [B, H, C, F], lse [B, H, C])`` of one span; rows that see nothing have lse ``-inf``.
+    """
     b, h, c, _ = q.shape
     groups = k.shape[1]
     k, v = k[:, :, span.start : span.stop], v[:, :, span.start : span.stop]
@@ -220,7 +225,8 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     dk: Tensor, dv: Tensor, spans: Sequence[Span], scale: float,
 ) -> Tensor:  # fmt: skip
-    """Adds into ``dk``, ``dv`` (``[B, G, S, *]``, any float dtype) and returns ``dq [B, H, C, E]``."""
+    """Adds into ``dk``, ``dv`` (``[B, G, S, *]``, any float dtype) and returns ``dq [B, H, C, E]``.
+    """
     total: Tensor | None = None
     for span in _pieces(spans, _fused(q, v)) if q.numel() else ():
         dq, dk_part, dv_part = _backward_span(dout, q, k, v, out, lse, span, scale)
@@ -246,9 +252,11 @@ def _whole_spans(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tup
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Canonical attention ``q [B, H, C, E]``, ``k [B, G, S, E]``, ``v [B, G, S, F]`` -> ``(out, lse)``.
+    """Canonical attention ``q [B, H, C, E]``, ``k [B, G, S, E]``, ``v [B, G, S, F]`` -> ``(out,
+    lse)``.
 
-    ``causal`` is aligned top-left, as in ``scaled_dot_product_attention``; ``mask`` is bool or additive.
+    ``causal`` is aligned top-left, as in ``scaled_dot_product_attention``; ``mask`` is bool or
+    additive.
     """
     out, lse = forward(q, k, v, _whole_spans(q, k, mask, causal), scale)
     return out.contiguous(), lse.contiguous()

@@ -1,8 +1,8 @@
 """Dropout as a stateless op: the mask is a function of (seed, site, element position).
 
-The position of an element is its index in the whole tensor, not in the chunk, so the mask does not depend
-on the chunking and a replay in the backward draws the same one. ``seed`` is drawn from torch's default
-generator once per forward; ``site`` numbers the dropout calls of a region.
+The position of an element is its index in the whole tensor, not in the chunk, so the mask does not
+depend on the chunking and a replay in the backward draws the same one. ``seed`` is drawn from
+torch's default generator once per forward; ``site`` numbers the dropout calls of a region.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def positions(
     length: int,
     device: torch.device,
 ) -> Tensor:
-    """Whole-tensor index of every element of a chunk: dimension ``dim`` is ``outer x rows x inner``,
-    its rows start at ``start`` of ``length``."""
+    """Whole-tensor index of every element of a chunk: dimension ``dim`` is ``outer x rows x
+    inner``, its rows start at ``start`` of ``length``.
+    """
     rows = shape[dim] // (outer * inner)
     full = list(shape)
     full[dim] = outer * length * inner

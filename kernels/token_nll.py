@@ -1,9 +1,9 @@
 """Negative log-likelihood of one target per row of logits, with its backward.
 
-Letters: N rows (tokens), V vocabulary. ``nll = logsumexp(logits) - logits[target]``; rows whose target is
-``ignore_index`` give 0 and a zero gradient. The backward is ``(softmax(logits) - onehot(target)) * grad`` from
-the saved logsumexp, so that neither log-probabilities nor a one-hot matrix is stored. Losses (mean, sum,
-DPO, GRPO) are built from it by plain ops.
+Letters: N rows (tokens), V vocabulary. ``nll = logsumexp(logits) - logits[target]``; rows whose
+target is ``ignore_index`` give 0 and a zero gradient. The backward is ``(softmax(logits) -
+onehot(target)) * grad`` from the saved logsumexp, so that neither log-probabilities nor a one-hot
+matrix is stored. Losses (mean, sum, DPO, GRPO) are built from it by plain ops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def _blocks(n: int, v: int) -> list[tuple[int, int]]:
 
 @torch.library.custom_op("fxmem::token_nll", mutates_args=())
 def token_nll(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """``logits [N, V]``, ``target [N]`` -> ``(nll [N], logsumexp [N])`` in the dtype of the logits."""
+    """``logits [N, V]``, ``target [N]`` -> ``(nll [N], logsumexp [N])`` in the dtype of the logits.
+    """
     n, v = logits.shape
     lse = torch.empty(n, dtype=logits.dtype, device=logits.device)
     for a, b in _blocks(n, v):
@@ -44,7 +45,8 @@ def backward(
     ignore_index: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the logits; ``out`` may be ``logits`` itself where they are not needed any more."""
+    """Gradient of the logits; ``out`` may be ``logits`` itself where they are not needed any more.
+    """
     n, v = logits.shape
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
 """The axis-signature table: one row per op, families first.
 
-Pointwise ops come from ``torch.Tag.pointwise`` and need no row. ``lookup`` is the only reader; users add a
-row for a custom op with :func:`register`. String keys resolve on first use, so an op that is created late
-cannot break the import.
+Pointwise ops come from ``torch.Tag.pointwise`` and need no row. ``lookup`` is the only reader;
+users add a row for a custom op with :func:`register`. String keys resolve on first use, so an op
+that is created late cannot break the import.
 """
 
 from __future__ import annotations

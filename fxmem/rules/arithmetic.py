@@ -1,4 +1,6 @@
-"""Rows for arithmetic: pointwise ops (by tag), reductions, matrix products, softmax and normalisation."""
+"""Rows for arithmetic: pointwise ops (by tag), reductions, matrix products, softmax and
+normalisation.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def _reduced(call: Call, index: int) -> set[int]:
 
 
 def reduction(index: int = 1, keepdim: int = 2, *, sums: bool) -> Rule:
-    """Axes of argument ``index`` disappear. With ``sums`` chunks of such an axis add up, else it is whole."""
+    """Axes of argument ``index`` disappear. With ``sums`` chunks of such an axis add up, else it is
+    whole.
+    """
 
     def rule(call: Call) -> Signature:
         t, gone = call.tensors[0], _reduced(call, index)
@@ -52,7 +56,8 @@ def softmax(position: int, operands: int) -> Rule:
 
 
 def addmm(call: Call) -> Signature:
-    """``bias + a @ b``: summing over chunks of the contraction would add the bias once per chunk."""
+    """``bias + a @ b``: summing over chunks of the contraction would add the bias once per chunk.
+    """
     bias, a, b = call.tensors
     full: Dims = (("m",), ("n",))
     dims = tuple(

@@ -23,13 +23,16 @@ LSE: Dims = (("b",), ("h",), ("q",))
 
 
 def attention(call: Call) -> Signature:
-    """Arguments q, k, v, mask, causal, scale. A causal query chunk reads keys up to its own last row."""
+    """Arguments q, k, v, mask, causal, scale. A causal query chunk reads keys up to its own last
+    row.
+    """
     prefix = frozenset((1, 2)) if call.args[4] else frozenset[int]()
-    return Signature((Q, K, V, *_mask_dims(call, 3)), (OUT, LSE), frozenset("kehg"), prefix=prefix)
+    return Signature((Q, K, V, *_mask_dims(call, 3)), (OUT, LSE), frozenset("kefhg"), prefix=prefix)
 
 
 def attention_backward(call: Call) -> Signature:
-    """Arguments dout, q, k, v, out, lse, mask, causal, scale; outputs dq (cut) and dk, dv (sums)."""
+    """Arguments dout, q, k, v, out, lse, mask, causal, scale; outputs dq (cut) and dk, dv (sums).
+    """
     causal = bool(call.args[7])
     return Signature(
         (OUT, Q, K, V, OUT, LSE, *_mask_dims(call, 6)),
@@ -52,6 +55,19 @@ def token_nll_backward(call: Call) -> Signature:
     return Signature((rows, logits, rows, rows), (logits,), frozenset("v"))
 
 
+def expert_linear(call: Call) -> Signature:
+    """Arguments x [S, I], weight [E, O, I], index [S]; output [S, O]."""
+    weight: Dims = (("e",), ("o",), ("i",))
+    rows: Dims = (("s",), ("i",))
+    return Signature((rows, weight, (("s",),)), ((("s",), ("o",)),), frozenset("e"))
+
+
+def expert_weight_grad(call: Call) -> Signature:
+    """Arguments grad [S, O], x [S, I], index [S]; output [E, O, I]: a sum over rows."""
+    ins: tuple[Dims, ...] = ((("s",), ("o",)), (("s",), ("i",)), (("s",),))
+    return Signature(ins, ((("e",), ("o",), ("i",)),), frozenset("e"))
+
+
 def dropout(call: Call) -> Signature:
     """Arguments x, seed, p, site: the mask is a function of (seed, site, element position)."""
     dims = letters("d", call.out.rank)
@@ -63,5 +79,7 @@ ROWS: dict[str, AxisRule] = {
     "fxmem.attention_backward.default": AxisRule(attention_backward, linear=0),
     "fxmem.token_nll.default": AxisRule(token_nll),
     "fxmem.token_nll_backward.default": AxisRule(token_nll_backward, linear=0),
+    "fxmem.expert_linear.default": AxisRule(expert_linear, linear=0),
+    "fxmem.expert_weight_grad.default": AxisRule(expert_weight_grad, linear=0),
     "fxmem.dropout.default": AxisRule(dropout, linear=0),
 }

@@ -1,4 +1,6 @@
-"""Rows for ops that move elements without arithmetic: reshapes, permutations, slices, joins, factories."""
+"""Rows for ops that move elements without arithmetic: reshapes, permutations, slices, joins,
+factories.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +53,7 @@ def unsqueeze(call: Call) -> Signature:
 
 
 def squeeze(call: Call) -> Signature:
+    """Emitted as a reshape: squeezing a chunk of one row would drop the cut axis."""
     t = call.tensors[0]
     source = _dims(t)
     if len(call.args) > 1:
@@ -62,7 +65,9 @@ def squeeze(call: Call) -> Signature:
 
 
 def cut_slice(call: Call) -> Signature | None:
-    """``x[start:end]`` along one axis: rows move by ``start``; strides other than 1 need the axis whole."""
+    """``x[start:end]`` along one axis: rows move by ``start``; strides other than 1 need the axis
+    whole.
+    """
     t = call.tensors[0]
     dim = _axis(call.arg(1, 0), t.rank)
     source = letters("d", t.rank)
@@ -113,7 +118,7 @@ def stack(call: Call) -> Signature:
     dim = _axis(call.arg(1, 0), rank)
     dims = letters("d", rank)
     source = tuple(d for i, d in enumerate(dims) if i != dim)
-    return Signature((source,) * len(call.tensors), (dims,))
+    return Signature((source,) * len(call.tensors), (dims,), frozenset(dims[dim]))
 
 
 def split(call: Call) -> Signature:
@@ -130,13 +135,14 @@ def unbind(call: Call) -> Signature:
 
 
 def repeat(call: Call) -> Signature:
+    """Counts stay as they are in a chunk, so repeated axes and those that are new must be complete."""
     source, out = call.tensors[0], call.out
     pad = out.rank - source.rank
-    dims, whole = [], set()
+    dims, whole = [], {f"d{i}" for i in range(pad)}
     for i in range(source.rank):
         kept = same(source.shape[i], out.shape[pad + i])
         dims.append(ONE if source.shape[i] == 1 and not kept else (f"d{pad + i}",))
-        if not kept and source.shape[i] != 1:
+        if not kept:
             whole.add(f"d{pad + i}")
     return Signature((tuple(dims),), (letters("d", out.rank),), frozenset(whole))
 
@@ -175,7 +181,8 @@ def like(call: Call) -> Signature:
 
 def arange(call: Call) -> Signature | None:
     """Counting restarts in every chunk, so a range is cut only by slicing it whole."""
-    return None if has_axis(call.out.shape[0]) else Signature((), (letters("d", 1),))
+    dims = letters("d", 1)
+    return None if has_axis(call.out.shape[0]) else Signature((), (dims,), frozenset(dims[0]))
 
 
 _view = AxisRule(reshape, sizes=1, cheap=True, linear=0)
@@ -190,9 +197,9 @@ ROWS: dict[str, AxisRule] = {
     "aten.transpose.int": AxisRule(transpose, cheap=True, linear=0),
     "aten.t.default": AxisRule(transpose, cheap=True, linear=0),
     "aten.unsqueeze.default": AxisRule(unsqueeze, cheap=True, linear=0),
-    "aten.squeeze.dim": AxisRule(squeeze, cheap=True, linear=0),
-    "aten.squeeze.dims": AxisRule(squeeze, cheap=True, linear=0),
-    "aten.squeeze.default": AxisRule(squeeze, cheap=True, linear=0),
+    "aten.squeeze.dim": AxisRule(squeeze, sizes=1, cheap=True, linear=0),
+    "aten.squeeze.dims": AxisRule(squeeze, sizes=1, cheap=True, linear=0),
+    "aten.squeeze.default": AxisRule(squeeze, sizes=1, cheap=True, linear=0),
     "aten.slice.Tensor": AxisRule(cut_slice, cheap=True, linear=0),
     "aten.slice_backward.default": AxisRule(slice_backward, sizes=1, linear=0),
     "aten.select.int": AxisRule(select, cheap=True, linear=0),
