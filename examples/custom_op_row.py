@@ -6,24 +6,20 @@ Run: ``python examples/custom_op_row.py``
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmem
 from fxmem import rules
 from fxmem.axes import AxisRule, einsum
 
-WIDTH = 64
+WIDTH, VOCABULARY = 64, 512
 
 
 @torch.library.custom_op("example::unit", mutates_args=())
 def unit(x_BTD: Tensor) -> Tensor:
     """Every token's vector scaled to length 1, as a kernel of your own might do."""
     return x_BTD / x_BTD.norm(dim=-1, keepdim=True)
-
-
-@unit.register_fake
-def _(x_BTD: Tensor) -> Tensor:
-    return torch.empty_like(x_BTD)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad_BTD: Tensor) -> Tensor:
@@ -33,41 +29,44 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_BTD: Tensor) -> Ten
     return (grad_BTD - unit_BTD * (grad_BTD * unit_BTD).sum(-1, keepdim=True)) / length_BT1
 
 
+unit.register_fake(torch.empty_like)
 unit.register_autograd(
     _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
 
 
 class Model(nn.Module):
-    """A loss over two layers with the op between them."""
+    """Scores of the next token, with the op between two layers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(WIDTH, 4 * WIDTH)
-        self.down = nn.Linear(4 * WIDTH, WIDTH)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.up, self.head = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, VOCABULARY)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return (self.down(unit(torch.relu(self.up(x_BTD)) + 0.1)) - x_BTD).square().mean()
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        logits_BTV = self.head(unit(self.up(self.embed(ids_BT)).relu() + 0.1))
+        return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
-def streamed_step(x_BTD: Tensor) -> tuple[list[str], Tensor]:
+def streamed_step(ids_BT: Tensor) -> tuple[list[str], Tensor]:
     """Ops that ran whole, and the gradient of the first layer."""
     torch.manual_seed(0)
-    model = fxmem.transform(Model().double(), fxmem.Plan(stream=fxmem.Stream(chunk=32)))
-    model(x_BTD).backward()
+    model = Model().double()
+    fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=32, loss_chunk=32)))
+    model(ids_BT).backward()
     return [barrier.op for barrier in fxmem.explain(model).barriers], model.up.weight.grad
 
 
 def main() -> None:
-    x_BTD = torch.randn(2, 200, WIDTH, dtype=torch.double)
-    before, exact = streamed_step(x_BTD)
+    ids_BT = torch.randint(VOCABULARY, (2, 200))
+    before, exact = streamed_step(ids_BT)
     print("ops that run whole, without a row:", before)
     assert "example.unit.default" in before
 
     # Tokens are independent (b and t may be cut); a token's vector is needed complete.
     row = AxisRule(einsum("b t d -> b t d", whole="d"))
     rules.register(torch.ops.example.unit.default, row)
-    after, streamed = streamed_step(x_BTD)
+    after, streamed = streamed_step(ids_BT)
     print("ops that run whole, with its row: ", after)
     assert not after
     print(f"largest gradient difference: {(exact - streamed).abs().max().item():.1e}")

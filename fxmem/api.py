@@ -13,7 +13,7 @@ from fxmem import _compat
 from fxmem.compiled import CompiledGraph, compile_graph
 from fxmem.errors import CaptureError, FxmemError, NotTransformedError, PlanError
 from fxmem.experts import streamable
-from fxmem.plan import Plan, Stream
+from fxmem.plan import Plan, Stream, check_names
 
 
 class Backend:
@@ -67,16 +67,24 @@ def fxmem_backend(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None
 ) -> Callable[..., Any]:
     """Entry point of ``torch.compile(..., backend="fxmem", options={"plan": plan})``."""
-    options = dict(options or {})
-    plan = options.pop("plan", None) or Plan(stream=Stream())
-    if options:
-        raise PlanError(
-            f"unknown option {sorted(options)[0]!r} of backend 'fxmem'; the one option is 'plan'"
-        )
-    if not isinstance(plan, Plan):
-        raise PlanError(f"option 'plan' must be a fxmem.Plan, not {type(plan).__name__}")
+    try:
+        plan = _plan_of(options)
+    except FxmemError as error:
+        return _raiser(error)
     return Backend(plan)(gm, example_inputs)
 
+
+def _plan_of(options: Any) -> Plan:
+    given = dict(options or {})
+    check_names("backend 'fxmem'", given, ("plan",))
+    plan = given.get("plan") or Plan(stream=Stream())
+    if not isinstance(plan, Plan):
+        raise PlanError(f"option 'plan' must be a fxmem.Plan, not {type(plan).__name__}")
+    return plan
+
+
+RECAPTURES = 64
+"""Captures per model (train and eval, with and without a mask, autocast states) before an error."""
 
 _TRANSFORMED: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
 
@@ -90,7 +98,10 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a fxmem.Plan, not {type(plan).__name__}")
     engine = Backend(plan)
-    compiled = torch.compile(_compat.call_impl(model), backend=engine, fullgraph=True, dynamic=None)
+    compiled = torch.compile(
+        _compat.call_impl(model), backend=engine, fullgraph=True, isolate_recompiles=True,
+        recompile_limit=RECAPTURES,
+    )  # fmt: skip
     plain = _compat.call_impl(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -102,7 +113,7 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
         try:
             with _compat.capture_config(), streamable(model):
                 return compiled(*args, **kwargs)
-        except _compat.Unsupported as error:
+        except _compat.TorchDynamoException as error:
             raise CaptureError(
                 f"{type(model).__name__} cannot be captured", reason=str(error)
             ) from error

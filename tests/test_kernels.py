@@ -1,4 +1,4 @@
-"""Chunk functions of the kernels against plain autograd on the whole: attention, token losses, dropout."""
+"""Chunk functions of the kernels against plain autograd: attention, token losses, dropout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from fxmem.kernels.attention import Span, causal_spans, explicit_spans, full_spa
 T = 11
 CHUNKS = (1, 2, 4, 7, 10, 11, 50)
 # (query heads, key heads, head size, value size)
-HEADS = {"plain": (3, 3, 4, 4), "grouped": (6, 2, 4, 4), "one group": (4, 1, 4, 4), "values": (4, 2, 4, 7)}
+HEADS = {
+    "plain": (3, 3, 4, 4),
+    "grouped": (6, 2, 4, 4),
+    "one group": (4, 1, 4, 4),
+    "values": (4, 2, 4, 7),
+}
 SpansOf = Callable[[int, int, Tensor], Sequence[Span]]
 
 
@@ -61,7 +66,9 @@ def check(
 ) -> None:
     for a, b in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
         assert torch.isfinite(a).all()
-        assert (a.double() - b).abs().max() <= tol * b.abs().max().clamp(min=1e-30), (a - b).abs().max()
+        assert (a.double() - b).abs().max() <= tol * b.abs().max().clamp(min=1e-30), (
+            (a - b).abs().max()
+        )
 
 
 def tril(s: int = T) -> Tensor:
@@ -141,7 +148,7 @@ def test_bfloat16_is_as_near_as_torch(heads: str) -> None:
     q, k, v = inputs(heads, torch.bfloat16)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     dout = torch.randn(*q.shape[:3], v.shape[-1]).bfloat16()
-    want = reference(*wide, dout.double(), tril())
+    want = reference(wide[0], wide[1], wide[2], dout.double(), tril())
     got = chunked(q, k, v, dout, lambda lo, hi, _: causal_spans(lo, hi), 4)
     assert all(x.dtype == torch.bfloat16 for x in (got[0], *got[1]))
     check(got, want, tol=0.03)
@@ -180,12 +187,16 @@ def test_token_nll(ignored: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_token_nll_mean_over_no_token_has_no_nan_gradient() -> None:
     logits, target = torch.randn(3, 4), torch.full((3,), -100)
-    grad = token_nll.backward(torch.full((3,), torch.inf), logits, target, logits.logsumexp(-1), -100)
+    grad = token_nll.backward(
+        torch.full((3,), torch.inf), logits, target, logits.logsumexp(-1), -100
+    )
     assert not grad.any()
 
 
 @pytest.mark.parametrize("chunk", (1, 3, 5, 7, 9))
-@pytest.mark.parametrize(("dim", "outer", "inner"), ((1, 1, 1), (0, 1, 1), (1, 2, 1), (1, 1, 3), (1, 2, 3)))
+@pytest.mark.parametrize(
+    ("dim", "outer", "inner"), ((1, 1, 1), (0, 1, 1), (1, 2, 1), (1, 1, 3), (1, 2, 3))
+)
 def test_dropout_chunks_equal_the_whole(chunk: int, dim: int, outer: int, inner: int) -> None:
     length, seed = 7, torch.tensor(1234567)
     shape = [2, 3, 4]

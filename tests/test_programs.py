@@ -1,7 +1,7 @@
 """Oracle on whole programs: random small models, streamed against plain autograd in float64.
 
-A program is a list of steps on ``x [B, T, D]`` with its weights. Value and every gradient must agree to 1e-10
-of their largest element for any chunk. Run the long search with ``-m fuzz``.
+A program is a list of steps on ``x [B, T, D]`` with its weights. Value and every gradient must
+agree to 1e-10 of their largest element for any chunk. Run the long search with ``-m fuzz``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def _heads(x: Tensor, n: int) -> Tensor:
     return x.view(x.shape[0], x.shape[1], n, -1).transpose(1, 2)
 
 
-def attention(p: Program, i: int, x: Tensor, ids: Tensor, groups: int = 4, causal: bool = True) -> Tensor:
+def attention(
+    p: Program, i: int, x: Tensor, ids: Tensor, groups: int = 4, causal: bool = True
+) -> Tensor:
     q = _heads(x @ p.w(i, "square"), 4)
     k, v = (_heads(x @ p.w(i, n)[:, : 2 * groups], groups) for n in ("key", "value"))
     out = fn.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=groups < 4)
@@ -98,8 +100,8 @@ def rearrange(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
 
 STEPS: dict[str, Step] = {
     s.__name__: s for s in (
-        linear, layer_norm, rms_norm, mlp, gate, attention, grouped_attention, full_attention, softmax, shift,
-        pooled, embed, gather, join, rearrange,
+        linear, layer_norm, rms_norm, mlp, gate, attention, grouped_attention, full_attention,
+        softmax, shift, pooled, embed, gather, join, rearrange,
     )
 }  # fmt: skip
 
@@ -122,8 +124,8 @@ def square_loss(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
 LOSSES: dict[str, Step] = {s.__name__: s for s in (token_loss, ratio_loss, square_loss)}
 
 SHAPES = {
-    "square": (D, D), "key": (D, D), "value": (D, D), "up": (D, 2 * D), "down": (2 * D, D), "bias": (D,),
-    "scale": (D,), "half": (2, 1, D // 2), "table": (VOCAB, D), "head": (D, VOCAB),
+    "square": (D, D), "key": (D, D), "value": (D, D), "up": (D, 2 * D), "down": (2 * D, D),
+    "bias": (D,), "scale": (D,), "half": (2, 1, D // 2), "table": (VOCAB, D), "head": (D, VOCAB),
 }  # fmt: skip
 
 

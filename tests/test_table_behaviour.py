@@ -22,7 +22,10 @@ from fxmem.sizes import Size, size
 STRICT = {
     ("aten.any.dim", "d1"): "adding booleans is a logical or, which happens to merge any()",
     ("aten.any.dims", "d1"): "as any.dim",
-    ("fxmem.attention_backward.default", "k"): "given the logsumexp of all keys, runs of keys add up",
+    (
+        "fxmem.attention_backward.default",
+        "k",
+    ): "given the logsumexp of all keys, runs of keys add up",
 }
 
 VIEWS = {
@@ -36,8 +39,7 @@ class Uncuttable(Exception):
 
 
 def lengths(sig: Signature, infos: list[tuple[Dims, TensorInfo]]) -> dict[str, int]:
-    """Size of every letter, from the first operand or output that has it on a dimension of its own.
-    """
+    """Size of every letter, from the first dimension that it has to itself."""
     found = {letter: int(extent) for letter, extent in sig.extent.items()}
     for dims, t in infos:
         for dim, extent in zip(dims, t.shape, strict=True):

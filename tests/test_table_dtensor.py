@@ -1,9 +1,9 @@
-"""Oracle 4: torch's sharding rules for distributed tensors against our rows, where both know the op.
+"""Oracle 4: torch's sharding rules for distributed tensors against our rows.
 
-A tensor cut along the sequence is a shard in time. For every sample call and every letter that a row lets us
-cut, DTensor is asked what it makes of operands that are sharded along that letter: without communication it
-must keep the shard on the axis of the output that has the letter, or give a partial sum where none has. Two
-ranks of torch's "fake" process group, which moves no data.
+A tensor cut along the sequence is a shard in time. For every sample call and every letter that a
+row lets us cut, DTensor is asked what it makes of operands that are sharded along that letter:
+without communication it must keep the shard on the axis of the output that has the letter, or give
+a partial sum where none has. Two ranks of torch's "fake" process group, which moves no data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from table_samples import IDS, SAMPLES, Sample, map_tensors
 from torch import Tensor
 
@@ -23,22 +22,16 @@ dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
     pytest.skip("torch is built without torch.distributed", allow_module_level=True)
 
-from torch.distributed.tensor import (  # noqa: E402
-    DTensor,
-    Partial,
-    Replicate,
-    Shard,
-    init_device_mesh,
-)
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # noqa: E402
 
-# Where DTensor is wrong or gathers without need; oracle 3 shows our row to be right. Key: op, letter.
+# Where DTensor is wrong or gathers without need; oracle 3 shows our row to be right. Key: op,
+# letter.
 DIFFERENT = {
     ("aten.logsumexp.default", "d1"): "DTensor counts output axes as if keepdim were false",
 }
 
-KNOWN = 150
-"""Comparisons at least; fewer means that DTensor has lost rules or the samples have."""
-
+asked: list[str] = []
 checked: list[str] = []
 
 
@@ -83,6 +76,7 @@ QUESTIONS = questions()
     ("name", "sample", "letter"), QUESTIONS, ids=[f"{n}-{x}" for n, _, x in QUESTIONS]
 )
 def test_dtensor_agrees(mesh: Any, name: str, sample: Sample, letter: str) -> None:
+    asked.append(name)
     call, sig = sample.call, sample.signature
     try:
         dims = [cut(letter, d, t.shape, sig) for d, t in zip(sig.ins, call.tensors, strict=True)]
@@ -114,5 +108,5 @@ def test_dtensor_agrees(mesh: Any, name: str, sample: Sample, letter: str) -> No
     checked.append(name)
 
 
-def test_enough_was_compared() -> None:
-    assert len(checked) >= KNOWN, len(checked)
+def test_most_samples_were_compared() -> None:
+    assert len(checked) >= 0.8 * len(asked), f"{len(checked)} of {len(asked)}"

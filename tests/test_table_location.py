@@ -1,8 +1,8 @@
 """Oracle 2: labels against real runs at two lengths.
 
-Every joint graph is run with 23 and with 29 tokens. A dimension whose size differs is a sequence dimension; the
-symbolic shapes must say the same, and the label of every streamed value must cut such a dimension, by as many
-rows as it really has.
+Every joint graph is run with 23 and with 29 tokens. A dimension whose size differs is a sequence
+dimension; the symbolic shapes must say the same, and the label of every streamed value must cut
+such a dimension, by as many rows as it really has.
 """
 
 from __future__ import annotations

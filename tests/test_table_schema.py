@@ -11,9 +11,6 @@ from traced import MODELS, region_codes
 
 from fxmem.rules import TABLE, lookup
 
-# Ops of the traced models that run whole by design, with the reason.
-BARRIERS: dict[str, str] = {}
-
 
 def schema_tensors(sample: Sample) -> int:
     """Tensor operands of the call by the op's schema: one per Tensor argument that is given."""
@@ -51,7 +48,7 @@ def test_signature_fits_the_call(sample: Sample) -> None:
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
 def test_letters_agree_in_size(sample: Sample) -> None:
-    """A letter that may be cut has one size everywhere, and dims are the product of their letters."""
+    """A letter that may be cut has one size everywhere; a dim is the product of its letters."""
     call, sig = sample.call, sample.signature
     found = dict(sig.extent)
     tensors = [*zip(sig.ins, call.tensors, strict=True)]
@@ -89,4 +86,4 @@ def test_every_traced_op_has_a_row(model: str) -> None:
                 continue
             if node.target is not operator.getitem and lookup(node.target) is None:
                 missing.add(str(node.target))
-    assert missing == set(BARRIERS) & missing
+    assert missing == set()

@@ -26,7 +26,9 @@ class Small(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         x = self.table(input_ids)
         a, b = self.up(self.norm(x)).chunk(2, -1)
-        x = x + torch.cat([a[..., :6], b[..., 6:]], -1).softmax(-1) * torch.tanh(x.mean(1, keepdim=True))
+        x = x + torch.cat([a[..., :6], b[..., 6:]], -1).softmax(-1) * torch.tanh(
+            x.mean(1, keepdim=True)
+        )
         picked = self.head(x).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return -nn.functional.logsigmoid(picked[:, 1:].sum(1) * 0.1).mean()
 

@@ -69,3 +69,12 @@ def register(op: Any, row: AxisRule, *, replace: bool = False) -> None:
             f"op {key} has a row in the axis table already; pass replace=True to change it"
         )
     TABLE[key] = row
+    _edits.append(key)
+
+
+_edits: list[str] = []
+
+
+def revision() -> int:
+    """Number of registrations so far: what was compiled under an older table is not reused."""
+    return len(_edits)

@@ -19,6 +19,13 @@ def pointwise(call: Call) -> Signature:
 POINTWISE = AxisRule(pointwise, cheap=True)
 
 
+def log_sigmoid(call: Call) -> Signature | None:
+    """Pointwise with a buffer from forward to backward, which is empty on some devices."""
+    shape = call.out.shape
+    tensors = (*call.tensors, *(o for o in call.outs if o is not None))
+    return pointwise(call) if all(t.shape == shape for t in tensors) else None
+
+
 def _reduced(call: Call, index: int) -> set[int]:
     rank = call.tensors[0].rank
     given = call.arg(index)
@@ -114,6 +121,8 @@ _whole = AxisRule(reduction(sums=False))
 _softmax_backward = AxisRule(softmax(2, 2), linear=0)
 
 ROWS: dict[str, AxisRule] = {
+    "aten.log_sigmoid_forward.default": AxisRule(log_sigmoid),
+    "aten.log_sigmoid_backward.default": AxisRule(log_sigmoid, linear=0),
     "aten.mm.default": AxisRule(einsum("m k, k n -> m n"), linear=0),
     "aten.bmm.default": AxisRule(einsum("b m k, b k n -> b m n"), linear=0),
     "aten.addmm.default": AxisRule(addmm),
