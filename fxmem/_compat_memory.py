@@ -31,7 +31,9 @@ class StorageWatch(TorchDispatchMode):
     def ignore(self, tensors: Sequence[Any]) -> None:
         """Storages that were there before."""
         self._external.update(
-            StorageWeakRef(t.untyped_storage()).cdata for t in tensors if isinstance(t, torch.Tensor)
+            StorageWeakRef(t.untyped_storage()).cdata
+            for t in tensors
+            if isinstance(t, torch.Tensor)
         )
 
     def settle(self) -> int:
@@ -47,7 +49,11 @@ class StorageWatch(TorchDispatchMode):
         return key, self._storages[key][1] if key in self._storages else 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         self.settle()
         result = func(*args, **(kwargs or {}))

@@ -35,20 +35,12 @@ class Backend:
             if any([_compat.mark_dynamic(t) for t in _compat.dynamic_inputs(gm, example_inputs)]):
                 _compat.restart_capture("fxmem streams a symbolic length")
         try:
-            graph = compile_graph(gm, example_inputs, self.plan, fixed_chunk(self.plan.stream))
+            graph = compile_graph(gm, example_inputs, self.plan)
         except FxmemError as error:
             # raised from the call, so that it reaches the user as itself and not wrapped by Dynamo
             return _raiser(error)
         self.graphs.append(graph)
         return graph
-
-
-def fixed_chunk(stream: Stream) -> Callable[..., int]:
-    def chunk(code: Any, sizes: dict[str, int]) -> int:
-        wanted = stream.loss_chunk if code.is_loss else stream.chunk
-        return 256 if wanted == "auto" else int(wanted)
-
-    return chunk
 
 
 def _raiser(error: FxmemError) -> Callable[..., Any]:

@@ -115,9 +115,7 @@ def letters(prefix: str, count: int) -> Dims:
 
 
 def einsum(spec: str, whole: str = "") -> Rule:
-    """A rule from einops-like text: ``"m k, k n -> m n"``. Size-1 dims are dropped where they
-    broadcast.
-    """
+    """A rule from text like ``"m k, k n -> m n"``; size-1 dims are dropped where they broadcast."""
     left, right = (side.strip() for side in spec.split("->"))
     ins = tuple(tuple((a,) for a in part.split()) for part in left.split(","))
     outs = tuple(tuple((a,) for a in part.split()) for part in right.split(","))
@@ -131,15 +129,13 @@ def einsum(spec: str, whole: str = "") -> Rule:
 
 
 def broadcast(call: Call, operands: Sequence[TensorInfo], out: TensorInfo) -> tuple[Dims, ...]:
-    """Dims of ``operands`` aligned right against ``out``; a broadcast dimension is the empty
-    product.
-    """
+    """Dims of ``operands``, aligned right to ``out``; a broadcast one is the empty product."""
     result = []
     for t in operands:
         pad = out.rank - t.rank
         result.append(
             tuple(
-                ONE if t.shape[i] == 1 and not out.shape[pad + i] == 1 else (f"d{pad + i}",)
+                ONE if t.shape[i] == 1 and out.shape[pad + i] != 1 else (f"d{pad + i}",)
                 for i in range(t.rank)
             )
         )
@@ -237,9 +233,7 @@ class Cut:
 def locate(
     dims: Dims, shape: Sequence[Size], cut: Cut, table: Mapping[str, Size]
 ) -> tuple[str, Cut] | None:
-    """The letter of ``dims`` that ``cut`` falls into, with the cut relative to that letter (dim
-    -1).
-    """
+    """The letter of ``dims`` that ``cut`` falls into, and the cut relative to it (dim -1)."""
     dim = dims[cut.dim]
     if len(dim) == 1:
         return dim[0], Cut(-1, cut.length, cut.offset, cut.outer, cut.inner)

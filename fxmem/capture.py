@@ -73,9 +73,7 @@ def canonical(expr: Any, symbols: Mapping[sympy.Symbol, Size]) -> Size:
     return sympy.expand(sympy.sympify(expr).xreplace(dict(symbols)))
 
 
-def canonical_shape(
-    value: torch.Tensor, symbols: Mapping[sympy.Symbol, Size]
-) -> tuple[Size, ...]:
+def canonical_shape(value: torch.Tensor, symbols: Mapping[sympy.Symbol, Size]) -> tuple[Size, ...]:
     return tuple(canonical(s, symbols) for s in value.shape)
 
 
@@ -178,9 +176,7 @@ def _refuse_input_mutation(nodes: list[fx.Node]) -> None:
             )  # fmt: skip
 
 
-def _symbols(
-    inputs: Sequence[fx.Node], parameters: set[fx.Node]
-) -> dict[sympy.Symbol, Size]:
+def _symbols(inputs: Sequence[fx.Node], parameters: set[fx.Node]) -> dict[sympy.Symbol, Size]:
     """Canonical names: ``T`` for the streamed length, ``n0``, ``n1``, ... for the others.
 
     The streamed axis is the symbol that stands last in the shapes of the inputs: tokens in ``[B, T]`` ids,

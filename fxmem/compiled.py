@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fxmem import _compat, regions
 from fxmem import capture as cap
 from fxmem import preamble as pre_
+from fxmem.chunks import Chunker, fixed_bytes
 from fxmem.dropped import dropped
 from fxmem.executor import CallState, execute, run_region
 from fxmem.joint import Joint, trace
@@ -27,7 +28,7 @@ from fxmem.passes.free_factories import free_factories
 from fxmem.passes.global_mean import global_mean
 from fxmem.passes.lower import HANDLERS
 from fxmem.passes.share_kv_heads import share_kv_heads
-from fxmem.plan import Plan
+from fxmem.plan import Plan, Stream
 from fxmem.region_code import RegionCode
 from fxmem.sizes import degree, has_axis, per_token
 
@@ -65,6 +66,7 @@ class RegionCall:
     outputs: list[pre_.Leaf]
     release: list[pre_.Leaf] = field(default_factory=list)
     modules: str = ""
+    shared: dict[int, tuple[pre_.Leaf, bool]] = field(default_factory=dict)
 
 
 class CompiledGraph:
@@ -76,10 +78,13 @@ class CompiledGraph:
         pre: pre_.Preamble,
         calls: list[RegionCall],
         plan: Plan,
-        chunker: Any,
+        chunker: Chunker,
+        plain: fx.GraphModule,
     ) -> None:
         self.capture, self.pre, self.calls, self.plan = capture, pre, calls, plan
-        self.chunker = chunker
+        self.chunker, self.plain = chunker, plain
+        self.whole_calls = 0
+        _link_shared(capture, calls)
         self._plan_releases()
         self.sizes: dict[str, int] = {}
 
@@ -96,6 +101,9 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> list[Any]:
         sizes = bind_sizes(self.capture, args)
         self.sizes = sizes
+        if self.chunker.whole(sizes):
+            self.whole_calls += 1
+            return self.plain(*args)  # type: ignore[no-any-return]
         by_node = dict(zip(self.capture.inputs, args, strict=True))
         env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
@@ -103,7 +111,9 @@ class CompiledGraph:
         state = CallState(sizes)
         for call in self.calls:
             chunk = self.chunker(call.code, sizes)
-            outputs = run_region(call.code, state, chunk, [env[leaf] for leaf in call.leaves])
+            outputs = run_region(
+                call.code, state, chunk, [env[leaf] for leaf in call.leaves], call.shared
+            )
             env.update(zip(call.outputs, outputs, strict=True))
             del outputs
             for leaf in call.release:
@@ -151,10 +161,11 @@ def bind_sizes(capture: cap.Capture, args: Sequence[Any]) -> dict[str, int]:
 
 
 def compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, chunker: Any
+    plain: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan
 ) -> CompiledGraph:
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`."""
     start = time.perf_counter()
+    gm = _copy(plain)
     for graph_pass in GRAPH_PASSES:
         graph_pass(gm)
     _compat.unify_sizes(gm)
@@ -167,7 +178,70 @@ def compile_graph(
     calls = [_region_call(r, pre, i) for i, r in enumerate(parts)]
     COUNTER.captures += 1
     COUNTER.capture_seconds += time.perf_counter() - start
-    return CompiledGraph(capture, pre, calls, plan, chunker)
+    chunker = _chunker(capture, calls, example_inputs, plan)
+    return CompiledGraph(capture, pre, calls, plan, chunker, plain)
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
+
+
+def _chunker(
+    capture: cap.Capture, calls: list[RegionCall], example_inputs: Sequence[Any], plan: Plan
+) -> Chunker:
+    weights = [
+        v
+        for n, v in zip(capture.inputs, example_inputs, strict=True)
+        if n in capture.parameters and isinstance(v, Tensor)
+    ]
+    saved = 0.0
+    for call in calls:
+        for value, leaf in zip(call.code.values, call.leaves, strict=True):
+            if leaf[0] == "main":
+                shape = cap.canonical_shape(value, call.code.joint.symbols)
+                saved += per_token(shape) * value.dtype.itemsize
+    stream = plan.stream or Stream()
+    footprints = [call.code.footprint for call in calls]
+    return Chunker(stream, fixed_bytes(weights, saved), footprints)
+
+
+def _link_shared(capture: cap.Capture, calls: list[RegionCall]) -> None:
+    """Parameters of several regions (tied weights): one of them returns the whole gradient.
+
+    The first region that uses the parameter is the last to run in the backward; the others hand their part on.
+    Only where the loss is the one differentiable output, so that all of them are sure to run.
+    """
+    wanted = [
+        o for o in capture.outputs
+        if isinstance(o, fx.Node) and cap.is_tensor(o) and cap.value_of(o).requires_grad
+    ]  # fmt: skip
+    if len(wanted) != 1 or cap.value_of(wanted[0]).dim():
+        return
+    reached = _reached(calls, ("main", wanted[0].name))
+    users: dict[pre_.Leaf, list[int]] = {}
+    for i, call in enumerate(calls):
+        for leaf, grad in zip(call.leaves, call.code.joint.grads, strict=True):
+            if leaf[0] == "input" and grad is not None and i in reached:
+                users.setdefault(leaf, []).append(i)
+    for leaf, where in users.items():
+        if len(where) > 1 and len(set(where)) == len(where):
+            for i in where:
+                at = calls[i].leaves.index(leaf)
+                calls[i].shared[at] = (leaf, i == where[0])
+
+
+def _reached(calls: list[RegionCall], loss: pre_.Leaf) -> set[int]:
+    """Regions that the loss's gradient flows through."""
+    wanted, out = {loss}, set()
+    for i in reversed(range(len(calls))):
+        call = calls[i]
+        if any(o in wanted for o in call.outputs):
+            out.add(i)
+            grads = zip(call.leaves, call.code.joint.grads, strict=True)
+            wanted.update(leaf for leaf, g in grads if g is not None and leaf[0] == "main")
+    return out
 
 
 def _ambient(example_inputs: Sequence[Any]) -> list[tuple[str, torch.dtype, bool]]:
@@ -252,4 +326,3 @@ def _modules(region: regions.Region) -> str:
     if not paths:
         return ""
     return paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
-

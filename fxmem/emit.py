@@ -33,7 +33,7 @@ _AS_RESHAPE = frozenset(
         "view.default", "_unsafe_view.default", "squeeze.default", "squeeze.dim", "squeeze.dims",
     )
 )  # fmt: skip
-"""Ops whose result is known by its shape; a chunk may be strided, or have one row that is no unit axis."""
+"""Known by the shape of their result; in a chunk they may meet strides, or an axis of one row."""
 
 
 class Ints:
@@ -221,9 +221,9 @@ class Body:
         """Element of a tuple made here; None where the maker has added it to its accumulator
         itself.
         """
-        source = self.chunks[node.args[0], None]  # type: ignore[index]
+        source = self.chunks[node.args[0], None]
         if isinstance(source, tuple):
-            return source[node.args[1]]  # type: ignore[index]
+            return source[node.args[1]]
         return self.call(operator.getitem, source, node.args[1])
 
     def finish(self) -> fx.GraphModule:
@@ -269,8 +269,9 @@ class Emitter:
             self.names[n]: (self.joint.info[n].shape, self.joint.info[n].dtype) for n in self.names
         }
         return ir.Program(
-            self.name, self.ints, [self.names[n] for n in inputs], list(outputs), _free(steps, outputs),
-            list(self.masks.values()), self.causal, list(self.labels.barriers), shapes,
+            self.name, self.ints, [self.names[n] for n in inputs], list(outputs),
+            _free(steps, outputs), list(self.masks.values()), self.causal,
+            list(self.labels.barriers), shapes,
         )  # fmt: skip
 
     def _body(self, *extra: str) -> Body:

@@ -22,12 +22,18 @@ from fxmem.region_code import RegionCode
 from fxmem.sizes import evaluate_shape
 
 
+Shared = Mapping[int, tuple[Any, bool]]
+"""Input position -> (parameter, whether this region returns its whole gradient)."""
+
+
 @dataclass(slots=True)
 class CallState:
-    """What one call of the model shares between its regions: sizes, and masks already classified."""
+    """What one call of the model shares between its regions: sizes, masks already classified,
+    and parts of gradients of parameters that several regions use."""
 
     sizes: dict[str, int]
     tiles: dict[tuple[Any, ...], masks.TileMap] = field(default_factory=dict)
+    parts: dict[Any, Tensor] = field(default_factory=dict)
 
 
 def chunks(length: int, chunk: int) -> list[tuple[int, int]]:
@@ -36,9 +42,17 @@ def chunks(length: int, chunk: int) -> list[tuple[int, int]]:
 
 
 def execute(
-    program: Program, state: CallState, tensors: Sequence[Tensor | None], chunk: int, counter: Any
+    program: Program,
+    state: CallState,
+    tensors: Sequence[Tensor | None],
+    chunk: int,
+    counter: Any,
+    begin: Mapping[str, Tensor],
 ) -> list[Tensor | None]:
-    """Run a program; ``tensors`` in the order of ``program.inputs``."""
+    """Run a program; ``tensors`` in the order of ``program.inputs``.
+
+    ``begin``: accumulators to start from instead of zeros, by name.
+    """
     env: dict[str, Any] = dict(zip(program.inputs, tensors, strict=True))
     parts = chunks(state.sizes.get("T", 1), chunk)
     tiles = {
@@ -56,16 +70,25 @@ def execute(
             values = step.module(*(sizes[i] for i in step.ints), *(env[t] for t in step.tensors))
             env.update(zip(step.results, values, strict=True))
         else:
-            _run_loop(step, program, state, env, parts, tiles, device, chunk)
+            _run_loop(step, program, state, env, parts, tiles, device, begin)
             counter.bodies += len(parts)
     return [None if o is None else _result(program, env, o) for o in program.outputs]
 
 
 def _run_loop(
-    step: Loop, program: Program, state: CallState, env: dict[str, Any], parts: list[tuple[int, int]],
-    tiles: dict[str, masks.TileMap], device: torch.device, chunk: int,
-) -> None:  # fmt: skip
+    step: Loop,
+    program: Program,
+    state: CallState,
+    env: dict[str, Any],
+    parts: list[tuple[int, int]],
+    tiles: dict[str, masks.TileMap],
+    device: torch.device,
+    begin: Mapping[str, Tensor],
+) -> None:
     for b in step.allocate:
+        if b.name in begin:
+            env[b.name] = begin[b.name]
+            continue
         make = torch.zeros if b.zero else torch.empty
         env[b.name] = make(evaluate_shape(b.shape, state.sizes), dtype=b.dtype, device=device)
     for name in step.masks:
@@ -99,7 +122,7 @@ def tile_map(
 
 
 class RegionFunction(torch.autograd.Function):
-    """``apply(code, state, chunk, seed, *tensors) -> outputs``; see the module docstring."""
+    """``apply(code, state, chunk, seed, shared, *tensors) -> outputs``; see the module docstring."""
 
     @staticmethod
     def forward(
@@ -108,12 +131,14 @@ class RegionFunction(torch.autograd.Function):
         state: CallState,
         chunk: int,
         seed: Tensor | None,
+        shared: Shared,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         outputs, grads = code.forward(state, chunk, tensors, seed, learn=True)
         kept = code.saved(grads is not None)
         ctx.save_for_backward(*(t if k else None for t, k in zip(tensors, kept, strict=True)))
         ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
+        ctx.shared = shared
         ctx.shapes = [(o.shape, o.dtype, o.device) for o in outputs]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
@@ -141,8 +166,20 @@ class RegionFunction(torch.autograd.Function):
                 torch.zeros(s, dtype=dt, device=dev) if t is None else t
                 for t, (s, dt, dev) in zip(given, shapes, strict=True)
             ]
-            out = code.backward(ctx.state, ctx.chunk, saved, ctx.seed, full)
-        return (None, None, None, None, *out)
+            parts = ctx.state.parts
+            owned = {i: parts.pop(k) for i, (k, o) in ctx.shared.items() if o and k in parts}
+            out = code.backward(ctx.state, ctx.chunk, saved, ctx.seed, full, owned)
+        _hand_on(ctx.shared, ctx.state.parts, out)
+        return (None, None, None, None, None, *out)
+
+
+def _hand_on(shared: Shared, parts: dict[Any, Tensor], grads: list[Tensor | None]) -> None:
+    """Keep the gradients of parameters that an earlier region will return."""
+    for i, (key, owner) in shared.items():
+        grad = grads[i]
+        if not owner and grad is not None:
+            parts[key] = grad if key not in parts else parts[key].add_(grad)
+            grads[i] = None
 
 
 def _saved(ctx: Any) -> Sequence[Tensor | None]:
@@ -158,11 +195,15 @@ def _saved(ctx: Any) -> Sequence[Tensor | None]:
 
 
 def run_region(
-    code: RegionCode, state: CallState, chunk: int, tensors: Sequence[Tensor]
+    code: RegionCode,
+    state: CallState,
+    chunk: int,
+    tensors: Sequence[Tensor],
+    shared: Shared | None = None,
 ) -> Sequence[Tensor]:
     """Outputs of a region, with autograd where any input wants a gradient."""
     seed = code.draw_seed(tensors[0].device)
     if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):
-        return RegionFunction.apply(code, state, chunk, seed, *tensors)  # type: ignore[no-any-return]
+        return RegionFunction.apply(code, state, chunk, seed, shared or {}, *tensors)  # type: ignore[no-any-return]
     with torch.no_grad():
         return code.forward(state, chunk, tensors, seed, learn=False)[0]

@@ -1,8 +1,9 @@
 """Mixture-of-experts blocks of transformers, through the registry that it dispatches them by.
 
-While a model is captured its experts run :func:`streamed_experts`, which is made of per-row ops; the activation
-and the gate stay the model's own. No model is named here: any block that transformers dispatches through its
-experts interface works, and its setting is put back after the call.
+While a model is captured its experts run :func:`streamed_experts`, which is made of per-row ops;
+the activation and the gate stay the model's own. No model is named here: any block that
+transformers dispatches through its experts interface works, and its setting is put back after the
+call.
 """
 
 from __future__ import annotations

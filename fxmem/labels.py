@@ -2,7 +2,7 @@
 
 | kind | meaning |
 |---|---|
-| STRAIGHT | computed whole, outside the loops: inputs, weights, narrow values, completed sums, barriers |
+| STRAIGHT | computed whole, outside the loops: inputs, weights, narrow values, sums, barriers |
 | FLEX | cheap, wide and parameter-free (masks, constants): recomputed for whatever slice is asked |
 | CUT | chunk i of it needs chunk i of its cut operands |
 | PARTIAL | the axis was contracted away: chunks add up |
@@ -92,9 +92,7 @@ ATTENTION = {"fxmem.attention.default": (3, 4), "fxmem.attention_backward.defaul
 
 
 def call_of(node: fx.Node, joint: Joint) -> Call:
-    """The call of a node with :class:`TensorInfo` in place of tensors and sizes in place of
-    SymInts.
-    """
+    """The call of a node: :class:`TensorInfo` for tensors and sizes for SymInts."""
 
     def convert(a: fx.Node) -> Any:
         info = joint.info[a]
@@ -115,8 +113,9 @@ def tensor_operands(node: fx.Node, joint: Joint) -> list[fx.Node]:
 
 
 def analyse(joint: Joint, *, causal: bool, directions: Sequence[int] = ()) -> Labels:
-    """Label every node. ``causal``: attention masks are known to hide later keys; ``directions``
-    per loop.
+    """Label every node.
+
+    ``causal``: attention masks are known to hide later keys; ``directions`` are one per loop.
     """
     labels = Labels(joint, tuple(directions))
     for node in joint.graph.nodes:
@@ -186,10 +185,10 @@ def _decide(
     if row is None or signature is None:
         return None
     options = _options(labels, call, signature, operands, given)
-    if not is_cut and row.cheap and (len(options) != 1 or not operands):
-        if len(call.outs) == 1 and (options or not operands or wide):
-            stage = max((_ready(labels, g, None) for g in given), default=0)
-            return Label(Kind.FLEX, stage), tuple(Use(o, None) for o in operands)
+    flex = row.cheap and len(call.outs) == 1 and (len(options) != 1 or not operands)
+    if flex and not is_cut and (options or not operands or wide):
+        stage = max((_ready(labels, g, None) for g in given), default=0)
+        return Label(Kind.FLEX, stage), tuple(Use(o, None) for o in operands)
     for option in sorted(options, key=lambda o: (o.conflicts, o.contracts)):
         result = _apply(labels, call, signature, operands, given, option)
         if result is not None:
@@ -224,6 +223,7 @@ def _options(
     any_cut = any(g.kind is Kind.CUT for g in given)
     for i, label in enumerate(given):
         shape = call.tensors[i].shape
+        cuts: tuple[Cut, ...]
         if any_cut:
             cuts = (label.cut,) if label.cut is not None and label.kind is Kind.CUT else ()
         else:
@@ -300,8 +300,7 @@ def _output(
 
 
 def _shifted(cut: Cut, shift: Size, dim: Size) -> Cut | None:
-    """The cut after rows moved by ``shift``; None where rows would fall outside the streamed axis.
-    """
+    """The cut after rows moved by ``shift``; None where rows would leave the streamed axis."""
     length = divide(dim, product((cut.outer, cut.inner)))
     if length is None or (cut.outer, cut.inner) != (1, 1):
         return cut if length is not None and same(length, cut.length) and shift == 0 else None
@@ -329,9 +328,7 @@ def labels_direction(labels: Labels, stage: int) -> int:
 
 
 def slices(labels: Labels, node: fx.Node, cut: Cut) -> tuple[Cut | None, ...] | None:
-    """Operand cuts of a FLEX node when its slice ``cut`` is wanted; None where it cannot be sliced
-    so.
-    """
+    """Operand cuts of a FLEX node for its slice ``cut``; None where it cannot be sliced so."""
     row, call = lookup(node.target), call_of(node, labels.joint)
     sig = row.rule(call) if row is not None else None
     if sig is None or sig.outs[0] is None or not sig.outs[0][cut.dim]:
@@ -375,6 +372,7 @@ def describe(labels: Labels) -> Mapping[str, str]:
 
 
 __all__ = [
-    "ASCENDING", "ATTENTION", "Barrier", "DESCENDING", "Kind", "Label", "Labels", "Use", "analyse", "call_of",
-    "can_slice", "describe", "has_axis", "labels_direction", "slices", "tensor_operands", "torch",
+    "ASCENDING", "ATTENTION", "Barrier", "DESCENDING", "Kind", "Label", "Labels", "Use", "analyse",
+    "call_of", "can_slice", "describe", "has_axis", "labels_direction", "slices",
+    "tensor_operands", "torch",
 ]  # fmt: skip

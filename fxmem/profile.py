@@ -1,8 +1,9 @@
 """Memory of one program, found by running it over fake tensors.
 
-The generated code itself runs, one full chunk per loop, with an allocation watch around it: views share
-storage, in-place sums allocate nothing, and a value dies where the code deletes it. Only what ops allocate
-inside themselves is a formula here. Nothing is computed, so a profile costs milliseconds at any length.
+The generated code itself runs, one full chunk per loop, with an allocation watch around it: views
+share storage, in-place sums allocate nothing, and a value dies where the code deletes it. Only what
+ops allocate inside themselves is a formula here. Nothing is computed, so a profile costs
+milliseconds at any length.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxmem import _compat
 from fxmem._compat_memory import StorageWatch
@@ -25,7 +26,8 @@ from fxmem.sizes import evaluate_shape
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output: its storage (equal keys share one), the storage's bytes and the tensor's layout."""
+    """One output: its storage (equal keys share one), the storage's bytes and the tensor's layout.
+    """
 
     storage: int
     bytes: int
@@ -44,50 +46,77 @@ class MaskProfile:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Bytes a program takes above its inputs. ``bodies``: working set of each loop's body."""
+    """Bytes a program takes above its inputs. ``nodes``: the peak at every node of each loop's body."""
 
     peak: int
     outputs: tuple[Output | None, ...]
-    bodies: tuple[int, ...]
+    nodes: tuple[tuple[int, ...], ...]
     masks: tuple[MaskProfile, ...]
+
+    @property
+    def bodies(self) -> tuple[int, ...]:
+        """Working set of each loop's body."""
+        return tuple(max(n) for n in self.nodes)
 
 
 _PROFILES: dict[tuple[Any, ...], Profile] = {}
+_PLANES: dict[tuple[Any, ...], list[tuple[int, float, float]]] = {}
 
 
 def body_bytes(code: RegionCode, kind: str, sizes: Mapping[str, int], chunk: int) -> int:
     """Bytes of the working set of the largest loop body for chunks of ``chunk`` tokens.
 
-    ``kind`` is ``forward``, ``loss`` or ``backward``. Buffers and accumulators are not part of it.
+    ``kind`` is ``forward``, ``loss`` or ``backward``. Buffers and accumulators are not part of it. Measured
+    at three points once; then a plane in length and chunk per node of a body, so that asking again is cheap.
     """
-    return max(profile(code, kind, sizes, chunk).bodies, default=0)
+    rest = {k: v for k, v in sizes.items() if k != "T"}
+    key = (id(code.program(kind)), *sorted(rest.items()), torch.get_num_threads())
+    if key not in _PLANES:
+        at = [
+            [n for body in profile(code, kind, {**rest, "T": t}, c).nodes for n in body]
+            for t, c in ((2048, 128), (2048, 512), (4096, 128))
+        ]
+        _PLANES[key] = [
+            (a, (b - a) / 384, (c - a) / 2048) for a, b, c in zip(*at, strict=True)
+        ]
+    length = sizes.get("T", 1)
+    rows, tokens = min(chunk, length) - 128, length - 2048
+    return max((round(a + b * rows + c * tokens) for a, b, c in _PLANES[key]), default=0)
 
 
-def profile(code: RegionCode, kind: str, sizes: Mapping[str, int], chunk: int) -> Profile:
-    """Memory of the program ``kind`` of a region; cached."""
+def profile(
+    code: RegionCode, kind: str, sizes: Mapping[str, int], chunk: int, begin: Sequence[str] = ()
+) -> Profile:
+    """Memory of the program ``kind`` of a region; cached.
+
+    ``begin``: accumulators that start from a tensor that is there already.
+    """
     program = code.program(kind, causal=(kind, False) not in code.programs)
-    chunk = min(chunk, sizes.get("T", chunk))
-    key = (id(program), *sorted(sizes.items()), chunk, torch.get_num_threads())
+    chunk = max(1, min(chunk, sizes.get("T", chunk)))
+    key = (id(program), *sorted(sizes.items()), chunk, *begin, torch.get_num_threads())
     if key not in _PROFILES:
         devices = [v.device for v in code.values]
-        _PROFILES[key] = _run(program, sizes, chunk, devices)
+        _PROFILES[key] = _run(program, sizes, chunk, devices, begin)
     return _PROFILES[key]
 
 
 def _run(
-    program: Program, sizes: Mapping[str, int], chunk: int, devices: Sequence[torch.device]
-) -> Profile:
-    watch = StorageWatch(_inside)
+    program: Program, sizes: Mapping[str, int], chunk: int, devices: Sequence[torch.device],
+    begin: Sequence[str],
+) -> Profile:  # fmt: skip
+    watch = StorageWatch(inside_op)
     home = devices[0] if devices else torch.device("cpu")
-    bodies = []
+    nodes: list[tuple[int, ...]] = []
     with _compat.FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         env: dict[str, Any] = {}
         for i, name in enumerate(program.inputs):
             shape, dtype = program.shapes[name]
             at = devices[i] if i < len(devices) else home
             env[name] = torch.empty(evaluate_shape(shape, sizes), dtype=dtype, device=at)
+        for b in (b for step in program.loops for b in step.allocate if b.name in begin):
+            env[b.name] = torch.empty(evaluate_shape(b.shape, sizes), dtype=b.dtype, device=home)
         watch.ignore(list(env.values()))
-        masks = [_mask(m, program, env, sizes, chunk) for m in program.masks]
+        masks = tuple(_mask(m, program, env, sizes, chunk) for m in program.masks)
         with watch:
             for step in program.steps:
                 if isinstance(step, Free):
@@ -98,13 +127,13 @@ def _run(
                     env.update(zip(step.results, step.module(*given), strict=True))
                     del given
                 else:
-                    bodies.append(_loop(step, program, env, sizes, chunk, watch, home))
+                    nodes.append(_loop(step, env, sizes, chunk, watch, home))
             results = [None if o is None else _result(program, env, o) for o in program.outputs]
         watch.settle()
         outputs = tuple(
             None if r is None else Output(*watch.owner(r), r.is_contiguous()) for r in results
         )
-    return Profile(watch.peak, outputs, tuple(bodies), tuple(masks))
+    return Profile(watch.peak, outputs, tuple(nodes), masks)
 
 
 def _result(program: Program, env: Mapping[str, Any], name: str) -> Tensor:
@@ -113,39 +142,47 @@ def _result(program: Program, env: Mapping[str, Any], name: str) -> Tensor:
     return value if value.dtype == dtype else value.to(dtype)
 
 
+class _Body(fx.Interpreter):
+    """Runs a body node by node, with the lifetimes of the generated code; ``used`` has the peak of each."""
+
+    def __init__(self, module: fx.GraphModule, watch: StorageWatch) -> None:
+        super().__init__(module)
+        self.watch, self.base = watch, watch.settle()
+        self.used: list[int] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.watch.peak = self.watch.settle()
+        result = super().run_node(n)
+        self.used.append(self.watch.peak - self.base)
+        return result
+
+
 def _loop(
-    step: Loop, program: Program, env: dict[str, Any], sizes: Mapping[str, int], chunk: int,
-    watch: StorageWatch, device: torch.device,
-) -> int:  # fmt: skip
+    step: Loop, env: dict[str, Any], sizes: Mapping[str, int], chunk: int, watch: StorageWatch,
+    device: torch.device,
+) -> tuple[int, ...]:  # fmt: skip
     """Run the body on the last full chunk, which sees the most keys; bytes above what is alive before."""
     for b in step.allocate:
-        make = torch.zeros if b.zero else torch.empty
-        env[b.name] = make(evaluate_shape(b.shape, sizes), dtype=b.dtype, device=device)
+        if b.name not in env:
+            make = torch.zeros if b.zero else torch.empty
+            env[b.name] = make(evaluate_shape(b.shape, sizes), dtype=b.dtype, device=device)
     length = sizes.get("T", 1)
     hi = length - length % chunk
-    lo = hi - chunk
-    spans = [_spans(next(m for m in program.masks if m.name == n), env, sizes, lo, hi, device)
-             for n in step.masks]  # fmt: skip
-    before, earlier = watch.settle(), watch.peak
-    watch.peak = before
-    step.module(*(sizes[i] for i in step.ints), lo, hi, *spans, *(env[t] for t in step.tensors))
-    used = watch.peak - before
-    watch.peak = max(earlier, watch.peak)
-    return used
+    spans = [_spans(hi - chunk, hi, device)] * len(step.masks)
+    earlier = watch.peak
+    body = _Body(step.module, watch)
+    body.run(
+        *(sizes[i] for i in step.ints), hi - chunk, hi, *spans, *(env[t] for t in step.tensors)
+    )
+    watch.peak = max(earlier, body.base + max(body.used))
+    return tuple(body.used)
 
 
-def _spans(
-    mask: Mask, env: Mapping[str, Any], sizes: Mapping[str, int], lo: int, hi: int, device: torch.device
-) -> tuple[attention.Span, ...]:  # fmt: skip
-    """The keys a causal chunk sees; its last tile is mixed. Tiles are counted with the mask, not here."""
-    del mask, env, sizes
+def _spans(lo: int, hi: int, device: torch.device) -> tuple[attention.Span, ...]:
+    """The keys a chunk of a causal mask sees: all before it, and a mixed tile."""
     past = (attention.Span(0, lo),) if lo else ()
-    tile = _outside(lambda: torch.empty(1, 1, hi - lo, hi - lo, dtype=torch.bool, device=device))
+    tile = torch.empty(1, 1, hi - lo, hi - lo, dtype=torch.bool, device=device)
     return (*past, attention.Span(lo, hi, tile))
-
-
-def _outside(make: Any) -> Tensor:
-    return make()
 
 
 def _mask(
@@ -155,10 +192,12 @@ def _mask(
     inputs = tuple(at.get(t, -1) for t in mask.tensors)
     if -1 in inputs:
         return MaskProfile(mask.key, inputs, 0, 0)
-    watch = StorageWatch(_inside)
+    watch = StorageWatch(inside_op)
     watch.ignore([env[t] for t in mask.tensors])
     with watch:
-        rows = mask.module(*(sizes[i] for i in mask.ints), 0, chunk, *(env[t] for t in mask.tensors))
+        rows = mask.module(
+            *(sizes[i] for i in mask.ints), 0, chunk, *(env[t] for t in mask.tensors)
+        )
         head = rows.shape[:-2].numel() * rows.dtype.itemsize
     row_bytes = head * chunk * sizes["T"]
     # expanded rows are copied flat, twice; one mixed tile of chunk x chunk stays per chunk
@@ -169,7 +208,7 @@ def _mask(
     )
 
 
-def _inside(op: Any, args: Sequence[Any]) -> int:
+def inside_op(op: Any, args: Sequence[Any]) -> int:
     """Bytes that an op of the CPU allocates and frees within itself."""
     name = str(op)
     first = next((a for a in args if isinstance(a, Tensor)), None)

@@ -84,8 +84,7 @@ Step = Straight | Loop | Free
 
 @dataclass(slots=True)
 class Program:
-    """What a region runs: named ``inputs`` in call order, ``steps``, and the names of ``outputs``.
-    """
+    """What a region runs: ``inputs`` by name in call order, ``steps``, ``outputs`` by name."""
 
     name: str
     ints: list[str]
@@ -110,23 +109,20 @@ def _print(program: Program) -> list[str]:
     bodies: list[str] = []
     for i, step in enumerate(program.steps):
         if isinstance(step, Straight):
-            lines.append(
-                f"    {', '.join(step.results)} = straight_{i}({', '.join([*step.ints, *step.tensors])})"
-            )
+            given = ", ".join([*step.ints, *step.tensors])
+            lines.append(f"    {', '.join(step.results)} = straight_{i}({given})")
             bodies += _body(f"straight_{i}", step.module)
         elif isinstance(step, Free):
             lines.append(f"    del {', '.join(step.names)}")
         else:
             for b in step.allocate:
                 make = "zeros" if b.zero else "empty"
-                lines.append(
-                    f"    {b.name} = {make}{_shape(b.shape)}  # {str(b.dtype).removeprefix('torch.')}"
-                )
+                dtype = str(b.dtype).removeprefix("torch.")
+                lines.append(f"    {b.name} = {make}{_shape(b.shape)}  # {dtype}")
             order = "reversed(chunks)" if step.descending else "chunks"
             lines.append(f"    for lo, hi in {order}:")
-            lines.append(
-                f"        body_{i}({', '.join([*step.ints, 'lo', 'hi', *step.masks, *step.tensors])})"
-            )
+            given = ", ".join([*step.ints, "lo", "hi", *step.masks, *step.tensors])
+            lines.append(f"        body_{i}({given})")
             bodies += _body(f"body_{i}", step.module)
     lines.append(f"    return {', '.join(str(o) for o in program.outputs)}")
     return [*lines, *bodies]

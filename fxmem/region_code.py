@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxmem import joint as joint_trace
+from fxmem.chunks import footprint
 from fxmem.emit import Emitter, Handler
 from fxmem.joint import Caller, Joint
 from fxmem.labels import Barrier
@@ -48,6 +49,7 @@ class RegionCode:
         self.is_loss = bool(scalars)
         self._loss_joint: Joint | None = None
         self.joint = self._trace()
+        self.footprint = footprint(self.joint)
         self.programs: dict[tuple[str, bool], Program] = {}
         self.half = any(v.dtype == torch.float16 for v in self.values) and self.is_loss
 
@@ -89,12 +91,17 @@ class RegionCode:
         return self.programs[key]
 
     def _execute(
-        self, kind: str, state: Any, chunk: int, tensors: Sequence[Tensor | None]
+        self,
+        kind: str,
+        state: Any,
+        chunk: int,
+        tensors: Sequence[Tensor | None],
+        begin: dict[str, Tensor] | None = None,
     ) -> list[Tensor | None]:
         program = self.program(kind)
         if program.masks and not _is_causal(program, state, chunk, tensors):
             program = self.program(kind, causal=False)
-        return self._run(program, state, tensors, chunk, self.counter)
+        return self._run(program, state, tensors, chunk, self.counter, begin or {})
 
     def forward(
         self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, *, learn: bool
@@ -125,9 +132,31 @@ class RegionCode:
         saved: Sequence[Tensor | None],
         seed: Tensor | None,
         tangents: Sequence[Tensor],
+        start: dict[int, Tensor] | None = None,
     ) -> list[Tensor | None]:
-        """Gradients of the inputs that want one, ``None`` for the others."""
-        return self._execute("backward", state, chunk, [*saved, seed, *tangents])
+        """Gradients of the inputs that want one, ``None`` for the others.
+
+        ``start``: by input position, a gradient to add this one to (in place where it can be).
+        """
+        given = [*saved, seed, *tangents]
+        begin = self._accumulators(start or {})
+        grads = self._execute("backward", state, chunk, given, begin)
+        for i, part in (start or {}).items():
+            own = grads[i]
+            if own is not part:
+                grads[i] = part if own is None else part.add_(own)
+        return grads
+
+    def _accumulators(self, start: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Which of ``start`` can be the accumulator of its gradient."""
+        program = self.program("backward")
+        sums = {b.name: b for step in program.loops for b in step.allocate if b.zero}
+        found = {}
+        for i, part in start.items():
+            name = program.outputs[i]
+            if name in sums and sums[name].dtype == part.dtype and part.is_contiguous():
+                found[name] = part
+        return found  # type: ignore[return-value]
 
     def scale(self, grads: list[Tensor | None], tangent: Tensor) -> list[Tensor | None]:
         """Stored gradients times the incoming tangent, in place where the storage is theirs alone."""

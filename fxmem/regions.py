@@ -179,8 +179,7 @@ def _waists(capture: Capture, main: list[fx.Node]) -> list[int]:
 
 
 def _single_states(capture: Capture, main: list[fx.Node]) -> list[float | None]:
-    """Bytes per token of the one streamed state alive before each node; None where there are more.
-    """
+    """Bytes per token of the one streamed state alive before each node; None where more are."""
     order = {n: i for i, n in enumerate(main)}
     ends: dict[int, list[fx.Node]] = {}
     alive: dict[fx.Node, float] = {}

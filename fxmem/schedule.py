@@ -130,7 +130,7 @@ class _Needs:
             (
                 per_token(i.shape)
                 for i in map(labels.joint.info.get, labels.joint.inputs)
-                if _streams(i)
+                if i is not None and _streams(i)
             ),
             default=0.0,
         )
@@ -159,8 +159,7 @@ class _Needs:
             self.whole(use.operand)
 
     def body(self, stage: int, products: Sequence[fx.Node]) -> set[fx.Node]:
-        """Nodes that loop ``stage`` computes for ``products``; what it reads whole becomes an item.
-        """
+        """Nodes that loop ``stage`` runs for ``products``; what it reads whole becomes an item."""
         seen: set[fx.Node] = set(products)
         stack = [producer(p) for p in products]
         expanded: set[fx.Node] = set()
@@ -217,7 +216,7 @@ class _Needs:
 def producer(node: fx.Node) -> fx.Node:
     """The op behind a value: a tuple's getitem stands for the call that made the tuple."""
     while node.op == "call_function" and node.target is operator.getitem:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 

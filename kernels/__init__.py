@@ -1,2 +1,1 @@
-"""Hot operations, one per file: the canonical op, its plain PyTorch reference and its chunk form.
-"""
+"""Hot operations, one per file: the canonical op, its PyTorch reference and its chunk form."""

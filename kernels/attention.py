@@ -83,8 +83,7 @@ def _visible(mask: Tensor) -> Tensor:
 
 
 def _expand_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, G, S, E] -> [B G, n, S, E]`` without a copy: heads of a group share storage (stride 0).
-    """
+    """``[B, G, S, E] -> [B G, n, S, E]`` without a copy: heads of a group share storage."""
     b, g, s, e = x.shape
     return x.reshape(b * g, 1, s, e).expand(b * g, heads // g, s, e)
 
@@ -114,8 +113,7 @@ def _span_mask(q: Tensor, span: Span) -> Tensor | None:
 def _forward_span(
     q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, H, C, F], lse [B, H, C])`` of one span; rows that see nothing have lse ``-inf``.
-    """
+    """``(out [B, H, C, F], lse [B, H, C])`` of a span; rows that see nothing have lse ``-inf``."""
     b, h, c, _ = q.shape
     groups = k.shape[1]
     k, v = k[:, :, span.start : span.stop], v[:, :, span.start : span.stop]
@@ -198,7 +196,8 @@ def _backward_span(
         n = h // groups
         split = (b * groups, n, c)
         dq, dk, dv = flash(
-            dout.reshape(*split, -1), q.reshape(*split, -1), _expand_heads(k, h), _expand_heads(v, h),
+            dout.reshape(*split, -1), q.reshape(*split, -1),
+            _expand_heads(k, h), _expand_heads(v, h),
             out.reshape(*split, -1), lse.reshape(split), 0.0, True, scale=scale,
         )  # fmt: skip
         if n > 1:
@@ -225,8 +224,7 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     dk: Tensor, dv: Tensor, spans: Sequence[Span], scale: float,
 ) -> Tensor:  # fmt: skip
-    """Adds into ``dk``, ``dv`` (``[B, G, S, *]``, any float dtype) and returns ``dq [B, H, C, E]``.
-    """
+    """Adds into ``dk``, ``dv`` (``[B, G, S, *]``, any float type); returns ``dq [B, H, C, E]``."""
     total: Tensor | None = None
     for span in _pieces(spans, _fused(q, v)) if q.numel() else ():
         dq, dk_part, dv_part = _backward_span(dout, q, k, v, out, lse, span, scale)
@@ -290,14 +288,14 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     q, k, v, mask, causal, scale = inputs
     ctx.save_for_backward(q, k, v, mask, *output)
     ctx.causal, ctx.scale = causal, scale
     ctx.mark_non_differentiable(output[1])
 
 
-def _vjp(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
+def _vjp(ctx, dout, _dlse):
     q, k, v, mask, out, lse = ctx.saved_tensors
     dq, dk, dv = attention_backward(dout, q, k, v, out, lse, mask, ctx.causal, ctx.scale)
     return dq, dk, dv, None, None, None

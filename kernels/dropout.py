@@ -88,12 +88,12 @@ def _(x: Tensor, seed: Tensor, p: float, site: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     _, seed, ctx.p, ctx.site = inputs
     ctx.save_for_backward(seed)
 
 
-def _vjp(ctx, grad):  # type: ignore[no-untyped-def]
+def _vjp(ctx, grad):
     (seed,) = ctx.saved_tensors
     return dropout(grad, seed, ctx.p, ctx.site), None, None, None
 

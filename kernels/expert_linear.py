@@ -42,11 +42,11 @@ def _(grad: Tensor, x: Tensor, index: Tensor, experts: int) -> Tensor:
     return x.new_empty((experts, grad.shape[1], x.shape[1]))
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _vjp(ctx, grad):  # type: ignore[no-untyped-def]
+def _vjp(ctx, grad):
     x, weight, index = ctx.saved_tensors
     dx = dw = None
     if ctx.needs_input_grad[0]:

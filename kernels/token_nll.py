@@ -21,8 +21,7 @@ def _blocks(n: int, v: int) -> list[tuple[int, int]]:
 
 @torch.library.custom_op("fxmem::token_nll", mutates_args=())
 def token_nll(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """``logits [N, V]``, ``target [N]`` -> ``(nll [N], logsumexp [N])`` in the dtype of the logits.
-    """
+    """``logits [N, V]``, ``target [N]`` -> ``(nll [N], logsumexp [N])``, dtype of the logits."""
     n, v = logits.shape
     lse = torch.empty(n, dtype=logits.dtype, device=logits.device)
     for a, b in _blocks(n, v):
@@ -45,8 +44,7 @@ def backward(
     ignore_index: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the logits; ``out`` may be ``logits`` itself where they are not needed any more.
-    """
+    """Gradient of the logits; ``out`` may be ``logits`` itself where they are not needed again."""
     n, v = logits.shape
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -74,13 +72,13 @@ def _(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: i
     return logits.new_empty(logits.shape)
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     logits, target, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, target, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _vjp(ctx, grad, _dlse):  # type: ignore[no-untyped-def]
+def _vjp(ctx, grad, _dlse):
     logits, target, lse = ctx.saved_tensors
     return token_nll_backward(grad, logits, target, lse, ctx.ignore_index), None, None
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fxmem import _compat
 from fxmem._compat_measure import memory_events
+from fxmem._compat_memory import StorageWatch
 
 
 def capture(fn: Any, *args: torch.Tensor) -> tuple[fx.GraphModule, list[Any]]:
@@ -130,12 +131,12 @@ def test_capture_config_skips_loggers_and_keeps_floats_constant() -> None:
         assert torch._dynamo.config.specialize_float is True
 
 
-def test_unsupported_is_what_a_graph_break_raises() -> None:
+def test_a_graph_break_raises_dynamos_exception() -> None:
     def breaks(x: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()
         return x
 
-    with pytest.raises(_compat.Unsupported):
+    with pytest.raises(_compat.TorchDynamoException):
         capture(breaks, torch.randn(3))
 
 
@@ -144,7 +145,7 @@ def test_backend_errors_are_wrapped() -> None:
         raise ValueError("from the backend")
 
     torch._dynamo.reset()
-    with pytest.raises(_compat.BackendCompilerFailed, match="from the backend"):
+    with pytest.raises(_compat.TorchDynamoException, match="from the backend"):
         torch.compile(lambda x: x + 1, backend=backend)(torch.randn(3))
 
 
@@ -222,3 +223,26 @@ def test_memory_events_see_an_allocation_and_its_free() -> None:
 def test_memory_events_refuse_a_profile_that_did_not_run() -> None:
     with pytest.raises(RuntimeError, match="no recorded events"):
         list(memory_events(profile()))
+
+
+def test_storage_watch_counts_storages_that_live() -> None:
+    with _compat.FakeTensorMode():
+        before = torch.empty(10)
+        watch = StorageWatch()
+        watch.ignore([before])
+        with watch:
+            kept = before * 2
+            kept.view(2, 5)
+            dropped = torch.empty(1000)
+            del dropped
+            before.add_(1)
+    assert watch.settle() == kept.untyped_storage().nbytes() == 40
+    assert watch.peak == 4040
+    assert watch.owner(kept)[1] == 40
+    assert watch.owner(before)[1] == 0
+
+
+def test_storage_watch_asks_what_an_op_needs_inside() -> None:
+    with _compat.FakeTensorMode(), StorageWatch(lambda op, args: 7) as watch:
+        torch.empty(1)
+    assert watch.peak == 11

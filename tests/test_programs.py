@@ -88,6 +88,11 @@ def gather(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
     return x * (x @ p.w(i, "square")).gather(-1, (ids % D).unsqueeze(-1))
 
 
+def squeeze(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
+    """Without an axis: in a chunk of one row the streamed axis must stay."""
+    return x * torch.tanh((x @ p.w(i, "square"))[..., :1].squeeze().square().sum() * 0.1)
+
+
 def join(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([x, torch.sin(x)], -1) @ p.w(i, "down")
 
@@ -101,7 +106,7 @@ def rearrange(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
 STEPS: dict[str, Step] = {
     s.__name__: s for s in (
         linear, layer_norm, rms_norm, mlp, gate, attention, grouped_attention, full_attention,
-        softmax, shift, pooled, embed, gather, join, rearrange,
+        softmax, shift, pooled, embed, gather, join, squeeze, rearrange,
     )
 }  # fmt: skip
 

@@ -63,8 +63,7 @@ def softmax(position: int, operands: int) -> Rule:
 
 
 def addmm(call: Call) -> Signature:
-    """``bias + a @ b``: summing over chunks of the contraction would add the bias once per chunk.
-    """
+    """``bias + a @ b``: cut along the contraction, the bias would be added once per chunk."""
     bias, a, b = call.tensors
     full: Dims = (("m",), ("n",))
     dims = tuple(

@@ -31,8 +31,7 @@ def attention(call: Call) -> Signature:
 
 
 def attention_backward(call: Call) -> Signature:
-    """Arguments dout, q, k, v, out, lse, mask, causal, scale; outputs dq (cut) and dk, dv (sums).
-    """
+    """Arguments dout, q, k, v, out, lse, mask, causal, scale; outputs dq (cut), dk, dv (sums)."""
     causal = bool(call.args[7])
     return Signature(
         (OUT, Q, K, V, OUT, LSE, *_mask_dims(call, 6)),

@@ -38,9 +38,7 @@ def _independent(
 ) -> tuple[Dims, frozenset[str]]:
     dims = letters("d", len(source))
     whole = {f"d{dim}"} | {
-        f"d{i}"
-        for i, (a, b) in enumerate(zip(source, index, strict=True))
-        if not same(a, b)  # type: ignore[arg-type]
+        f"d{i}" for i, (a, b) in enumerate(zip(source, index, strict=True)) if not same(a, b)
     }
     return dims, frozenset(whole)
 

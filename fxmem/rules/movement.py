@@ -135,7 +135,7 @@ def unbind(call: Call) -> Signature:
 
 
 def repeat(call: Call) -> Signature:
-    """Counts stay as they are in a chunk, so repeated axes and those that are new must be complete."""
+    """Counts stay as they are in a chunk, so repeated and new axes must be complete."""
     source, out = call.tensors[0], call.out
     pad = out.rank - source.rank
     dims, whole = [], {f"d{i}" for i in range(pad)}

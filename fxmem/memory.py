@@ -1,0 +1,271 @@
+"""Predicted memory of one training step, without running it.
+
+:func:`predict` replays what :class:`~fxmem.compiled.CompiledGraph` and autograd do with storages: what the
+preamble makes, what each region allocates (:mod:`fxmem.profile`), what waits for the backward, and the
+gradients that stay. Parameters, inputs of the call and gradients of earlier steps are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxmem import _compat
+from fxmem._compat_memory import StorageWatch
+from fxmem.capture import canonical, value_of
+from fxmem.compiled import CompiledGraph, RegionCall
+from fxmem.preamble import Leaf
+from fxmem.profile import Output, Profile, body_bytes, inside_op, profile
+from fxmem.sizes import evaluate
+
+__all__ = ["Prediction", "body_bytes", "predict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Bytes of one step above what was there before.
+
+    Attributes:
+        peak_bytes: the most alive at any time.
+        parameter_gradient_bytes: gradients alive after the step.
+        saved_bytes: alive between forward and backward.
+        transient_bytes: the most that one region takes while it runs.
+        timeline: ``(label, bytes alive)``; a region's entry is its own peak.
+    """
+
+    peak_bytes: int
+    parameter_gradient_bytes: int
+    saved_bytes: int
+    transient_bytes: int
+    timeline: list[tuple[str, int]]
+
+
+@dataclass(slots=True)
+class _Ledger:
+    """Storages alive, by holder counts."""
+
+    live: int = 0
+    transient: int = 0
+    timeline: list[tuple[str, int]] = field(default_factory=list)
+    sizes: dict[Any, int] = field(default_factory=dict)
+    holders: dict[Any, int] = field(default_factory=dict)
+
+    def hold(self, storage: Any, size: int = 0) -> None:
+        if storage not in self.holders:
+            self.holders[storage], self.sizes[storage] = 0, size
+            self.live += size
+        self.holders[storage] += 1
+
+    def release(self, storage: Any) -> None:
+        self.holders[storage] -= 1
+        if not self.holders[storage]:
+            self.live -= self.sizes.pop(storage)
+            del self.holders[storage]
+
+    def mark(self, label: str, extra: int = 0) -> None:
+        self.transient = max(self.transient, extra)
+        self.timeline.append((label, self.live + extra))
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What one region keeps for its backward."""
+
+    call: RegionCall
+    chunk: int
+    leaves: list[Any]
+    gradients: list[tuple[Any, Output] | None] | None
+
+
+def predict(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
+    """Memory of a step of ``graph`` at ``sizes`` (symbol name -> int, for example ``{"T": 4096}``)."""
+    if graph.chunker.whole(sizes):
+        return _predict_whole(graph, sizes)
+    step = _Step(graph, dict(sizes))
+    saved = step.forward()
+    between = step.ledger.live
+    step.backward(saved)
+    ledger = step.ledger
+    return Prediction(
+        max((b for _, b in ledger.timeline), default=0), step.gradient_bytes(), between,
+        ledger.transient, ledger.timeline,
+    )  # fmt: skip
+
+
+def _predict_whole(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
+    """A call that is too small to stream: the captured graph and autograd, over fake tensors."""
+    capture, watch = graph.capture, StorageWatch(inside_op)
+    timeline: list[tuple[str, int]] = []
+    with _compat.FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        given = [_fake(graph, value_of(n), sizes) for n in capture.inputs]
+        watch.ignore(given)
+        with watch:
+            outputs = graph.plain(*given)
+            timeline.append(("forward", watch.peak))
+            saved = watch.settle()
+            loss = next((o for o in outputs if _is_loss(o)), None)
+            if loss is not None:
+                loss.backward()
+        timeline.append(("backward", watch.peak))
+        gradients = sum(g.nbytes for t in given if (g := getattr(t, "grad", None)) is not None)
+    return Prediction(watch.peak, gradients, saved, watch.peak, timeline)
+
+
+def _is_loss(output: Any) -> bool:
+    return isinstance(output, torch.Tensor) and not output.dim() and output.requires_grad
+
+
+def _fake(graph: CompiledGraph, value: Any, sizes: Mapping[str, int]) -> Any:
+    """A run-time input of a capture at the given sizes."""
+    symbols = graph.capture.symbols
+    if isinstance(value, torch.SymInt):
+        return evaluate(canonical(value, symbols), sizes)
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = [evaluate(canonical(s, symbols), sizes) for s in value.shape]
+    return torch.empty(
+        shape, dtype=value.dtype, device=value.device, requires_grad=value.requires_grad
+    )
+
+
+class _Step:
+    def __init__(self, graph: CompiledGraph, sizes: dict[str, int]) -> None:
+        self.graph, self.sizes = graph, sizes
+        self.ledger = _Ledger()
+        self.env: dict[Leaf, Any] = {}
+        self.gradients: dict[Leaf, Any] = {}
+        self.masks: set[tuple[Any, ...]] = set()
+
+    def forward(self) -> list[_Saved]:
+        self._preamble()
+        saved: list[_Saved] = []
+        for index, call in enumerate(self.graph.calls):
+            chunk = self.graph.chunker(call.code, self.sizes)
+            kind = "loss" if call.code.learns and call.code.is_loss else "forward"
+            run = profile(call.code, kind, self.sizes, chunk)
+            self._masks(call, run)
+            self.ledger.mark(f"forward {call.modules}", run.peak)
+            values = self._results(("forward", index), run)
+            made = [v for v in values[: len(call.code.joint.outputs)] if v is not None]
+            for leaf, (storage, _) in zip(call.outputs, made, strict=True):
+                self.env[leaf] = storage
+                self.ledger.hold(storage)
+            if call.code.learns:
+                gradients = values[len(call.code.joint.outputs) :] if kind == "loss" else None
+                saved.append(self._save(call, chunk, gradients))
+            self._drop(values)
+            for leaf in call.release:
+                if (gone := self.env.pop(leaf, None)) is not None:
+                    self.ledger.release(gone)
+        for leaf in [leaf for leaf in self.env if leaf[0] == "pre"]:
+            self.ledger.release(self.env.pop(leaf))
+        self.ledger.mark("after forward")
+        return saved
+
+    def _save(self, call: RegionCall, chunk: int, gradients: list[Any] | None) -> _Saved:
+        kept = call.code.saved(gradients is not None)
+        leaves = [
+            self.env[leaf]
+            for leaf, keep in zip(call.leaves, kept, strict=True)
+            if keep and leaf in self.env
+        ]
+        for storage in leaves:
+            self.ledger.hold(storage)
+        for gradient in gradients or []:
+            if gradient is not None:
+                self.ledger.hold(gradient[0])
+        return _Saved(call, chunk, leaves, gradients)
+
+    def backward(self, saved: list[_Saved]) -> None:
+        for index, entry in reversed(list(enumerate(saved))):
+            code = entry.call.code
+            tangents = [
+                self.gradients.pop(leaf, None)
+                for leaf, d in zip(entry.call.outputs, code.differentiable, strict=True)
+                if d
+            ]
+            if entry.gradients is None:
+                begin = self._started(entry.call)
+                run = profile(code, "backward", self.sizes, entry.chunk, begin)
+                self._masks(entry.call, run)
+                self.ledger.mark(f"backward {entry.call.modules}", run.peak)
+                gradients = self._results(("backward", index), run)
+            else:
+                gradients = entry.gradients
+            for i, (leaf, gradient) in enumerate(zip(entry.call.leaves, gradients, strict=True)):
+                if gradient is not None:
+                    self._accumulate(leaf, *gradient, in_place=i in entry.call.shared)
+            self._drop(gradients)
+            for storage in (*entry.leaves, *(t for t in tangents if t is not None)):
+                self.ledger.release(storage)
+        self.ledger.mark("after backward")
+
+    def _started(self, call: RegionCall) -> list[str]:
+        """Accumulators that continue a gradient begun by a later region (tied weights)."""
+        program = call.code.program("backward")
+        sums = {b.name: b.dtype for loop in program.loops for b in loop.allocate if b.zero}
+        owned = [i for i, (leaf, last) in call.shared.items() if last and leaf in self.gradients]
+        names = [(program.outputs[i], call.code.values[i].dtype) for i in owned]
+        return [name for name, dtype in names if name is not None and sums.get(name) == dtype]
+
+    def _accumulate(self, leaf: Leaf, storage: Any, output: Output, in_place: bool) -> None:
+        """A first gradient of odd layout is copied; autograd adds a second one out of place."""
+        if leaf in self.gradients:
+            if not in_place:
+                self.ledger.mark(f"sum {leaf[1]}", output.bytes)
+            return
+        if not output.contiguous and leaf[0] == "input":
+            storage = ("copy", leaf)
+        self.ledger.hold(storage, output.bytes)
+        self.gradients[leaf] = storage
+        self.ledger.mark(f"gradient {leaf[1]}")
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of inputs, which stay."""
+        storages = {s for leaf, s in self.gradients.items() if leaf[0] == "input"}
+        return sum(self.ledger.sizes[s] for s in storages)
+
+    def _results(self, owner: Any, run: Profile) -> list[Any]:
+        """Hold every output once; :meth:`_drop` lets go again."""
+        out: list[Any] = []
+        for output in run.outputs:
+            if output is None:
+                out.append(None)
+                continue
+            storage = (owner, output.storage)
+            self.ledger.hold(storage, output.bytes)
+            out.append((storage, output))
+        return out
+
+    def _drop(self, results: list[Any]) -> None:
+        for result in results:
+            if result is not None:
+                self.ledger.release(result[0])
+
+    def _masks(self, call: RegionCall, run: Profile) -> None:
+        """Masks are classified by the first region that uses them and kept until the step ends."""
+        for mask in run.masks:
+            key = (mask.key, *(call.leaves[i] for i in mask.inputs if 0 <= i < len(call.leaves)))
+            if key not in self.masks:
+                self.masks.add(key)
+                self.ledger.mark("mask", mask.transient)
+                self.ledger.hold(key, mask.kept)
+
+    def _preamble(self) -> None:
+        """Run the parameter-free part over fake tensors."""
+        pre = self.graph.pre
+        watch = StorageWatch()
+        with _compat.FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            given = [_fake(self.graph, value_of(n), self.sizes) for n in pre.inputs]
+            watch.ignore(given)
+            with watch:
+                results = pre.module(*given)
+            watch.settle()
+            self.ledger.mark("preamble", watch.peak)
+            for name, value in zip(pre.outputs, results, strict=True):
+                storage, size = watch.owner(value)
+                self.env["pre", name] = ("pre", storage)
+                self.ledger.hold(("pre", storage), size)
