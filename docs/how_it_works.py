@@ -38,28 +38,30 @@ PANELS: list[Panel] = [
         ],
     ),
     (
-        "2", "Backward: K, V again", "one ascending loop", 1,
+        "2", "Backward", "one ascending loop", 1,
         [
             ("h in", BLUE, "########", "kept"),
+            ("dh out", BLUE, "########", "given"),
             ("K, V", GREEN, "####@...", "buffer"),
+            ("q, MLP, dq", ORANGE, "....@...", "one chunk"),
+            ("dK, dV", VIOLET, "----@...", "sums"),
+            ("dh so far", BLUE, "####@...", "buffer"),
         ],
-        ["nothing else of the forward", "was kept: K, V are made", "once more"],
+        [
+            "recompute the chunk,",
+            "backward down to dq;",
+            "dK, dV of all keys so far",
+            "add up; dW += dYᵀX",
+        ],
     ),
     (
-        "3", "Backward", "one descending loop", -1,
+        "3", "Backward of K, V", "one loop", 1,
         [
-            ("K, V", GREEN, "########", "buffer"),
-            ("dh out", BLUE, "########", "given"),
-            ("q, MLP, dq", ORANGE, "....@...", "one chunk"),
-            ("dK, dV", VIOLET, "----@###", "sums"),
-            ("dh in", BLUE, "....@###", "result"),
+            ("dK, dV", VIOLET, "########", "complete"),
+            ("dh so far", BLUE, "########", "buffer"),
+            ("dh in", BLUE, "####@...", "result"),
         ],
-        [
-            "recompute the chunk",
-            "backward down to dq",
-            "dK, dV add up; final here",
-            "dW += dYᵀX, in place",
-        ],
+        ["dK, dV of the chunk", "through their projections", "into dh and dW"],
     ),
 ]  # fmt: skip
 

@@ -36,8 +36,6 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, blocks and a head that gives logits."""
-
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)

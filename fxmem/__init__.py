@@ -11,7 +11,8 @@ if importlib.util.find_spec("fxmem.passes") is None:
 
 from fxmem.api import backend, restore, transform
 from fxmem.errors import FxmemError
+from fxmem.explain import Report, explain
 from fxmem.plan import Plan, Stream
 
 __version__ = "0.1.0"
-__all__ = ["FxmemError", "Plan", "Stream", "backend", "restore", "transform"]
+__all__ = ["FxmemError", "Plan", "Report", "Stream", "backend", "explain", "restore", "transform"]

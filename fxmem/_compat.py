@@ -1,7 +1,7 @@
 """Every private name of torch that fxmem uses, in one place.
 
-Each name is used by one function below and probed by ``tests/test_compat.py``; a torch release that moves one
-fails there with the name, not somewhere in a user's training run.
+Each name is used by one function below and probed by ``tests/test_compat.py``; a torch release that
+moves one fails there with the name, not somewhere in a user's training run.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDynamoException", "ambient_autocast", "call_impl",
-    "compile_times", "dynamic_inputs", "fake_mode_of", "is_control_node", "make_fx", "mark_dynamic",
-    "restart_capture", "set_compiled_call", "tree_leaves", "unset_compiled_call", "wrapper_tensor",
+    "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDynamoException",
+    "ambient_autocast", "call_impl", "compile_times", "dynamic_inputs", "fake_mode_of",
+    "is_control_node", "make_fx", "mark_dynamic", "restart_capture", "set_compiled_call",
+    "tree_leaves", "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
 
 
@@ -57,7 +58,8 @@ def dynamic_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[to
 
 
 def unify_sizes(gm: fx.GraphModule) -> None:
-    """Guard that inputs agree in symbolic sizes that have agreed in this call, dimension by dimension.
+    """Guard that inputs agree in symbolic sizes that have agreed in this call, dimension by
+    dimension.
 
     Dynamo gives every marked dimension a symbol of its own; the guard makes them one.
     """
@@ -113,7 +115,9 @@ def call_impl(module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any]) -> None:
-    """Make ``module(...)`` run ``call``; class, forward and state_dict stay, copies and pickles forget it."""
+    """Make ``module(...)`` run ``call``; class, forward and state_dict stay, copies and pickles
+    forget it.
+    """
     module._compiled_call_impl = call
 
 
@@ -144,4 +148,4 @@ def wrapper_tensor(
     cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Any:
     """An instance of a tensor subclass that has metadata and no storage."""
-    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)

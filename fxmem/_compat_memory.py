@@ -16,8 +16,8 @@ __all__ = ["StorageWatch"]
 class StorageWatch(TorchDispatchMode):
     """Counts the bytes of storages that ops make while it is active, and when they die.
 
-    Meant for fake tensors: the code runs, nothing is computed or allocated. ``inside(op, args)`` adds
-    what an op allocates and frees within itself.
+    Meant for fake tensors: the code runs, nothing is computed or allocated. ``inside(op, args)``
+    adds what an op allocates and frees within itself.
     """
 
     def __init__(self, inside: Callable[[Any, Sequence[Any]], int] | None = None) -> None:

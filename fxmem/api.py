@@ -31,9 +31,12 @@ class Backend:
         )
         if not learns or self.plan.stream is None:
             return gm.forward
-        if not any(isinstance(v, torch.SymInt) for v in example_inputs):
-            if any([_compat.mark_dynamic(t) for t in _compat.dynamic_inputs(gm, example_inputs)]):
-                _compat.restart_capture("fxmem streams a symbolic length")
+        symbolic = any(isinstance(v, torch.SymInt) for v in example_inputs)
+        # a list: every input is marked, not only the first
+        if not symbolic and any(
+            [_compat.mark_dynamic(t) for t in _compat.dynamic_inputs(gm, example_inputs)]
+        ):
+            _compat.restart_capture("fxmem streams a symbolic length")
         try:
             graph = compile_graph(gm, example_inputs, self.plan)
         except FxmemError as error:
@@ -84,13 +87,13 @@ _TRANSFORMED: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDic
 def transform(model: nn.Module, plan: Plan) -> nn.Module:
     """Make training steps of ``model`` follow ``plan``; returns the same module, changed in place.
 
-    Class, parameters, ``state_dict``, ``save_pretrained`` and ``generate`` stay as they are. Calls without
-    gradients (evaluation, generation) run the original forward.
+    Class, parameters, ``state_dict``, ``save_pretrained`` and ``generate`` stay as they are. Calls
+    without gradients (evaluation, generation) run the original forward.
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a fxmem.Plan, not {type(plan).__name__}")
     engine = Backend(plan)
-    compiled = torch.compile(
+    compiled = torch.compile(  # type: ignore[call-overload]  # options that the stub lacks
         _compat.call_impl(model), backend=engine, fullgraph=True, isolate_recompiles=True,
         recompile_limit=RECAPTURES,
     )  # fmt: skip

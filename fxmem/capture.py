@@ -1,12 +1,13 @@
 """From a Dynamo graph to a canonical capture: what is computed once, and what is cut into regions.
 
-*Preamble*: everything that depends on no parameter (position ids, masks, cos/sin, shifted labels). It is
-lowered to ATen once and runs at the start of every call. Values of it that are too wide to stand whole (a
-``T x T`` mask, a one-hot of the labels) are not computed there: their producers sink into the regions that
-use them, which then take the narrow leaves. *Main*: everything that depends on a parameter, in order.
+*Preamble*: everything that depends on no parameter (position ids, masks, cos/sin, shifted labels).
+It is lowered to ATen once and runs at the start of every call. Values of it that are too wide to
+stand whole (a ``T x T`` mask, a one-hot of the labels) are not computed there: their producers sink
+into the regions that use them, which then take the narrow leaves. *Main*: everything that depends
+on a parameter, in order.
 
-Grad mode and autocast switches become a property of each node (:class:`Context`), so that any stretch of
-the graph can be traced on its own.
+Grad mode and autocast switches become a property of each node (:class:`Context`), so that any
+stretch of the graph can be traced on its own.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Context:
 
 @dataclass(slots=True)
 class Capture:
-    """A Dynamo graph with its analysis. Nodes are the graph's own; ``symbols`` renames to canonical ones."""
+    """A Dynamo graph with its analysis. Nodes are the graph's own; ``symbols`` renames to canonical
+    ones.
+    """
 
     gm: fx.GraphModule
     nodes: list[fx.Node]
@@ -179,8 +182,8 @@ def _refuse_input_mutation(nodes: list[fx.Node]) -> None:
 def _symbols(inputs: Sequence[fx.Node], parameters: set[fx.Node]) -> dict[sympy.Symbol, Size]:
     """Canonical names: ``T`` for the streamed length, ``n0``, ``n1``, ... for the others.
 
-    The streamed axis is the symbol that stands last in the shapes of the inputs: tokens in ``[B, T]`` ids,
-    in ``[B, T, d]`` states, in packed ``[T]`` streams.
+    The streamed axis is the symbol that stands last in the shapes of the inputs: tokens in ``[B,
+    T]`` ids, in ``[B, T, d]`` states, in packed ``[T]`` streams.
     """
     votes: Counter[sympy.Symbol] = Counter()
     lengths: dict[sympy.Symbol, int] = {}
@@ -191,7 +194,9 @@ def _symbols(inputs: Sequence[fx.Node], parameters: set[fx.Node]) -> dict[sympy.
             order += sorted(value.node.expr.free_symbols, key=str)
         if not isinstance(value, torch.Tensor) or n in parameters:
             continue
-        symbolic = [s.node.expr for s in value.shape if isinstance(s, torch.SymInt)]
+        sizes: tuple[Any, ...] = tuple(value.shape)
+        found = [s.node.expr for s in sizes if isinstance(s, torch.SymInt)]
+        symbolic = [e for e in found if e.free_symbols]  # the model may have fixed a size
         order += [x for e in symbolic for x in sorted(e.free_symbols, key=str)]
         last = symbolic[-1] if symbolic else sympy.Integer(0)
         if len(last.free_symbols) == 1:

@@ -1,9 +1,10 @@
 """How many tokens a chunk has, and whether a call is worth streaming at all.
 
-The working set of a chunk grows with its rows; weights, their gradients and the saved states do not. Automatic
-chunks are as large as a sixteenth of those fixed bytes allows, between a floor under which matrix products starve
-and a cap beyond which larger chunks only cost memory. A call whose activations are small against the weights
-runs as it is: streaming it would only cost the recomputation.
+The working set of a chunk grows with its rows; weights, their gradients and the saved states do
+not. Automatic chunks are as large as a sixteenth of those fixed bytes allows, between a floor under
+which matrix products starve and a cap beyond which larger chunks only cost memory. A call whose
+activations are small against the weights runs as it is: streaming it would only cost the
+recomputation.
 """
 
 from __future__ import annotations

@@ -30,15 +30,18 @@ from fxmem.passes.lower import HANDLERS
 from fxmem.passes.share_kv_heads import share_kv_heads
 from fxmem.plan import Plan, Stream
 from fxmem.region_code import RegionCode
+from fxmem.rules import revision
 from fxmem.sizes import degree, has_axis, per_token
 
 KEEP_PER_TOKEN = 8
-"""Elements per token up to which an output that wants a gradient leaves the graph (metrics, log-probs)."""
+"""Elements per token up to which an output that wants a gradient leaves the graph (metrics,
+log-probs).
+"""
 
 
 @dataclass(slots=True)
 class Counter:
-    """What was done so far: captures, traces of distinct regions, programs, executed chunk bodies."""
+    """What was done so far: captures, traces of distinct regions, programs, chunk bodies run."""
 
     captures: int = 0
     traces: int = 0
@@ -103,7 +106,7 @@ class CompiledGraph:
         self.sizes = sizes
         if self.chunker.whole(sizes):
             self.whole_calls += 1
-            return self.plain(*args)  # type: ignore[no-any-return]
+            return self.plain(*args)
         by_node = dict(zip(self.capture.inputs, args, strict=True))
         env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
@@ -210,8 +213,9 @@ def _chunker(
 def _link_shared(capture: cap.Capture, calls: list[RegionCall]) -> None:
     """Parameters of several regions (tied weights): one of them returns the whole gradient.
 
-    The first region that uses the parameter is the last to run in the backward; the others hand their part on.
-    Only where the loss is the one differentiable output, so that all of them are sure to run.
+    The first region that uses the parameter is the last to run in the backward; the others hand
+    their part on. Only where the loss is the one differentiable output, so that all of them are
+    sure to run.
     """
     wanted = [
         o for o in capture.outputs
@@ -305,7 +309,7 @@ def _mixes(region: regions.Region) -> bool:
 
 
 def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> RegionCall:
-    key = region.key()
+    key = f"{revision()} {region.key()}"
     if key not in _CODES:
         name = f"region{len(_CODES)}"
         _CODES[key] = RegionCode(

@@ -1,9 +1,10 @@
 """Running programs: the loops, and one autograd function per region.
 
-The autograd function's inputs are the region's tensors and its parameters, so every gradient is returned exactly
-once per backward and hooks, gradient accumulation, DDP and ``GradScaler`` behave as always. The forward saves
-the region's inputs only. A region that ends in a scalar loss takes its gradients in the forward, with tangent
-1, and scales them later: the LM head is never computed twice.
+The autograd function's inputs are the region's tensors and its parameters, so every gradient is
+returned exactly once per backward and hooks, gradient accumulation, DDP and ``GradScaler`` behave
+as always. The forward saves the region's inputs only. A region that ends in a scalar loss takes its
+gradients in the forward, with tangent 1, and scales them later: the LM head is never computed
+twice.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from fxmem.errors import BackwardTwiceError, DoubleBackwardError, ModifiedParame
 from fxmem.program import Free, Loop, Mask, Program, Straight
 from fxmem.region_code import RegionCode
 from fxmem.sizes import evaluate_shape
-
 
 Shared = Mapping[int, tuple[Any, bool]]
 """Input position -> (parameter, whether this region returns its whole gradient)."""
@@ -122,7 +122,7 @@ def tile_map(
 
 
 class RegionFunction(torch.autograd.Function):
-    """``apply(code, state, chunk, seed, shared, *tensors) -> outputs``; see the module docstring."""
+    """``apply(code, state, chunk, seed, shared, *tensors) -> outputs``; see the module."""
 
     @staticmethod
     def forward(
@@ -154,12 +154,9 @@ class RegionFunction(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         code: RegionCode = ctx.code
         given = [t for t, d in zip(tangents, code.differentiable, strict=True) if d]
-        if (
-            grads is not None
-            and sum(t is not None for t in given) == 1
-            and given[code.loss] is not None
-        ):
-            out = code.scale(grads, given[code.loss])
+        loss = given[code.loss] if sum(t is not None for t in given) == 1 else None
+        if grads is not None and loss is not None:
+            out = code.scale(grads, loss)
         else:
             shapes = [s for s, d in zip(ctx.shapes, code.differentiable, strict=True) if d]
             full = [
@@ -204,6 +201,6 @@ def run_region(
     """Outputs of a region, with autograd where any input wants a gradient."""
     seed = code.draw_seed(tensors[0].device)
     if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):
-        return RegionFunction.apply(code, state, chunk, seed, shared or {}, *tensors)  # type: ignore[no-any-return]
+        return RegionFunction.apply(code, state, chunk, seed, shared or {}, *tensors)
     with torch.no_grad():
         return code.forward(state, chunk, tensors, seed, learn=False)[0]

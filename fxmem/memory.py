@@ -1,8 +1,9 @@
 """Predicted memory of one training step, without running it.
 
-:func:`predict` replays what :class:`~fxmem.compiled.CompiledGraph` and autograd do with storages: what the
-preamble makes, what each region allocates (:mod:`fxmem.profile`), what waits for the backward, and the
-gradients that stay. Parameters, inputs of the call and gradients of earlier steps are not counted.
+:func:`predict` replays what :class:`~fxmem.compiled.CompiledGraph` and autograd do with
+storages: what the preamble makes, what each region allocates (:mod:`fxmem.profile`), what waits for
+the backward, and the gradients that stay. Parameters, inputs of the call and gradients of earlier
+steps are not counted.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class _Saved:
 
 
 def predict(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
-    """Memory of a step of ``graph`` at ``sizes`` (symbol name -> int, for example ``{"T": 4096}``)."""
+    """Memory of a step of ``graph`` at ``sizes``: symbol name -> int, such as ``{"T": 4096}``."""
     if graph.chunker.whole(sizes):
         return _predict_whole(graph, sizes)
     step = _Step(graph, dict(sizes))
@@ -197,7 +198,8 @@ class _Step:
                 gradients = entry.gradients
             for i, (leaf, gradient) in enumerate(zip(entry.call.leaves, gradients, strict=True)):
                 if gradient is not None:
-                    self._accumulate(leaf, *gradient, in_place=i in entry.call.shared)
+                    storage, output = gradient
+                    self._accumulate(leaf, storage, output, i in entry.call.shared)
             self._drop(gradients)
             for storage in (*entry.leaves, *(t for t in tangents if t is not None)):
                 self.ledger.release(storage)
@@ -211,10 +213,10 @@ class _Step:
         names = [(program.outputs[i], call.code.values[i].dtype) for i in owned]
         return [name for name, dtype in names if name is not None and sums.get(name) == dtype]
 
-    def _accumulate(self, leaf: Leaf, storage: Any, output: Output, in_place: bool) -> None:
+    def _accumulate(self, leaf: Leaf, storage: Any, output: Output, shared: bool) -> None:
         """A first gradient of odd layout is copied; autograd adds a second one out of place."""
         if leaf in self.gradients:
-            if not in_place:
+            if not shared:
                 self.ledger.mark(f"sum {leaf[1]}", output.bytes)
             return
         if not output.contiguous and leaf[0] == "input":

@@ -26,8 +26,7 @@ from fxmem.sizes import evaluate_shape
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output: its storage (equal keys share one), the storage's bytes and the tensor's layout.
-    """
+    """One output: its storage (equal keys share one), that storage's bytes, and its layout."""
 
     storage: int
     bytes: int
@@ -46,7 +45,7 @@ class MaskProfile:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Bytes a program takes above its inputs. ``nodes``: the peak at every node of each loop's body."""
+    """Bytes a program takes above its inputs; ``nodes``: at each node of each loop's body."""
 
     peak: int
     outputs: tuple[Output | None, ...]
@@ -60,28 +59,36 @@ class Profile:
 
 
 _PROFILES: dict[tuple[Any, ...], Profile] = {}
-_PLANES: dict[tuple[Any, ...], list[tuple[int, float, float]]] = {}
+_CURVES: dict[tuple[Any, ...], list[tuple[float, float, float, float]]] = {}
 
 
 def body_bytes(code: RegionCode, kind: str, sizes: Mapping[str, int], chunk: int) -> int:
     """Bytes of the working set of the largest loop body for chunks of ``chunk`` tokens.
 
-    ``kind`` is ``forward``, ``loss`` or ``backward``. Buffers and accumulators are not part of it. Measured
-    at three points once; then a plane in length and chunk per node of a body, so that asking again is cheap.
+    ``kind`` is ``forward``, ``loss`` or ``backward``. Buffers and accumulators are not part of it.
+    Measured at four points once; then a curve in length and chunk per node of a body, so that
+    asking again is cheap.
     """
     rest = {k: v for k, v in sizes.items() if k != "T"}
     key = (id(code.program(kind)), *sorted(rest.items()), torch.get_num_threads())
-    if key not in _PLANES:
+    if key not in _CURVES:
         at = [
             [n for body in profile(code, kind, {**rest, "T": t}, c).nodes for n in body]
-            for t, c in ((2048, 128), (2048, 512), (4096, 128))
+            for t, c in ((2048, 128), (2048, 512), (2048, 1024), (4096, 128))
         ]
-        _PLANES[key] = [
-            (a, (b - a) / 384, (c - a) / 2048) for a, b, c in zip(*at, strict=True)
-        ]
+        _CURVES[key] = [_fit(*values) for values in zip(*at, strict=True)]
     length = sizes.get("T", 1)
-    rows, tokens = min(chunk, length) - 128, length - 2048
-    return max((round(a + b * rows + c * tokens) for a, b, c in _PLANES[key]), default=0)
+    rows, tokens = min(chunk, length), length - 2048
+    guesses = (a + rows * (b + rows * c) + d * tokens for a, b, c, d in _CURVES[key])
+    return max(0, round(max(guesses, default=0)))
+
+
+def _fit(small: int, middle: int, large: int, long: int) -> tuple[float, float, float, float]:
+    """``a + b C + c C^2 + d (T - 2048)`` through the four measured points of :func:`body_bytes`."""
+    first, second = (middle - small) / 384, (large - middle) / 512
+    c = (second - first) / 896
+    b = first - c * 640
+    return small - 128 * b - 128**2 * c, b, c, (long - small) / 2048
 
 
 def profile(
@@ -143,7 +150,10 @@ def _result(program: Program, env: Mapping[str, Any], name: str) -> Tensor:
 
 
 class _Body(fx.Interpreter):
-    """Runs a body node by node, with the lifetimes of the generated code; ``used`` has the peak of each."""
+    """Runs a body node by node, with the lifetimes of the generated code.
+
+    ``used``: the peak during each node, above what was alive before the body.
+    """
 
     def __init__(self, module: fx.GraphModule, watch: StorageWatch) -> None:
         super().__init__(module)
@@ -161,7 +171,7 @@ def _loop(
     step: Loop, env: dict[str, Any], sizes: Mapping[str, int], chunk: int, watch: StorageWatch,
     device: torch.device,
 ) -> tuple[int, ...]:  # fmt: skip
-    """Run the body on the last full chunk, which sees the most keys; bytes above what is alive before."""
+    """Run the body on the last full chunk, which sees the most keys; its bytes, node by node."""
     for b in step.allocate:
         if b.name not in env:
             make = torch.zeros if b.zero else torch.empty

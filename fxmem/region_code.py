@@ -1,8 +1,9 @@
-"""The compiled form of one distinct region: its programs, built on first use and shared by equal regions.
+"""The compiled form of one distinct region: its programs, built on first use and shared by equal
+regions.
 
-A region has up to four programs: the forward; the forward with gradients for a tangent of 1 (regions that end
-in a scalar loss); the backward for given tangents; and a second form of each for attention masks that turn
-out not to be causal.
+A region has up to four programs: the forward; the forward with gradients for a tangent of 1
+(regions that end in a scalar loss); the backward for given tangents; and a second form of each for
+attention masks that turn out not to be causal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fxmem.chunks import footprint
 from fxmem.emit import Emitter, Handler
 from fxmem.joint import Caller, Joint
 from fxmem.labels import Barrier
+from fxmem.packing import Packing, pack, packing, unpack
 from fxmem.program import Loop, Program, Straight
 from fxmem.regions import Region
 from fxmem.schedule import schedule
@@ -28,11 +30,12 @@ HALF_UNIT = 2.0**15
 
 
 class RegionCode:
-    """Programs of a region. ``rewrite`` runs the joint passes; ``counter`` counts traces and bodies."""
+    """Programs of a region; ``rewrite`` runs the joint passes, ``counter`` counts what is done."""
 
     def __init__(
         self, region: Region, caller: Callable[[], Caller], rewrite: Callable[[Joint], Joint],
-        handlers: dict[str, Handler], run: Callable[..., list[Tensor | None]], counter: Any, name: str,
+        handlers: dict[str, Handler], run: Callable[..., list[Tensor | None]],
+        counter: Any, name: str,
     ) -> None:  # fmt: skip
         self.region = region
         self.name = name
@@ -48,6 +51,7 @@ class RegionCode:
         self.loss = scalars[0] if scalars else -1
         self.is_loss = bool(scalars)
         self._loss_joint: Joint | None = None
+        self._packing: tuple[Packing | None] | None = None
         self.joint = self._trace()
         self.footprint = footprint(self.joint)
         self.programs: dict[tuple[str, bool], Program] = {}
@@ -73,7 +77,7 @@ class RegionCode:
         return traced
 
     def program(self, kind: str, causal: bool = True) -> Program:
-        """The program of ``kind``: ``forward``, ``loss`` (forward and gradients) or ``backward``."""
+        """The program of ``kind``: ``forward``, ``loss`` (with gradients) or ``backward``."""
         key = (kind, causal)
         if key not in self.programs:
             start = time.perf_counter()
@@ -106,16 +110,37 @@ class RegionCode:
     def forward(
         self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, *, learn: bool
     ) -> tuple[list[Tensor], list[Tensor | None] | None]:
-        """Outputs, and the gradients for tangent 1 where the region is a loss and ``learn`` is set."""
+        """Outputs, and gradients for tangent 1 where the region is a loss and ``learn`` is set."""
         if not (learn and self.is_loss):
             given = [*tensors, seed, *(None for t in self.joint.tangents if t is not None)]
             return [t for t in self._execute("forward", state, chunk, given) if t is not None], None
         joint = self.loss_joint
         (node,) = (t for t in joint.tangents if t is not None)
         unit = torch.full((), self._unit, dtype=joint.info[node].dtype, device=tensors[0].device)
-        results = self._execute("loss", state, chunk, [*tensors, seed, unit])
+        results = self._loss(state, chunk, tensors, seed, unit)
         k = len(joint.outputs)
         return [t for t in results[:k] if t is not None], list(results[k:])
+
+    def _loss(
+        self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, unit: Tensor
+    ) -> list[Tensor | None]:
+        """The loss program, on the valid tokens alone where ignored ones cannot matter."""
+        if self._packing is None:
+            self._packing = (packing(self.loss_joint),)
+        plan = self._packing[0]
+        packed = pack(plan, tensors) if plan is not None else None
+        if plan is None or packed is None:
+            return self._execute("loss", state, chunk, [*tensors, seed, unit])
+        chosen, rows = packed
+        sizes = {name: 1 for name in state.sizes} | {"T": rows.numel()}
+        tokens = chunk * max(1, tensors[plan.labels].numel() // state.sizes["T"])
+        own = type(state)(sizes)
+        results = self._execute("loss", own, tokens, [*chosen, seed, unit])
+        likes = [*(None for _ in self.loss_joint.outputs), *tensors]
+        return [
+            unpack(r, rows, like) if carries and r is not None and like is not None else r
+            for r, carries, like in zip(results, plan.outputs, likes, strict=True)
+        ]
 
     @property
     def _unit(self) -> float:
@@ -156,10 +181,10 @@ class RegionCode:
             name = program.outputs[i]
             if name in sums and sums[name].dtype == part.dtype and part.is_contiguous():
                 found[name] = part
-        return found  # type: ignore[return-value]
+        return found
 
     def scale(self, grads: list[Tensor | None], tangent: Tensor) -> list[Tensor | None]:
-        """Stored gradients times the incoming tangent, in place where the storage is theirs alone."""
+        """Stored gradients times the tangent, in place where the storage is theirs alone."""
         factor = tangent / self._unit
         if tangent.device.type == "cpu" and float(factor) == 1.0:
             return grads

@@ -1,8 +1,8 @@
 """Canonicalise: one op per meaning, while a region is traced.
 
-Attention calls become ``fxmem::attention`` (out and logsumexp), cross-entropy becomes a per-token loss and a
-reduction by plain ops, and dropout becomes a stateless op keyed by (seed, site, element position). Everything
-else is traced as it is.
+Attention calls become ``fxmem::attention`` (out and logsumexp), cross-entropy becomes a per-token
+loss and a reduction by plain ops, and dropout becomes a stateless op keyed by (seed, site, element
+position). Everything else is traced as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from fxmem.kernels.token_nll import token_nll as token_nll_op
 
 
 class Canonicalize:
-    """Calls a node in its canonical form. ``seed`` is the region's dropout seed; ``sites`` counts its uses."""
+    """Calls a node in its canonical form. ``seed`` is the region's dropout seed; ``sites`` counts
+    its uses.
+    """
 
     def __init__(self) -> None:
         self.seed: Tensor | None = None
@@ -46,12 +48,13 @@ class Canonicalize:
             raise UnsupportedOpError(
                 f"higher-order op `{node.target}` inside a streamed region", op=str(node.target),
                 module=module_path(node), source=source_line(node),
-                advice="call the wrapped function directly (no activation checkpointing is needed with fxmem)",
+                advice="call the wrapped function directly "
+                "(no activation checkpointing is needed with fxmem)",
             )  # fmt: skip
         return call_node(node, args, kwargs)
 
     def cat(self, tensors: Any, dim: int = 0, **kwargs: Any) -> Tensor:
-        """Joining with an empty tensor (a cache that holds nothing yet) is the other tensor itself."""
+        """Joining with an empty tensor (a cache that holds nothing yet) gives the other tensor."""
         full = [t for t in tensors if tuple(t.shape) != (0,)]
         return full[0] if len(full) == 1 and not kwargs else torch.cat(tensors, dim, **kwargs)
 
@@ -65,8 +68,9 @@ class Canonicalize:
         return dropout_op(x, self.seed, float(p), self.sites)
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
         learned = attn_mask is not None and attn_mask.requires_grad
@@ -107,7 +111,8 @@ class Canonicalize:
 
     def cross_entropy(
         self, input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: Any = None,
-        ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
+        ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
+        label_smoothing: float = 0.0,
     ) -> Tensor:  # fmt: skip
         if size_average is not None or reduce is not None or target.dtype.is_floating_point:
             return F.cross_entropy(
@@ -159,7 +164,9 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def _rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits ``[N, C]`` and targets ``[N]``; classes stand in dimension 1 where there are more than two."""
+    """Logits ``[N, C]`` and targets ``[N]``; classes stand in dimension 1 where there are more than
+    two.
+    """
     if input.dim() > 2:
         input = input.movedim(1, -1).reshape(-1, input.shape[1])
     elif input.dim() == 1:

@@ -1,4 +1,6 @@
-"""Free factories: ``x.new_zeros(shape)`` becomes ``zeros(shape)``, so that a constant depends on no value."""
+"""Free factories: ``x.new_zeros(shape)`` becomes ``zeros(shape)``, so that a constant depends on no
+value.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ _FORMS: dict[str, Any] = {
 
 
 def free_factories(joint: Joint) -> Joint:
-    """Rewrite ``new_*`` calls in place of the source tensor's dtype and device; returns ``joint``."""
+    """Rewrite ``new_*`` calls with the source tensor's dtype and device; returns ``joint``."""
     for node in joint.graph.nodes:
         form = _FORMS.get(str(node.target))
         if form is None:

@@ -54,7 +54,7 @@ def _value(count: object) -> object:
 
 def _reduced(node: fx.Node, rank: int) -> list[int]:
     dims = node.args[1] if len(node.args) > 1 else None
-    return [d % rank for d in dims] if dims else list(range(rank))  # type: ignore[union-attr]
+    return [d % rank for d in dims] if dims else list(range(rank))
 
 
 def _sum(graph: fx.Graph, node: fx.Node, source: fx.Node) -> fx.Node:

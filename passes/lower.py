@@ -1,8 +1,9 @@
 """Lower: the chunk form of ops whose chunk is not the op itself.
 
-A slice along the streamed axis moves rows between chunks; attention takes spans of keys; attention's backward
-adds into the accumulators of dK and dV; the backward of the token loss overwrites logits that nobody needs any
-more; dropout is told where its chunk begins. Everything else is emitted as it stands.
+A slice along the streamed axis moves rows between chunks; attention takes spans of keys;
+attention's backward adds into the accumulators of dK and dV; the backward of the token loss
+overwrites logits that nobody needs any more; dropout is told where its chunk begins. Everything
+else is emitted as it stands.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _slice(body: Body, node: fx.Node) -> Any:
     use, cut = body.labels.uses[node][0], body.labels.of(node).cut
     if use.cut is None or cut is None or node.args[1:2] == ():
         return None
-    dim = node.args[1] % len(body.joint.info[node].shape)  # type: ignore[operator]
+    dim = node.args[1] % len(body.joint.info[node].shape)
     if dim != use.cut.dim:
         return None
     start, count = body.ints.rows(cut)
@@ -54,7 +55,7 @@ def _slice_backward(body: Body, node: fx.Node) -> Any:
     use, cut = body.labels.uses[node][0], body.labels.of(node).cut
     if use.cut is None or cut is None:
         return None
-    dim = node.args[2] % len(body.joint.info[node].shape)  # type: ignore[operator]
+    dim = node.args[2] % len(body.joint.info[node].shape)
     if dim != use.cut.dim:
         return None
     (start, count), (first, rows) = body.ints.rows(cut), body.ints.rows(use.cut)
@@ -75,7 +76,7 @@ def _spans(body: Body, node: fx.Node, keys: Any) -> Any:
             return body.call(attention.causal_spans, body.ints(LO), body.ints(HI))
         return body.call(attention.full_spans, keys)
     if mask in body.mask_of and node in body.labels.masked:
-        return body.masks[body.mask_of[mask]]  # type: ignore[index]
+        return body.masks[body.mask_of[mask]]
     use = next(u for u in body.labels.uses[node] if u.operand is mask)
     return body.call(attention.explicit_spans, body.operand(use))
 
@@ -117,7 +118,7 @@ def _token_nll_backward(body: Body, node: fx.Node) -> Any:
 
 
 def _dies_here(body: Body, operand: fx.Node, node: fx.Node) -> bool:
-    """Nothing in this body reads the storage of ``operand`` after ``node``, and the body made it."""
+    """The body made the storage of ``operand``, and nothing in it reads that after ``node``."""
     here = body.order[node]
     while True:
         if operand not in body.order or operand in body.kept:
@@ -136,7 +137,7 @@ def _dies_here(body: Body, operand: fx.Node, node: fx.Node) -> bool:
                 "aten.mul.Tensor",
                 "aten.div.Tensor",
             )
-        operand = operand.args[0]  # type: ignore[assignment]
+        operand = operand.args[0]
 
 
 def _viewed_before(body: Body, view: fx.Node, here: int) -> bool:
@@ -164,4 +165,6 @@ HANDLERS: dict[str, Handler] = {
     "fxmem.token_nll_backward.default": _token_nll_backward,
     "fxmem.dropout.default": _dropout,
 }
-"""Op name -> function from a body and a node to the node's value in the body (None: emit the op itself)."""
+"""Op name -> function from a body and a node to the node's value in the body (None: emit the op
+itself).
+"""

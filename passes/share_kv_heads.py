@@ -1,8 +1,9 @@
 """Share key/value heads: undo the repetition of K and V before grouped-query attention.
 
-Models repeat each key/value head for its query heads (``expand`` + ``reshape``, or ``repeat_interleave``)
-because the attention call they use wants equal head counts. The canonical attention op takes grouped heads,
-so the repeated tensors, and the sums over them in the backward, never need to exist.
+Models repeat each key/value head for its query heads (``expand`` + ``reshape``, or
+``repeat_interleave``) because the attention call they use wants equal head counts. The canonical
+attention op takes grouped heads, so the repeated tensors, and the sums over them in the backward,
+never need to exist.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def share_kv_heads(gm: fx.GraphModule) -> int:
 
 
 def _unrepeated(node: object) -> tuple[fx.Node, int] | None:
-    """``(base [B, G, S, E], n)`` where ``node [B, G n, S, E]`` repeats every head ``n`` times in a row."""
+    """``(base [B, G, S, E], n)`` where ``node [B, G n, S, E]`` repeats every head ``n`` times in a
+    row.
+    """
     if not isinstance(node, fx.Node):
         return None
     if _is(node, "repeat_interleave") and len(node.args) > 1 and isinstance(node.args[1], int):

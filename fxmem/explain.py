@@ -1,0 +1,229 @@
+"""What fxmem did with a model, as data and as text: :func:`explain`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fxmem import _compat, api
+from fxmem.capture import canonical_shape
+from fxmem.compiled import COUNTER, CompiledGraph, Dropped, RegionCall
+from fxmem.errors import NotTransformedError
+from fxmem.explain_text import render
+from fxmem.memory import Prediction, predict
+from fxmem.program import Buffer, Loop, Program
+from fxmem.region_code import RegionCode
+from fxmem.sizes import evaluate_shape
+
+
+@dataclass(frozen=True, slots=True)
+class BufferReport:
+    """A tensor that a program allocates: ``kind`` is ``buffer`` or ``accumulator``."""
+
+    name: str
+    kind: str
+    shape: str
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoopReport:
+    """One loop over chunks; ``direction`` is ``ascending`` or ``descending``."""
+
+    program: str
+    direction: str
+    ops: int
+    buffers: list[BufferReport]
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierReport:
+    """An op that runs whole, and why."""
+
+    op: str
+    reason: str
+    module: str
+    source: str
+
+
+@dataclass(slots=True)
+class RegionReport:
+    """One distinct region: ``kind`` is ``loss``, ``mixing`` (it has attention) or ``tokens``."""
+
+    name: str
+    kind: str
+    uses: int
+    modules: list[str]
+    chunk: int
+    loops: list[LoopReport]
+    barriers: list[BarrierReport]
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Time so far in this process; ``capture`` includes tracing, ``dynamo`` is Dynamo's share."""
+
+    capture: float = 0.0
+    trace: float = 0.0
+    lower: float = 0.0
+    dynamo: float = 0.0
+
+
+@dataclass(slots=True)
+class Report:
+    """What was captured and how it runs. Counts of traces, bodies and seconds are the process's.
+
+    Attributes:
+        model: class of the model, or of what was given.
+        sizes: the sizes of the latest call, for which bytes and chunks are shown.
+        whole: that call was too small to stream and ran as captured.
+        dropped: outputs that do not leave the graph, as shapes.
+        predicted_peak_bytes: of one step, above parameters; None before the first step.
+    """
+
+    model: str
+    sizes: dict[str, int] = field(default_factory=dict)
+    whole: bool = False
+    regions: list[RegionReport] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    predicted_peak_bytes: int | None = None
+    predicted: Prediction | None = None
+    captures: int = 0
+    distinct_programs: int = 0
+    traces: int = 0
+    executed_bodies: int = 0
+    whole_calls: int = 0
+    seconds: Seconds = field(default_factory=Seconds)
+
+    @property
+    def loops(self) -> list[LoopReport]:
+        return [loop for region in self.regions for loop in region.loops]
+
+    @property
+    def buffers(self) -> list[BufferReport]:
+        return [buffer for loop in self.loops for buffer in loop.buffers]
+
+    @property
+    def barriers(self) -> list[BarrierReport]:
+        return [barrier for region in self.regions for barrier in region.barriers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def explain(model: nn.Module | api.Backend) -> Report:
+    """What fxmem does with a transformed model, or with what a backend has compiled.
+
+    Raises:
+        NotTransformedError: the model was not transformed.
+    """
+    if isinstance(model, api.Backend):
+        engine, name = model, "backend"
+    else:
+        name = type(model).__name__
+        found = api._TRANSFORMED.get(model) if isinstance(model, nn.Module) else None
+        if found is None:
+            raise NotTransformedError(f"{name} was not transformed")
+        engine = found
+    return _report(name, engine.graphs)
+
+
+def _report(name: str, graphs: Sequence[CompiledGraph]) -> Report:
+    report = Report(
+        name, captures=len(graphs), traces=COUNTER.traces, executed_bodies=COUNTER.bodies,
+        whole_calls=sum(g.whole_calls for g in graphs),
+    )  # fmt: skip
+    inside = COUNTER.capture_seconds
+    dynamo = max(0.0, _compat.compile_times() - inside)
+    report.seconds = Seconds(inside, COUNTER.trace_seconds, COUNTER.lower_seconds, dynamo)
+    ran = [g for g in graphs if g.sizes]
+    latest = ran[-1] if ran else None
+    if latest is not None:
+        report.sizes = dict(latest.sizes)
+        report.whole = latest.chunker.whole(latest.sizes)
+        report.predicted = predict(latest, latest.sizes)
+        report.predicted_peak_bytes = report.predicted.peak_bytes
+    calls: dict[int, list[tuple[CompiledGraph, RegionCall]]] = {}
+    for graph in graphs:
+        report.dropped += [
+            _shape(canonical_shape(o.value, graph.capture.symbols))
+            for o in graph.capture.outputs
+            if isinstance(o, Dropped)
+        ]
+        for call in graph.calls:
+            calls.setdefault(id(call.code), []).append((graph, call))
+    report.dropped = list(dict.fromkeys(report.dropped))
+    report.regions = [_region(uses) for uses in calls.values()]
+    report.distinct_programs = len(calls)
+    return report
+
+
+def _region(uses: list[tuple[CompiledGraph, RegionCall]]) -> RegionReport:
+    graph, call = uses[-1]
+    code = call.code
+    kind = "loss" if code.is_loss else "tokens"
+    if kind == "tokens" and any(p.masks or _reads_all(p) for p in code.programs.values()):
+        kind = "mixing"
+    length = graph.sizes.get("T", 0)
+    chunk = min(length, graph.chunker(code, graph.sizes)) if graph.sizes else 0
+    loops = [
+        LoopReport(
+            label, "descending" if loop.descending else "ascending",
+            len(_targets(loop)),
+            [_buffer(b, graph.sizes) for b in loop.allocate],
+        )
+        for label, program in _programs(code)
+        for loop in program.loops
+    ]  # fmt: skip
+    modules = list(dict.fromkeys(c.modules for _, c in uses if c.modules))
+    return RegionReport(code.name, kind, len(uses), modules, chunk, loops, _barriers(code))
+
+
+def _programs(code: RegionCode) -> list[tuple[str, Program]]:
+    return [(k if causal else f"{k} (any mask)", p) for (k, causal), p in code.programs.items()]
+
+
+def _reads_all(program: Program) -> bool:
+    return any(_attends(loop) for loop in program.loops)
+
+
+def _attends(loop: Loop) -> bool:
+    return any(str(getattr(t, "__module__", "")).endswith("attention") for t in _targets(loop))
+
+
+def _targets(loop: Loop) -> list[Any]:
+    return [n.target for n in loop.module.graph.nodes if n.op == "call_function"]
+
+
+def _buffer(buffer: Buffer, sizes: dict[str, int]) -> BufferReport:
+    count = 0
+    with contextlib.suppress(KeyError):
+        count = buffer.dtype.itemsize
+        for d in evaluate_shape(buffer.shape, sizes):
+            count *= d
+    kind = "accumulator" if buffer.zero else "buffer"
+    dtype = str(buffer.dtype).removeprefix("torch.")
+    return BufferReport(buffer.name, kind, _shape(buffer.shape), dtype, count)
+
+
+def _barriers(code: RegionCode) -> list[BarrierReport]:
+    found = {
+        BarrierReport(b.op, b.reason, b.module or "", b.source or ""): None for b in code.barriers
+    }
+    return list(found)
+
+
+def _shape(shape: Sequence[Any]) -> str:
+    return "[" + ", ".join(str(d) for d in shape) + "]"
+
+
+__all__ = ["BarrierReport", "BufferReport", "LoopReport", "RegionReport", "Report", "explain"]

@@ -1,0 +1,125 @@
+"""A report as text: aligned tables, sizes in MiB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fxmem.explain import LoopReport, RegionReport, Report
+
+MIB = 2**20
+
+
+def render(report: Report) -> str:
+    """The whole report; the newest call's sizes are used for bytes."""
+    if not report.captures:
+        return (
+            f"{report.model}: transformed, not run yet\n"
+            "Programs are made by the first training step; run one and ask again."
+        )
+    parts = [_head(report)]
+    if report.regions:
+        parts.append(_regions(report.regions))
+        parts.append(_loops(report.regions))
+    parts.append(_barriers(report))
+    return "\n\n".join(parts)
+
+
+def mib(count: int) -> str:
+    """Bytes as MiB."""
+    return f"{count / MIB:.1f} MiB"
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows in aligned columns, the first one a heading; ``right``: columns of numbers."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _head(report: Report) -> str:
+    sizes = ", ".join(f"{k} = {v}" for k, v in sorted(report.sizes.items()))
+    rows = [("sizes", sizes or "not run yet")]
+    if report.whole:
+        rows.append(("streaming", "none in this call: it is small against the weights"))
+    if report.predicted is not None:
+        p = report.predicted
+        rows.append(("predicted peak", f"{mib(p.peak_bytes)} above the parameters"))
+        detail = (
+            f"{mib(p.parameter_gradient_bytes)} gradients, {mib(p.saved_bytes)} between forward "
+            f"and backward, {mib(p.transient_bytes)} for the largest region"
+        )
+        rows.append(("", detail))
+    rows.append(("captures", str(report.captures)))
+    rows.append(("distinct programs", str(report.distinct_programs)))
+    rows.append(("traces", f"{report.traces} in this process"))
+    rows.append(("chunk bodies run", f"{report.executed_bodies} in this process"))
+    s = report.seconds
+    rows.append(
+        (
+            "seconds",
+            f"capture {s.capture:.1f} (of it trace {s.trace:.1f}), lower {s.lower:.1f}, "
+            f"Dynamo {s.dynamo:.1f}",
+        )
+    )
+    if report.dropped:
+        rows.append(("dropped outputs", ", ".join(report.dropped)))
+    width = max(len(k) for k, _ in rows)
+    return "\n".join([report.model, *(f"  {k.ljust(width)}  {v}" for k, v in rows)])
+
+
+def _regions(regions: Sequence[RegionReport]) -> str:
+    rows = [["region", "kind", "uses", "chunk", "loops", "modules"]]
+    for r in regions:
+        rows.append([r.name, r.kind, str(r.uses), str(r.chunk), str(len(r.loops)), _few(r.modules)])
+    return table(rows, right=(2, 3, 4))
+
+
+def _few(modules: Sequence[str]) -> str:
+    first = modules[0] if modules else "(no module)"
+    return first if len(modules) < 2 else f"{first}, and {len(modules) - 1} more"
+
+
+def _loops(regions: Sequence[RegionReport]) -> str:
+    rows = [["region", "program", "order", "ops", "buffers", "accumulators", "largest"]]
+    for r in regions:
+        for loop in r.loops:
+            rows.append(
+                [
+                    r.name,
+                    loop.program,
+                    loop.direction,
+                    str(loop.ops),
+                    _total(loop, "buffer"),
+                    _total(loop, "accumulator"),
+                    _largest(loop),
+                ]  # fmt: skip
+            )
+    return table(rows, right=(3, 4, 5)) if len(rows) > 1 else "no loops"
+
+
+def _total(loop: LoopReport, kind: str) -> str:
+    found = [b.bytes for b in loop.buffers if b.kind == kind]
+    return f"{len(found)}, {mib(sum(found))}" if found else "-"
+
+
+def _largest(loop: LoopReport) -> str:
+    if not loop.buffers:
+        return ""
+    b = max(loop.buffers, key=lambda b: b.bytes)
+    return f"{b.name} {b.shape} {b.dtype}"
+
+
+def _barriers(report: Report) -> str:
+    if not report.barriers:
+        return "barriers: none, every op streams"
+    rows = [["barrier", "reason", "module", "source"]]
+    rows += [[b.op, b.reason, b.module, b.source] for b in report.barriers]
+    return table(rows)
