@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmem import _compat
+from fxmem.capture import has_varying_size
 from fxmem.compiled import CompiledGraph, compile_graph
-from fxmem.errors import CaptureError, FxmemError, NotTransformedError, PlanError
+from fxmem.errors import CaptureError, FxmemError, FxmemWarning, NotTransformedError, PlanError
 from fxmem.experts import streamable
 from fxmem.plan import Plan, Stream, check_names
 
@@ -37,6 +39,9 @@ class Backend:
             [_compat.mark_dynamic(t) for t in _compat.dynamic_inputs(gm, example_inputs)]
         ):
             _compat.restart_capture("fxmem streams a symbolic length")
+        if not has_varying_size(gm):
+            warnings.warn(NOT_STREAMED, FxmemWarning, stacklevel=2)
+            return gm.forward
         try:
             graph = compile_graph(gm, example_inputs, self.plan)
         except FxmemError as error:
@@ -78,6 +83,10 @@ def _plan_of(options: Any) -> Plan:
     return plan
 
 
+NOT_STREAMED = (
+    "no input has a length that may vary, so nothing is streamed: the model fixes its sizes "
+    "(constants of the input's length, or one token only)"
+)
 RECAPTURES = 64
 """Captures per model (train and eval, with and without a mask, autocast states) before an error."""
 

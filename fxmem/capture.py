@@ -60,6 +60,7 @@ class Capture:
     main_set: frozenset[fx.Node]
     symbols: dict[sympy.Symbol, Size]
     fake_mode: Any
+    bindings: list[tuple[int, int | None, Size]]
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """Canonical sizes of a tensor node."""
@@ -129,8 +130,38 @@ def analyse(
         frozenset(main),
         symbols,
         _compat.fake_mode_of(gm),
+        _bindings(inputs, symbols),
     )
     return capture
+
+
+def has_varying_size(gm: fx.GraphModule) -> bool:
+    """Some tensor input has a size that is not fixed."""
+    values = [value_of(n) for n in gm.graph.find_nodes(op="placeholder")]
+    return any(
+        isinstance(s, torch.SymInt) and bool(s.node.expr.free_symbols)
+        for v in values
+        if isinstance(v, torch.Tensor)
+        for s in v.shape
+    )
+
+
+def _bindings(
+    inputs: Sequence[fx.Node], symbols: Mapping[sympy.Symbol, Size]
+) -> list[tuple[int, int | None, Size]]:
+    """Where each canonical symbol is read from in a call: (argument, dimension, size there).
+
+    Read before anything is traced, since a trace may fix a size for good.
+    """
+    out: list[tuple[int, int | None, Size]] = []
+    for i, n in enumerate(inputs):
+        value = value_of(n)
+        shape: Sequence[Any] = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for d, s in enumerate(shape):
+            if isinstance(s, torch.SymInt) and s.node.expr in symbols:
+                dim = d if isinstance(value, torch.Tensor) else None
+                out.append((i, dim, symbols[s.node.expr]))
+    return out
 
 
 def _contexts(

@@ -146,20 +146,11 @@ def _leaf(pre: pre_.Preamble, node: fx.Node) -> pre_.Leaf:
 def bind_sizes(capture: cap.Capture, args: Sequence[Any]) -> dict[str, int]:
     """Values of the canonical symbols in this call."""
     sizes: dict[str, int] = {}
-
-    def bind(example: Any, actual: int) -> None:
-        if isinstance(example, torch.SymInt) and example.node.expr in capture.symbols:
-            size = capture.symbols[example.node.expr]
-            (symbol,) = size.free_symbols
-            sizes[str(symbol)] = int(actual) - int(size - symbol)
-
-    for node, value in zip(capture.inputs, args, strict=True):
-        example = cap.value_of(node)
-        if isinstance(example, Tensor):
-            for expr, actual in zip(example.shape, value.shape, strict=True):
-                bind(expr, actual)
-        else:
-            bind(example, value)
+    for position, dim, size in capture.bindings:
+        value = args[position]
+        actual = value if dim is None else value.shape[dim]
+        (symbol,) = size.free_symbols
+        sizes[str(symbol)] = int(actual) - int(size - symbol)
     return sizes
 
 

@@ -150,10 +150,10 @@ def _zero_where_ignored(joint: Joint, label: fx.Node) -> bool:
         elif isinstance(joint.info[node], tuple):
             if not all(o is None or _carries(o) for o in joint.info[node]):
                 return False
-        elif carrying and node.target is not operator.getitem:
-            # a reduction that ignored rows may take part in
-            if not _carries(joint.info[node]) and not any(a in zero for a in carrying):
-                return False
+        elif node.target is operator.getitem or _carries(joint.info[node]):
+            continue
+        elif carrying and zero.isdisjoint(carrying):
+            return False  # a reduction that ignored rows may take part in
     grads = [g for g in joint.grads if isinstance(g, fx.Node) and _carries(joint.info[g])]
     outputs = [o for o in joint.outputs if isinstance(o, fx.Node) and _carries(joint.info[o])]
     return not outputs and all(g in zero for g in grads)
