@@ -14,13 +14,18 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import fx
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis, TorchDynamoException
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    TensorifyScalarRestartAnalysis,
+    TorchDynamoException,
+)
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "BackendCompilerFailed",
     "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDynamoException",
     "ambient_autocast", "call_impl", "compile_times", "dynamic_inputs", "fake_mode_of",
     "is_control_node", "make_fx", "mark_dynamic", "restart_capture", "set_compiled_call",

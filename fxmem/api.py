@@ -117,6 +117,8 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
         try:
             with _compat.capture_config(), streamable(model):
                 return compiled(*args, **kwargs)
+        except _compat.BackendCompilerFailed:
+            raise  # a fault of fxmem, not of the model
         except _compat.TorchDynamoException as error:
             raise CaptureError(
                 f"{type(model).__name__} cannot be captured", reason=str(error)

@@ -31,7 +31,7 @@ from fxmem.passes.share_kv_heads import share_kv_heads
 from fxmem.plan import Plan, Stream
 from fxmem.region_code import RegionCode
 from fxmem.rules import revision
-from fxmem.sizes import degree, has_axis, per_token
+from fxmem.sizes import has_axis, per_token
 
 KEEP_PER_TOKEN = 8
 """Elements per token up to which an output that wants a gradient leaves the graph (metrics,
@@ -258,13 +258,8 @@ def _drop_outputs(capture: cap.Capture) -> None:
         return
     drop = set()
     for o in nodes:
-        shape = capture.shape(o)
-        if (
-            o in capture.main_set
-            and cap.value_of(o).requires_grad
-            and degree(shape)
-            and per_token(shape) > KEEP_PER_TOKEN
-        ):
+        learned = o in capture.main_set and cap.value_of(o).requires_grad
+        if learned and per_token(capture.shape(o)) > KEEP_PER_TOKEN:
             drop.add(o)
     capture.outputs = [
         Dropped(cap.value_of(o)) if isinstance(o, fx.Node) and o in drop else o
@@ -275,6 +270,8 @@ def _drop_outputs(capture: cap.Capture) -> None:
     for n in reversed(capture.main):
         if n in needed:
             needed.update(n.all_input_nodes)
+    gone = capture.main_set - needed
+    capture.nodes = [n for n in capture.nodes if n not in gone]
     capture.main = [n for n in capture.main if n in needed]
     capture.main_set = frozenset(capture.main)
 

@@ -9,6 +9,7 @@ attention masks that turn out not to be causal.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from fxmem import joint as joint_trace
 from fxmem.chunks import footprint
 from fxmem.emit import Emitter, Handler
+from fxmem.errors import FxmemWarning
 from fxmem.joint import Caller, Joint
 from fxmem.labels import Barrier
 from fxmem.packing import Packing, pack, packing, unpack
@@ -90,9 +92,19 @@ class RegionCode:
             names = dict(zip(roots, program.outputs, strict=True))
             program.outputs = [names[n] if isinstance(n, torch.fx.Node) else None for n in wanted]
             self.programs[key] = program
+            self._warn(program)
             self.counter.programs += 1
             self.counter.lower_seconds += time.perf_counter() - start
         return self.programs[key]
+
+    def _warn(self, program: Program) -> None:
+        """Say once per program what did not stream; ``explain`` has it in full."""
+        if program.barriers:
+            ops = sorted(
+                {f"{b.op} ({b.module or b.source or 'no module'})" for b in program.barriers}
+            )
+            text = f"{program.name}: run whole, exact but not streamed: {', '.join(ops)}"
+            warnings.warn(text, FxmemWarning, stacklevel=2)
 
     def _execute(
         self,
