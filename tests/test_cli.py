@@ -98,10 +98,6 @@ def test_several_lines_become_one(
 
 
 def test_explain_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
-    import fxmem
-
-    if not hasattr(fxmem, "explain"):
-        pytest.skip("the package has no explain yet")
     assert cli.main(["explain", "tiny", "--length", "64"]) == 0
     assert capsys.readouterr().out.strip()
 
