@@ -19,6 +19,7 @@ from fxmem import capture as cap
 from fxmem import preamble as pre_
 from fxmem.chunks import Chunker, fixed_bytes
 from fxmem.dropped import dropped
+from fxmem.emit import BodyPass
 from fxmem.executor import CallState, execute, run_region
 from fxmem.joint import Joint, trace
 from fxmem.labels import analyse
@@ -26,8 +27,10 @@ from fxmem.passes.canonicalize import Canonicalize
 from fxmem.passes.drop_identities import drop_identities
 from fxmem.passes.free_factories import free_factories
 from fxmem.passes.global_mean import global_mean
+from fxmem.passes.in_place import in_place
 from fxmem.passes.lower import HANDLERS
 from fxmem.passes.share_kv_heads import share_kv_heads
+from fxmem.passes.simplify import simplify
 from fxmem.plan import Plan, Stream
 from fxmem.region_code import RegionCode
 from fxmem.rules import revision
@@ -54,8 +57,14 @@ class Counter:
 
 COUNTER = Counter()
 _CODES: dict[str, RegionCode] = {}
-JOINT_PASSES: tuple[Callable[[Joint], Joint], ...] = (free_factories, global_mean)
+JOINT_PASSES: tuple[Callable[[Joint], Joint], ...] = (
+    free_factories,
+    global_mean,
+    simplify,
+)
 """Rewrites of every traced region, in order."""
+BODY_PASSES: tuple[BodyPass, ...] = (in_place,)
+"""Rewrites of every finished chunk body, in order."""
 GRAPH_PASSES: tuple[Callable[[fx.GraphModule], int], ...] = (drop_identities, share_kv_heads)
 """Rewrites of the captured graph, in order; each returns its number of edits."""
 
@@ -301,7 +310,7 @@ def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> Regi
     if key not in _CODES:
         name = f"region{len(_CODES)}"
         _CODES[key] = RegionCode(
-            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name
+            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name, BODY_PASSES
         )
     outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
     return RegionCall(_CODES[key], region.leaves, outputs, modules=_modules(region))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxmem import joint as joint_trace
 from fxmem.chunks import footprint
-from fxmem.emit import Emitter, Handler
+from fxmem.emit import BodyPass, Emitter, Handler
 from fxmem.errors import FxmemWarning
 from fxmem.joint import Caller, Joint
 from fxmem.labels import Barrier
@@ -37,12 +37,12 @@ class RegionCode:
     def __init__(
         self, region: Region, caller: Callable[[], Caller], rewrite: Callable[[Joint], Joint],
         handlers: dict[str, Handler], run: Callable[..., list[Tensor | None]],
-        counter: Any, name: str,
+        counter: Any, name: str, body_passes: Sequence[BodyPass] = (),
     ) -> None:  # fmt: skip
         self.region = region
         self.name = name
         self._caller, self._rewrite, self._handlers, self._run = caller, rewrite, handlers, run
-        self.counter = counter
+        self.counter, self._body_passes = counter, body_passes
         self.values = list(region.values)
         self.needs_grad = region.needs_grad
         self.learns = any(self.needs_grad)
@@ -88,7 +88,9 @@ class RegionCode:
             wanted = {"forward": outputs, "backward": grads, "loss": [*outputs, *grads]}[kind]
             roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
             plan = schedule(joint, roots, causal=causal)
-            program = Emitter(plan, f"{self.name}_{kind}", causal, self._handlers).run()
+            program = Emitter(
+                plan, f"{self.name}_{kind}", causal, self._handlers, self._body_passes
+            ).run()
             names = dict(zip(roots, program.outputs, strict=True))
             program.outputs = [names[n] if isinstance(n, torch.fx.Node) else None for n in wanted]
             self.programs[key] = program
