@@ -37,6 +37,8 @@ class ShareKvHeads:
             if k is None or v is None or k[1] != v[1]:
                 continue
             node.args = (node.args[0], k[0], v[0], *node.args[3:])
+            if len(node.args) < 8:
+                node.kwargs = {**node.kwargs, "enable_gqa": True}
         return gm
 
 
