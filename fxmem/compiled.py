@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +24,14 @@ from fxmem.executor import CallState, execute, run_region
 from fxmem.joint import Joint, trace
 from fxmem.labels import analyse
 from fxmem.passes.canonicalize import Canonicalize
-from fxmem.passes.drop_identities import drop_identities
-from fxmem.passes.free_factories import free_factories
-from fxmem.passes.global_mean import global_mean
-from fxmem.passes.in_place import in_place
+from fxmem.passes.drop_identities import DropIdentities
+from fxmem.passes.free_factories import FreeFactories
+from fxmem.passes.global_mean import GlobalMean
+from fxmem.passes.in_place import InPlace
 from fxmem.passes.lower import HANDLERS
-from fxmem.passes.share_kv_heads import share_kv_heads
-from fxmem.passes.simplify import simplify
+from fxmem.passes.share_kv_heads import ShareKvHeads
+from fxmem.passes.simplify import Simplify
+from fxmem.pipeline import Pass, copy_graph, run_passes
 from fxmem.plan import Plan, Stream
 from fxmem.region_code import RegionCode
 from fxmem.rules import revision
@@ -57,16 +58,12 @@ class Counter:
 
 COUNTER = Counter()
 _CODES: dict[str, RegionCode] = {}
-JOINT_PASSES: tuple[Callable[[Joint], Joint], ...] = (
-    free_factories,
-    global_mean,
-    simplify,
-)
+GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (DropIdentities(), ShareKvHeads())
+"""Rewrites of the captured graph, in order."""
+JOINT_PASSES: tuple[Pass[Joint], ...] = (FreeFactories(), GlobalMean(), Simplify())
 """Rewrites of every traced region, in order."""
-BODY_PASSES: tuple[BodyPass, ...] = (in_place,)
+BODY_PASSES: tuple[BodyPass, ...] = (InPlace(),)
 """Rewrites of every finished chunk body, in order."""
-GRAPH_PASSES: tuple[Callable[[fx.GraphModule], int], ...] = (drop_identities, share_kv_heads)
-"""Rewrites of the captured graph, in order; each returns its number of edits."""
 
 
 @dataclass(slots=True)
@@ -168,9 +165,7 @@ def compile_graph(
 ) -> CompiledGraph:
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`."""
     start = time.perf_counter()
-    gm = _copy(plain)
-    for graph_pass in GRAPH_PASSES:
-        graph_pass(gm)
+    gm = run_passes(GRAPH_PASSES, copy_graph(plain))
     _compat.unify_sizes(gm)
     ambient = _ambient(example_inputs)
     capture = cap.analyse(gm, example_inputs, ambient)
@@ -183,12 +178,6 @@ def compile_graph(
     COUNTER.capture_seconds += time.perf_counter() - start
     chunker = _chunker(capture, calls, example_inputs, plan)
     return CompiledGraph(capture, pre, calls, plan, chunker, plain)
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph)
 
 
 def _chunker(
@@ -317,9 +306,7 @@ def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> Regi
 
 
 def _joint_passes(joint: Joint) -> Joint:
-    for rewrite in JOINT_PASSES:
-        joint = rewrite(joint)
-    return joint
+    return run_passes(JOINT_PASSES, joint)
 
 
 def _modules(region: regions.Region) -> str:

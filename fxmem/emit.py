@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -26,8 +26,16 @@ from fxmem.schedule import Loop, Schedule, producer
 from fxmem.sizes import HI, LO, Size, T, has_axis, same
 
 Handler = Callable[["Body", fx.Node], fx.Node | None]
-BodyPass = Callable[[fx.Graph], int]
-"""Rewrites the graph of a finished loop body; returns the number of edits."""
+
+
+class BodyPass(Protocol):
+    """A rewrite of the graph of a finished loop body; leaves the one it is given alone."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, graph: fx.Graph, /) -> fx.Graph: ...
+
 
 _AS_RESHAPE = frozenset(
     f"aten.{name}"
@@ -339,8 +347,8 @@ class Emitter:
         for node in loop.nodes:
             self._node(body, node)
         body.graph.output(None)
-        for rewrite in self.body_passes:
-            rewrite(body.graph)
+        for one in self.body_passes:
+            body.graph = one.run(body.graph)
         sums = [b for b in allocate if b.zero and b.dtype != b.result]
         return ir.Loop(
             body.finish(), self.ints, list(body.tensors), masks, loop.direction < 0, allocate, sums

@@ -9,6 +9,7 @@ it has a later reader.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,30 +40,35 @@ _FORMS: dict[str, tuple[Any, tuple[int, ...]]] = {
 """Op -> its in-place form, and the operands that may take the result (sums, products commute)."""
 
 
-def in_place(graph: fx.Graph) -> int:
-    """Rewrite ``graph`` (a chunk body) where it is legal; returns the number of edits."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    storage = _storages(graph)
-    last: dict[fx.Node, int] = {}
-    for n in graph.nodes:
-        for a in n.all_input_nodes:
-            root = storage.get(a)
-            if root is not None:
-                last[root] = order[n]
-    edits = 0
-    for node in list(graph.nodes):
-        form = _FORMS.get(str(node.target)) if node.op == "call_function" else None
-        if form is None or (node.kwargs and "alpha" in node.kwargs):
-            continue
-        for position in form[1]:
-            if _writable(node, position, storage, last, order[node]):
-                _rewrite(node, form[0], position)
-                root = storage[node.args[0]]
-                last[root] = max(last[root], last.get(node, order[node]))
-                _merge(storage, node, root)
-                edits += 1
-                break
-    return edits
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """Rewrite the graph of a chunk body where it is legal."""
+
+    name: str = "in_place"
+
+    def run(self, graph: fx.Graph) -> fx.Graph:
+        new = fx.Graph()
+        new.output(new.graph_copy(graph, {}))
+        order = {n: i for i, n in enumerate(new.nodes)}
+        storage = _storages(new)
+        last: dict[fx.Node, int] = {}
+        for n in new.nodes:
+            for root in map(storage.get, n.all_input_nodes):
+                if root is not None:
+                    last[root] = order[n]
+        for node in list(new.nodes):
+            form = _FORMS.get(str(node.target)) if node.op == "call_function" else None
+            if form is None or "alpha" in node.kwargs:
+                continue
+            for position in form[1]:
+                if _writable(node, position, storage, last, order[node]):
+                    _rewrite(node, form[0], position)
+                    root = storage[node.args[0]]
+                    assert root is not None
+                    last[root] = max(last[root], last.get(node, order[node]))
+                    _merge(storage, node, root)
+                    break
+        return new
 
 
 def _writable(

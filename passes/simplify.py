@@ -9,6 +9,7 @@ same floating-point numbers; the order of no sum changes.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,18 +24,24 @@ _SCALAR = {
 _PRODUCT = "aten.mul.Tensor"
 
 
-def simplify(joint: Joint) -> Joint:
-    """Apply the rules in graph order; returns the joint it was given."""
-    for node in list(joint.graph.nodes):
-        if node.op != "call_function" or not node.users:
-            continue
-        for rule in (_identity, _scale_before_broadcast, _power_of_two, _joined):
-            new = rule(joint, node)
-            if new is not None:
-                _replace(joint, node, new)
-                break
-    joint.graph.eliminate_dead_code()
-    return joint
+@dataclass(frozen=True, slots=True)
+class Simplify:
+    """Apply the rules in graph order."""
+
+    name: str = "simplify"
+
+    def run(self, joint: Joint) -> Joint:
+        joint = joint.copy()
+        for node in list(joint.graph.nodes):
+            if node.op != "call_function" or not node.users:
+                continue
+            for rule in (_identity, _scale_before_broadcast, _power_of_two, _joined):
+                new = rule(joint, node)
+                if new is not None:
+                    _replace(joint, node, new)
+                    break
+        joint.graph.eliminate_dead_code()
+        return joint
 
 
 def _identity(joint: Joint, node: fx.Node) -> fx.Node | None:
