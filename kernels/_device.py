@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._triton import jit, tl
+from fxmem.kernels._triton import jit, tl
 
 
 @jit
@@ -17,7 +17,8 @@ def tanh(x):
 
 @jit
 def sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, small, 1.0) / (1 + small)
 
 
 @jit
@@ -33,4 +34,15 @@ def random_bits(index, key):
     """32 bits for element ``index`` (int64) under ``key`` (0 <= key < 2^31): no state, no order."""
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
-    return mix(mix(low + mix(key.to(tl.uint32) + 0x9E3779B9)) ^ mix(high + 0x7F4A7C15))
+    salt = mix(tl.zeros_like(low) + key + 0x9E3779B9)
+    return mix(mix(low + salt) ^ mix(high + 0x7F4A7C15))
+
+
+@jit
+def round_stochastically(x, bits):
+    """Float32 to a float32 that bfloat16 holds exactly: add 16 random low bits, truncate."""
+    pattern = x.to(tl.uint32, bitcast=True)
+    rounded = (pattern + (bits & 0xFFFF)) & 0xFFFF0000
+    # A carry must not turn infinity into something else, nor NaN into a number.
+    finite = (pattern & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded.to(tl.float32, bitcast=True), x)

@@ -48,7 +48,7 @@ def why_no_triton(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """A tuning configuration: block sizes by kernel argument, warps per program, pipeline stages."""
+    """A tuning configuration: block sizes by kernel argument, warps, pipeline stages."""
 
     warps: int
     stages: int
@@ -74,17 +74,22 @@ class Launch:
     args: Mapping[str, Any]
 
 
-_records: list[list[Launch]] = []
+_records: list[tuple[list[Launch], bool]] = []
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Inside, launches are appended to the list and nothing runs."""
-    _records.append([])
+def recording(amd: bool = False) -> Iterator[list[Launch]]:
+    """Inside, launches are appended to the list and nothing runs; ``amd``: as on an AMD device."""
+    _records.append(([], amd))
     try:
-        yield _records[-1]
+        yield _records[-1][0]
     finally:
         _records.pop()
+
+
+def on_amd() -> bool:
+    """Default configurations differ there: other register files, 64 KiB of shared memory."""
+    return _records[-1][1] if _records else torch.version.hip is not None
 
 
 def launch(fn: Any, grid: tuple[int, ...], config: Config, /, **args: Any) -> None:
@@ -92,7 +97,7 @@ def launch(fn: Any, grid: tuple[int, ...], config: Config, /, **args: Any) -> No
     if 0 in grid:
         return
     if _records:
-        _records[-1].append(Launch(fn, grid, config, args))
+        _records[-1][0].append(Launch(fn, grid, config, args))
         return
     where: Any = contextlib.nullcontext()
     if not interpreted():
@@ -112,9 +117,12 @@ def power_of_2(n: int, least: int = 1) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as torch's own matmul does (``ieee`` by default)."""
-    fast = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if fast and dtype == torch.float32 else "ieee"
+    """How float32 operands are multiplied: TF32 where torch's own matmul may use it, else by three
+    TF32 products, which keeps float32's accuracy on tensor cores (Ootomo and Yokota, 2022).
+    """
+    if dtype != torch.float32 or on_amd():
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def processors(device: torch.device) -> int:

@@ -25,19 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._device import tanh
-from ._triton import (
+from fxmem.kernels._device import tanh
+from fxmem.kernels._triton import (
     Config,
     cdiv,
     config,
     dot_precision,
     jit,
     launch,
+    on_amd,
     power_of_2,
     rows_last,
     tl,
 )
-from .registry import Cost, Kernel, Sample, signature
+from fxmem.kernels.registry import Cost, Kernel, Sample, signature
 
 
 def visible(
@@ -216,14 +217,20 @@ def _forward(
     tl.store(OUT + row_at[:, None] * F + f[None, :], out, mask=row & (f < F)[None, :])
 
 
-CONFIGS = (config(4, 2, M=64, N=64), config(8, 2, M=128, N=64), config(4, 3, M=64, N=32))
-_LARGE_HEAD = config(8, 1, M=64, N=32)  # 64 KiB of shared memory on gfx942 is the bound
+CONFIGS = (
+    config(4, 2, M=64, N=64),
+    config(8, 2, M=128, N=64),
+    config(4, 3, M=64, N=32),
+    config(8, 1, M=128, N=32),
+    config(8, 1, M=64, N=32),
+)
 
 
 def choose(q: Tensor, f: int) -> Config:
-    """The default configuration for a head size and dtype."""
-    wide = power_of_2(max(q.shape[-1], f)) * q.element_size()
-    return CONFIGS[0] if wide <= 256 else _LARGE_HEAD
+    """The default configuration for a head size and dtype: the widest that spills nothing."""
+    if q.dtype == torch.float32 or max(q.shape[-1], f) > 128:
+        return CONFIGS[4]
+    return CONFIGS[3] if on_amd() else CONFIGS[0]
 
 
 def mask_strides(mask: Tensor | None, q: Tensor, k: Tensor) -> dict[str, int]:
@@ -295,12 +302,22 @@ def _ints(rows: int) -> Tensor:
     return torch.empty(1, rows, dtype=torch.int32, device="meta")
 
 
+def _everything() -> dict[str, Tensor]:
+    return {
+        "q_segment": _ints(_C),
+        "k_segment": _ints(_S),
+        "k_valid": torch.empty(1, _S, dtype=torch.bool, device="meta"),
+        "mask": torch.empty(1, 1, _C, _S, dtype=torch.bool, device="meta"),
+        "sinks": torch.empty(32, device="meta"),
+    }
+
+
 def sample(wrap: Callable[..., Any] | None = None) -> tuple[Sample, ...]:
     """Samples with 32 query and 8 key heads; ``wrap`` makes those of the backward from them."""
 
-    def one(e: int, label: str, **extra: Any) -> Sample:
+    def one(e: int, label: str, dtype: torch.dtype = torch.bfloat16, **extra: Any) -> Sample:
         def forward() -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-            new: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
+            new: dict[str, Any] = {"device": "meta", "dtype": dtype}
             kv = torch.empty(1, 8, _S, e, **new)
             given = {"scale": e**-0.5, "offset": _S - _C, **extra}
             return (torch.empty(1, 32, _C, e, **new), kv, kv), given
@@ -308,15 +325,18 @@ def sample(wrap: Callable[..., Any] | None = None) -> tuple[Sample, ...]:
         # 2 products of 2 E operations per visible pair forward, 7 backward (3 to dQ, 4 to dK, dV).
         pairs = 32 * _C * min(_S - _C / 2, extra.get("window", _S))
         products, passes = (2, 1) if wrap is None else (7, 3)
-        moved = 2 * e * (passes * 2 * 32 * _C + passes * 2 * 8 * min(_S, extra.get("window", _S) + _C))
+        keys = min(_S, extra.get("window", _S) + _C)
+        moved = 2 * e * passes * 2 * (32 * _C + 8 * keys)
         arguments = forward if wrap is None else lambda: wrap(forward)
-        return Sample(label, arguments, Cost(2 * e * products * pairs, moved))
+        return Sample(label, arguments, Cost(2 * e * products * pairs, moved), dtype)
 
     return (
         one(128, "C 2048, S 32768, E 128"),
         one(64, "E 64, window 4096", window=4096),
         one(128, "E 128, segments", q_segment=_ints(_C), k_segment=_ints(_S)),
         one(256, "E 256, softcap", softcap=50.0),
+        one(128, "E 128, all masks", window=4096, softcap=50.0, **_everything()),
+        one(128, "E 128, float32", torch.float32),
     )
 
 

@@ -12,19 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import (
+from fxmem.kernels._triton import (
     Config,
     cdiv,
     config,
     dot_precision,
     jit,
     launch,
+    on_amd,
     power_of_2,
     rows_last,
     tl,
 )
-from .chunk_attention import masked_scores, sample, structure, tile_scores
-from .registry import Kernel, signature
+from fxmem.kernels.chunk_attention import masked_scores, sample, structure, tile_scores
+from fxmem.kernels.registry import Kernel, signature
 
 
 def reference(
@@ -73,7 +74,7 @@ def reference(
 
 
 def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
-    """A sink's weight is ``exp(sink - lse)`` and it carries no value, so only ``-delta`` remains."""
+    """A sink's weight is ``exp(sink - lse)``; it carries no value, so only ``-delta`` remains."""
     if sinks is None:
         return None
     weight = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
@@ -204,14 +205,21 @@ def _dkv(
     tl.store(at, tl.load(at, mask=key_f, other=0.0) + dv, mask=key_f)
 
 
-CONFIGS = (config(8, 1, M=64, N=64), config(4, 2, M=32, N=64), config(8, 1, M=64, N=32))
-_LARGE_HEAD = config(8, 1, M=32, N=32)
+CONFIGS = (
+    config(8, 1, M=64, N=32),
+    config(8, 1, M=64, N=64),
+    config(4, 2, M=32, N=64),
+    config(8, 1, M=32, N=32),
+    config(4, 1, M=32, N=32),
+)
 
 
 def choose(q: Tensor, f: int) -> Config:
-    """The default configuration for a head size and dtype."""
-    wide = power_of_2(max(q.shape[-1], f)) * q.element_size()
-    return CONFIGS[0] if wide <= 256 else _LARGE_HEAD
+    """The default configuration for a head size and dtype: the widest that spills nothing."""
+    if on_amd():
+        return CONFIGS[4]
+    large = q.dtype == torch.float32 or max(q.shape[-1], f) > 128
+    return CONFIGS[3] if large else CONFIGS[0]
 
 
 def launcher(
@@ -236,7 +244,7 @@ def launcher(
     sinks: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`reference`; ``dk`` and ``dv`` are float32, with unit stride in the last dimension."""
+    """As :func:`reference`; ``dk`` and ``dv`` are float32, the stride of their last dimension 1."""
     b, h, c, e = q.shape
     f, groups, keys = v.shape[-1], k.shape[1], k.shape[2]
     dout, q, k, v, out = (rows_last(x) for x in (dout, q, k, v, out))

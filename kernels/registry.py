@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from fxmem.axes import Dims, Signature
-
-from ._triton import GPU_TYPES, Config, why_no_triton
+from fxmem.kernels._triton import GPU_TYPES, Config, why_no_triton
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALF)
@@ -147,7 +146,7 @@ def signature(spec: str, whole: str = "", prefix: tuple[int, ...] = (), **rest: 
 
 def kernels() -> tuple[Kernel, ...]:
     """All kernels. Modules are imported on the first call, so that ``import fxmem`` stays light."""
-    from . import (
+    from fxmem.kernels import (
         adamw,
         chunk_attention,
         chunk_attention_backward,
