@@ -223,12 +223,17 @@ CONFIGS = (
     config(4, 3, M=64, N=32),
     config(8, 1, M=128, N=32),
     config(8, 1, M=64, N=32),
+    config(8, 1, M=32, N=32),
+    config(4, 1, M=16, N=16),
 )
 
 
 def choose(q: Tensor, f: int) -> Config:
     """The default configuration for a head size and dtype: the widest that spills nothing."""
-    if q.dtype == torch.float32 or max(q.shape[-1], f) > 128:
+    large = max(q.shape[-1], f) > 128
+    if q.dtype == torch.float32:
+        return CONFIGS[6] if large else CONFIGS[5]
+    if large:
         return CONFIGS[4]
     return CONFIGS[3] if on_amd() else CONFIGS[0]
 
@@ -302,7 +307,7 @@ def _ints(rows: int) -> Tensor:
     return torch.empty(1, rows, dtype=torch.int32, device="meta")
 
 
-def _everything() -> dict[str, Tensor]:
+def _everything() -> dict[str, Any]:
     return {
         "q_segment": _ints(_C),
         "k_segment": _ints(_S),

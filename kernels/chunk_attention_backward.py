@@ -211,15 +211,17 @@ CONFIGS = (
     config(4, 2, M=32, N=64),
     config(8, 1, M=32, N=32),
     config(4, 1, M=32, N=32),
+    config(4, 1, M=16, N=16),
 )
 
 
 def choose(q: Tensor, f: int) -> Config:
     """The default configuration for a head size and dtype: the widest that spills nothing."""
+    if q.dtype == torch.float32:
+        return CONFIGS[5]
     if on_amd():
         return CONFIGS[4]
-    large = q.dtype == torch.float32 or max(q.shape[-1], f) > 128
-    return CONFIGS[3] if large else CONFIGS[0]
+    return CONFIGS[3] if max(q.shape[-1], f) > 128 else CONFIGS[0]
 
 
 def launcher(
@@ -295,6 +297,7 @@ KERNELS = (
         launch=launcher,
         configs=CONFIGS,
         samples=sample(_arguments),
+        accumulators=("dk", "dv"),
         limits="head sizes up to 256; dk and dv in float32",
     ),
 )

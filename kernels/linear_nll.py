@@ -176,7 +176,13 @@ CONFIGS = (
     config(8, 3, N=64, V=128, D=64),
     config(8, 2, N=128, V=128, D=32),
     config(4, 2, N=64, V=64, D=64),
+    config(8, 2, N=64, V=128, D=16),
 )
+
+
+def choose(dtype: torch.dtype) -> Config:
+    """The default configuration: the widest that spills nothing."""
+    return CONFIGS[3] if dtype == torch.float32 else CONFIGS[0]
 
 
 def splits(tokens: int, vocabulary: int, config: Config, device: torch.device) -> tuple[int, int]:
@@ -202,7 +208,7 @@ def launcher(
     """As :func:`reference`."""
     (n, d), v, k = h.shape, weight.shape[0], target.shape[1]
     h, weight, target = rows_last(h), rows_last(weight), target.contiguous()
-    config = config or CONFIGS[0]
+    config = config or choose(h.dtype)
     parts, each = splits(n, v, config, h.device)
     new: dict[str, Any] = {"dtype": torch.float32, "device": h.device}
     top, sums, weighted, total = (torch.empty(parts, n, **new) for _ in range(4))

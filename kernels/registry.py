@@ -8,8 +8,8 @@ the :class:`Kernel` itself runs whichever the device allows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Kernel:
         devices: device types it was written for.
         samples: calls for ahead-of-time compilation and cost tables.
         limits: further conditions in words, for ``explain``.
+        accumulators: operands that the kernel only adds into; in the signature they are results.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Kernel:
     devices: tuple[str, ...] = GPU_TYPES
     samples: tuple[Sample, ...] = ()
     limits: str = ""
-    tags: Mapping[str, str] = field(default_factory=dict)
+    accumulators: tuple[str, ...] = ()
 
     def available(self, device: torch.device | str, dtype: torch.dtype) -> Availability:
         """Whether the Triton kernel can run for main operands of ``dtype`` on ``device``."""

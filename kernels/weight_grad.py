@@ -178,7 +178,7 @@ KERNELS = (
     Kernel(
         name="weight_grad",
         ops=("aten.mm.default", "aten.addmm.default"),
-        signature=signature("o i, n o, n i -> o i", "o i"),
+        signature=signature("n o, n i -> o i", "o i"),
         reference=reference,
         launch=launcher,
         configs=CONFIGS,
@@ -191,6 +191,7 @@ KERNELS = (
                 torch.float32,
             ),
         ),
+        accumulators=("acc",),
         limits="a float32 accumulator",
     ),
     Kernel(
