@@ -13,13 +13,12 @@ registers and scratch memory) from the metadata in the assembly.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +193,7 @@ def main() -> None:
     parser.add_argument("--kernel", action="append", help="names; all where none is given")
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--default", action="store_true", help="only default configurations")
-    parser.add_argument("--out", type=Path, help="folder for aot.md and aot.json")
+    parser.add_argument("--out", type=Path, help="folder for aot.md")
     options = parser.parse_args()
     chosen = [find(name) for name in options.kernel] if options.kernel else kernels()
     rows = []
@@ -205,7 +204,6 @@ def main() -> None:
         rows.append(row)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "aot.json").write_text(json.dumps([asdict(r) for r in rows], indent=1))
         (options.out / "aot.md").write_text(HEAD + markdown(rows))
 
 

@@ -117,7 +117,7 @@ KERNELS = (
         reference=reference,
         launch=launcher,
         configs=CONFIGS,
-        samples=(Sample("one layer of 8B", _arguments, Cost(14 * _COUNT, 28 * _COUNT)),),
+        samples=(Sample("one layer of 8B", _arguments, Cost(14 * _COUNT, 28 * _COUNT, False)),),
         limits="master and moments in float32, contiguous",
     ),
 )

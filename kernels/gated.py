@@ -150,7 +150,7 @@ def _sample(count: int, act: str, flops: int, **given: bool) -> Sample:
     moved = 2 * (3 if count == 2 else 6) * _N * _I
     return Sample(
         f"{act}, N {_N}, I {_I}", lambda: ((x,) * count, {"act": act, **given}),
-        Cost(flops * _N * _I, moved),
+        Cost(flops * _N * _I, moved, False),
     )  # fmt: skip
 
 

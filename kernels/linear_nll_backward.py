@@ -236,15 +236,8 @@ def launcher(
     }  # fmt: skip
     if dweight is not None or dbias is not None:
         stride = 0 if dweight is None else dweight.stride(0)
-        launch(
-            _dweight,
-            (cdiv(v, config.blocks["BLOCK_V"]),),
-            config,
-            **shared,
-            DW=dweight,
-            DB=dbias,
-            dw_v=stride,
-        )
+        grid = (cdiv(v, config.blocks["BLOCK_V"]), 1)
+        launch(_dweight, grid, config, **shared, DW=dweight, DB=dbias, dw_v=stride)
     if not need_dh:
         return None
     dh = torch.zeros(n, d, dtype=torch.float32, device=h.device)

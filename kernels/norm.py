@@ -250,7 +250,7 @@ def _sample(d: int, center: bool) -> Sample:
     x, weight, _ = _operands(d)
     given = {"eps": 1e-6, "center": center}
     label = f"{'LayerNorm' if center else 'RMSNorm'}, R {_R}, D {d}"
-    return Sample(label, lambda: ((x, weight), given), Cost(5 * _R * d, 4 * _R * d))
+    return Sample(label, lambda: ((x, weight), given), Cost(5 * _R * d, 4 * _R * d, False))
 
 
 def _sample_backward(d: int, center: bool) -> Sample:
@@ -260,7 +260,7 @@ def _sample_backward(d: int, center: bool) -> Sample:
         sums["dbias"] = torch.empty(d, device="meta")
     args = (x, x, row, row if center else None, weight)
     label = f"{'LayerNorm' if center else 'RMSNorm'}, R {_R}, D {d}"
-    return Sample(label, lambda: (args, sums), Cost(11 * _R * d, 6 * _R * d))
+    return Sample(label, lambda: (args, sums), Cost(11 * _R * d, 6 * _R * d, False))
 
 
 KERNELS = (

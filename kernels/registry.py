@@ -25,11 +25,13 @@ FLOATS = (torch.float32, *HALF)
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Work of one call: floating-point operations, and bytes moved to and from memory if every
-    operand is read once and every result written once.
+    operand is read once and every result written once. ``tensor_cores``: the operations are matrix
+    products, not arithmetic element by element.
     """
 
     flops: float
     bytes: float
+    tensor_cores: bool = True
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """Time by the roofline model (Williams et al., 2009): the slower of the two."""

@@ -119,7 +119,7 @@ def launcher(
 def _sample(e: int, r: int, **given: bool) -> Sample:
     new: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
     x, table = torch.empty(1, 32, 2048, e, **new), torch.empty(1, 2048, r, **new)
-    cost = Cost(3 * x.numel() * r / e, 4 * x.numel() + 4 * table.numel())
+    cost = Cost(3 * x.numel() * r / e, 4 * x.numel() + 4 * table.numel(), False)
     return Sample(f"H 32, T 2048, E {e}, R {r}", lambda: ((x, table, table), given), cost)
 
 
