@@ -138,18 +138,18 @@ def _cubin(cubin: bytes) -> tuple[int, int]:
 def table(
     chosen: Sequence[Kernel], targets: Sequence[str], all_configs: bool = False
 ) -> Iterator[Resources]:
-    """One row per compiled kernel function; a configuration equal to the default comes once."""
+    """One row per compiled kernel function; what a sample compiles twice comes once."""
     for kernel in chosen:
         for sample in kernel.samples:
             for target in targets:
-                default = record(kernel, sample, target)
-                for launch in default:
-                    yield _row(kernel, sample, launch, True, target)
-                for config in kernel.configs if all_configs else ():
-                    if config == default[0].config:
-                        continue
+                seen = set()
+                configs = (None, *(kernel.configs if all_configs else ()))
+                for config in configs:
                     for launch in record(kernel, sample, target, config):
-                        yield _row(kernel, sample, launch, False, target)
+                        key = (launch.config.warps, launch.config.stages, source(launch).hash())
+                        if key not in seen:
+                            seen.add(key)
+                            yield _row(kernel, sample, launch, config is None, target)
 
 
 def _row(kernel: Kernel, sample: Sample, launch: Launch, default: bool, target: str) -> Resources:

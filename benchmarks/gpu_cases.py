@@ -147,9 +147,11 @@ def lm_head(s: Setting) -> Case:
     n, d, v = (24, 16, 96) if s.small else (4096, 4096, 128256)
     h, weight = s.rand(n, d, grad=True), s.rand(v, d, grad=True)
     target = torch.randint(v, (n,), device=s.device)
-    forward, backward = find("linear_nll"), find("linear_nll_backward")
+    forward = find("linear_nll")
 
-    def make(config: Mapping[str, Config]) -> Implementation:
+    def make(config: Mapping[str, Config], kernel: str = "linear_nll_backward") -> Implementation:
+        backward = find(kernel)
+
         def run() -> Result:
             x = (h.detach(), weight.detach(), None, target[:, None])
             logp, entropy, lse, _ = forward(*x)
@@ -172,10 +174,16 @@ def lm_head(s: Setting) -> Case:
     def cce(fn: Any) -> Implementation:
         return with_gradients(lambda h, w: fn(h, w, target, impl="cce_exact"), (h, weight))
 
+    def through_scratch(config: Mapping[str, Config]) -> Implementation:
+        return make(config, "linear_nll_scratch")
+
+    found = ours(s, "linear_nll_scratch", through_scratch)
+    scratch = {label.replace("fxmem", "fxmem, scratch"): run for label, run in found.items()}
     return Case(
         "LM head + loss", f"N {n}, D {d}, V {v}",
         {
             **ours(s, "linear_nll_backward", make),
+            **scratch,
             "torch": with_gradients(plain, (h, weight)),
             "torch, linear_cross_entropy": with_gradients(chunked, (h, weight)),
             "Liger": rival("liger_kernel.ops.fused_linear_cross_entropy",

@@ -9,7 +9,8 @@ token is
 four numbers per token; then the temperature and the softcap by the chain rule. Tiles of logits are
 formed again. dW has one owner per vocabulary block and is added into the caller's float32
 accumulator without atomics. dH is a sum over the vocabulary: parts of it add atomically, or, where
-``torch.use_deterministic_algorithms`` is set, one program goes over the whole vocabulary.
+``torch.use_deterministic_algorithms`` is set, one program goes over the whole vocabulary. Each tile
+reads and writes its rows of dW, so large N means much traffic: see :mod:`linear_nll_scratch`.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def reference(
 
 
 @jit
-def _tile_gradient(
+def tile_gradient(
     H, W, BIAS, TARGET, A, BCM, LSE, n, v, rows, vocabulary, h_n, w_v, softcap, inverse_temperature,
     K: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -138,7 +139,7 @@ def _dweight(
     bias_sum = tl.zeros((BLOCK_V,), tl.float32)
     for first in range(0, rows, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        dz = _tile_gradient(
+        dz = tile_gradient(
             H, W, BIAS, TARGET, A, BCM, LSE, n, v, rows, vocabulary, h_n, w_v, softcap,
             inverse_temperature, K, D, SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
@@ -171,7 +172,7 @@ def _dh(
     split = tl.program_id(1)
     for first in range(split * per_split, tl.minimum((split + 1) * per_split, vocabulary), BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
-        dz = _tile_gradient(
+        dz = tile_gradient(
             H, W, BIAS, TARGET, A, BCM, LSE, n, v, rows, vocabulary, h_n, w_v, softcap,
             inverse_temperature, K, D, SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
         ).to(W.dtype.element_ty)  # fmt: skip
@@ -249,12 +250,14 @@ def launcher(
     return dh.to(h.dtype)
 
 
-def _arguments(k: int, bias: bool, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+def arguments(k: int, bias: bool, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+    """Operands of the backward on the meta device."""
     row, wide = torch.empty(N, device="meta"), torch.empty(N, k, device="meta")
     return (*operands(k, bias, dtype), row, row, wide)
 
 
-def _sums() -> dict[str, Any]:
+def sums() -> dict[str, Any]:
+    """Accumulators on the meta device."""
     return {"dweight": torch.empty(V, D, device="meta"), "dbias": torch.empty(V, device="meta")}
 
 
@@ -270,15 +273,15 @@ KERNELS = (
         launch=launcher,
         configs=CONFIGS,
         samples=(
-            Sample("N 1024, D 4096, V 128256", lambda: (_arguments(1, False), _sums()), _COST),
+            Sample("N 1024, D 4096, V 128256", lambda: (arguments(1, False), sums()), _COST),
             Sample(
                 "bias, softcap, K 8",
-                lambda: (_arguments(8, True), {"softcap": 30.0, "temperature": 0.7, **_sums()}),
+                lambda: (arguments(8, True), {"softcap": 30.0, "temperature": 0.7, **sums()}),
                 _COST,
             ),
             Sample(
                 "float32",
-                lambda: (_arguments(1, False, torch.float32), _sums()),
+                lambda: (arguments(1, False, torch.float32), sums()),
                 _COST,
                 torch.float32,
             ),

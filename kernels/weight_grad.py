@@ -59,7 +59,7 @@ def reference_update(
 
 @jit
 def _weight_grad(
-    DY, X, ACC, W, rows, dy_n, x_n, acc_o, w_o, scale, lr, shrink, key, first, pitch,
+    DY, X, ACC, W, rows, dy_n, dy_o, x_n, acc_o, w_o, scale, lr, shrink, key, first, pitch,
     OUTS: tl.constexpr, INS: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def _weight_grad(
     for start in range(0, rows, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         n_at = n.to(tl.int64)
-        dy_at = DY + n_at[None, :] * dy_n + o[:, None]
+        dy_at = DY + n_at[None, :] * dy_n + o[:, None].to(tl.int64) * dy_o
         x_at = X + n_at[:, None] * x_n + i[None, :]
         dy = tl.load(dy_at, (n < rows)[None, :] & (o < OUTS)[:, None], 0.0)
         x = tl.load(x_at, (n < rows)[:, None] & (i < INS)[None, :], 0.0)
@@ -109,11 +109,11 @@ def _launch(
     **given: Any,
 ) -> None:
     o, i = dy.shape[1], x.shape[1]
-    dy, x, config = rows_last(dy), rows_last(x), config or CONFIGS[0]
+    dy, x, config = dy if dy.stride(0) == 1 else rows_last(dy), rows_last(x), config or CONFIGS[0]
     launch(
         _weight_grad, (cdiv(o, config.blocks["BLOCK_O"]), cdiv(i, config.blocks["BLOCK_I"])),
         config, DY=dy, X=x, ACC=acc, W=weight, rows=dy.shape[0], dy_n=dy.stride(0),
-        x_n=x.stride(0), acc_o=0 if acc is None else acc.stride(0),
+        dy_o=dy.stride(1), x_n=x.stride(0), acc_o=0 if acc is None else acc.stride(0),
         w_o=0 if weight is None else weight.stride(0), OUTS=o, INS=i,
         PRECISION=dot_precision(dy.dtype), **given,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def _launch(
 def launcher(
     acc: Tensor, dy: Tensor, x: Tensor, *, scale: float = 1.0, config: Config | None = None
 ) -> Tensor:
-    """As :func:`reference`; ``acc`` is float32 with contiguous rows."""
+    """As :func:`reference`; ``acc`` is float32 with contiguous rows, ``dy`` may be transposed."""
     unused = {"lr": 0.0, "shrink": 1.0, "key": 0, "first": 0, "pitch": 0, "STOCHASTIC": False}
     _launch(dy, x, acc, None, config, scale=float(scale), RULE="add", **unused)
     return acc

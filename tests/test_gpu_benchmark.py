@@ -25,7 +25,7 @@ def test_one_command_writes_table_and_picture(tmp_path: Path) -> None:
     # All that ran computed the same; the kernels' references on this device.
     assert not [row for row in ran if not row["difference"] <= 1e-5]
     ours = [row for row in ran if row["implementation"].startswith("fxmem")]
-    assert len(ours) == len(CASES) + 1
+    assert len(ours) == len(CASES) + 2  # the LM head has two backwards; the step
     assert all(row["peak"] >= 0 and row["seconds"] > 0 for row in ran)
     text = (tmp_path / "gpu.md").read_text()
     assert all(row["implementation"] in text for row in rows) and "times mean nothing" in text

@@ -79,6 +79,11 @@ MUTATIONS = {
 }
 
 
+def first_on_path(folder: Path) -> dict[str, str]:
+    """Environment in which the copy is imported: before the installation, and not the checkout."""
+    return {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as a wheel would lay it out, to be found before the installed one."""
@@ -88,10 +93,16 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("kernels", "passes"):
         shutil.copytree(ROOT / name, folder / "fxmem" / name, ignore=ignore)
     code = "import fxmem.kernels.norm as m; print(m.__file__)"
-    env = {**os.environ, "PYTHONPATH": str(folder)}
+    env = {**os.environ, **first_on_path(folder)}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert Path(found.stdout.strip()).is_relative_to(folder), found.stdout + found.stderr
     return folder
+
+
+@pytest.mark.slow
+def test_the_copy_passes_as_it_is(copy: Path, tmp_path: Path) -> None:
+    passed, failed, output = run(tmp_path, **first_on_path(copy))
+    assert not failed and sum(passed.values()) > 50, output
 
 
 @pytest.mark.slow
@@ -104,7 +115,7 @@ def test_a_broken_line_is_noticed(name: str, copy: Path, tmp_path: Path) -> None
     path.write_text(text.replace(line, broken))
     try:
         chosen = (str(ROOT / "tests" / "interpreted" / tests), "-x")
-        passed, failed, output = run(tmp_path, *chosen, PYTHONPATH=str(copy))
+        passed, failed, output = run(tmp_path, *chosen, **first_on_path(copy))
     finally:
         path.write_text(text)
     assert failed, f"every test passed with {broken!r}: {output}"

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxmem.kernels import linear_nll, linear_nll_backward
+from fxmem.kernels import linear_nll, linear_nll_backward, linear_nll_scratch
 from fxmem.kernels._triton import config
 
 SMALL = config(4, 1, N=16, V=16, D=16)
@@ -34,7 +34,7 @@ def plain(
 
 def check(
     n: int, d: int, v: int, k: int, dtype: torch.dtype, bias: bool, softcap: float, tau: float,
-    chosen: Any = SMALL, reference: bool = False,
+    chosen: Any = SMALL, reference: bool = False, backward: Any = linear_nll_backward.launcher,
 ) -> None:  # fmt: skip
     h, weight = rand(n, d, dtype=dtype) / d**0.25, rand(v, d, dtype=dtype) / d**0.25
     b = rand(v, dtype=dtype) if bias else None
@@ -45,7 +45,7 @@ def check(
     grads = [torch.randn_like(x) for x in want]
     torch.autograd.backward(list(want), grads)
     given: dict[str, Any] = {"softcap": softcap, "temperature": tau}
-    run, run_backward = linear_nll.launcher, linear_nll_backward.launcher
+    run, run_backward = linear_nll.launcher, backward
     args: list[Tensor | None] = [h, weight, b]
     if reference:
         run, run_backward = linear_nll.reference, linear_nll_backward.reference
@@ -76,6 +76,21 @@ def check(
 def test_ragged_sizes(drawn: Any) -> None:
     torch.manual_seed(2)
     check(*drawn)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.tuples(
+        st.integers(1, 35), st.integers(1, 40), st.integers(1, 70), st.integers(1, 3),
+        st.sampled_from((torch.float32, torch.float16)), st.booleans(),
+        st.sampled_from((0.0, 3.0)), st.sampled_from((1.0, 0.7)),
+    )
+)  # fmt: skip
+def test_backward_through_a_scratch(drawn: Any) -> None:
+    torch.manual_seed(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_nll_scratch, "WIDTH", 32)
+        check(*drawn, backward=linear_nll_scratch.launcher)
 
 
 @pytest.mark.parametrize("chosen", linear_nll.CONFIGS, ids=str)
