@@ -212,16 +212,20 @@ CONFIGS = (
     config(8, 1, M=32, N=32),
     config(4, 1, M=32, N=32),
     config(4, 1, M=16, N=16),
+    config(8, 1, M=16, N=16),
 )
 
 
 def choose(q: Tensor, f: int) -> Config:
     """The default configuration for a head size and dtype: the widest that spills nothing."""
+    widest = max(q.shape[-1], f)
     if q.dtype == torch.float32:
-        return CONFIGS[5]
+        return CONFIGS[6] if widest > 128 else CONFIGS[5]
     if on_amd():
         return CONFIGS[4]
-    return CONFIGS[3] if max(q.shape[-1], f) > 128 else CONFIGS[0]
+    if widest <= 32:
+        return CONFIGS[1]
+    return CONFIGS[3] if widest > 128 else CONFIGS[0]
 
 
 def launcher(
@@ -298,6 +302,6 @@ KERNELS = (
         configs=CONFIGS,
         samples=sample(_arguments),
         accumulators=("dk", "dv"),
-        limits="head sizes up to 256; dk and dv in float32",
+        limits="head sizes up to 256 (float32 above 128: registers spill); dk and dv in float32",
     ),
 )
