@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxmem.kernels._attention_samples import sample
 from fxmem.kernels._triton import (
     Config,
     cdiv,
@@ -24,7 +25,7 @@ from fxmem.kernels._triton import (
     rows_last,
     tl,
 )
-from fxmem.kernels.chunk_attention import masked_scores, sample, structure, tile_scores
+from fxmem.kernels.chunk_attention import masked_scores, structure, tile_scores
 from fxmem.kernels.registry import Kernel, signature
 
 
