@@ -229,12 +229,7 @@ class RegionCode:
     def saved(self, has_grads: bool, variant: str = "") -> list[bool]:
         """Which inputs the backward reads."""
         program = self.program("backward" + variant)
-        used = {
-            t
-            for s in program.steps
-            if isinstance(s, (Straight, Loop))
-            for t in s.tensors
-        }
+        used = {t for s in program.steps if isinstance(s, (Straight, Loop)) for t in s.tensors}
         used |= {t for m in program.masks for t in m.tensors}
         used |= set(filter(None, program.outputs))
         names = program.inputs[: len(self.values)]

@@ -105,9 +105,7 @@ def _region(
             chosen.extra += [adapter.up, adapter.down]
             chosen.wanted += [chosen.roles[i] is Role.LOW_RANK] * 2
     grads = chosen.code.joint.grads
-    chosen.wanted = [
-        w and g is not None for w, g in zip(chosen.wanted, grads, strict=True)
-    ]
+    chosen.wanted = [w and g is not None for w, g in zip(chosen.wanted, grads, strict=True)]
     for i, role in chosen.roles.items():
         if role is Role.UPDATE and chosen.wanted[i]:
             chosen.updates[i] = arguments[leaves[i]]
