@@ -9,7 +9,6 @@ from double import everything_in_double, largest_difference
 from role_cases import STREAMED, WHOLE, Case, case, compare, deeper, everywhere, step
 from torch import nn
 
-import fxmem
 from fxmem import Plan
 from fxmem import errors as err
 from fxmem.blocks.roles import Role, RoleTable
@@ -220,3 +219,18 @@ def test_the_sum_of_all_gradients_is_applied_once() -> None:
         assert not seen
         table.complete(weight, torch.full((3,), float(k)))
     assert torch.equal(torch.stack(seen), torch.full((1, 3), 3.0))
+
+
+def test_one_gradient_is_alive_at_a_time_in_one_chunk() -> None:
+    """Every matrix of an updated layer is consumed inside the program, after its last reader."""
+    with everything_in_double():
+        net = double("llama", 2)
+        made = case(net, deeper(net, 0), WHOLE)
+        assert step(made, tiny.batch(2, 23)) < EXACT
+    tail = next(s for s in made.graph.selected if s.name == "tail" and not s.code.is_loss)
+    programs = [p for (kind, _), p in tail.code.programs.items() if " update " in kind]
+    assert programs
+    for program in programs:
+        assert all(program.outputs[i] is None for i in tail.updates)
+        assert not any(b.zero and b.name in program.inputs
+                       for loop in program.loops for b in loop.allocate)  # fmt: skip

@@ -1,14 +1,14 @@
 """The autograd function of a region whose parameters have roles.
 
-As :class:`~fxmem.executor.RegionFunction`, with two differences: autograd sees only the inputs whose
-gradients are returned, and gradients of UPDATE parameters are handed to the role table once the
-region's program has run (loops, recomputation and the gradient of its input included), one after
-the other, each dropped at its update.
+As :class:`~fxmem.executor.RegionFunction`, with two differences: autograd sees only the inputs
+whose gradients are returned, and gradients of UPDATE parameters go to the role table. A region that
+runs in one chunk hands them over inside its program, one alive at a time; one that runs in several
+needs its weights until its last chunk, so their sums are handed over after it, one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.blocks.roles import Role, RoleTable
+from fxmem.blocks.updates import backward as updates_in
 from fxmem.blocks.variants import Selection
 from fxmem.errors import BackwardTwiceError, DoubleBackwardError, ModifiedParameterError
 from fxmem.executor import CallState, Shared, _hand_on, _saved
@@ -86,17 +87,43 @@ class RoleFunction(torch.autograd.Function):
                 torch.zeros(s, dtype=dt, device=dev) if t is None else t
                 for t, (s, dt, dev) in zip(given, ctx.shapes, strict=True)
             ]
-            out = code.backward(
-                run.state, run.chunk, saved, run.seed, full, _started(run), variant=ctx.variant
-            )
+            out = _backward(run, ctx.variant, saved, full)
         grads = None
         _hand_on(_returned(run), run.state.parts, out)
         del saved
         ctx.done = True
+        _separate(out, run.selection.updates)
         for i, parameter in run.selection.updates.items():
             grad, out[i] = out[i], None
-            run.step.table.complete(parameter, grad)
+            if grad is not None:
+                run.step.table.complete(parameter, grad)
+            del grad
         return (None, None, *out)
+
+
+def _backward(
+    run: Run, variant: str, saved: Sequence[Tensor | None], full: Sequence[Tensor]
+) -> list[Tensor | None]:
+    code, updates = run.selection.code, run.selection.updates
+    ties = any(i in run.shared for i, r in run.selection.roles.items() if r is Role.ACTIVE)
+    if updates and not ties and run.chunk >= run.state.sizes.get("T", 1):
+        given = [*saved, run.seed, *full]
+        return updates_in(code, variant, run.state, run.chunk, given, updates, run.step.table)
+    return code.backward(
+        run.state, run.chunk, saved, run.seed, full, _started(run), variant=variant
+    )
+
+
+def _separate(grads: list[Tensor | None], updates: Mapping[int, nn.Parameter]) -> None:
+    """Two parameters may have one tensor as gradient; each needs its own to add to."""
+    seen = {g.untyped_storage().data_ptr() for i, g in enumerate(grads)
+            if g is not None and i not in updates}  # fmt: skip
+    for i in updates:
+        grad = grads[i]
+        if grad is not None:
+            if grad.untyped_storage().data_ptr() in seen:
+                grads[i] = grad = grad.clone()
+            seen.add(grad.untyped_storage().data_ptr())
 
 
 def _once(ctx: Any) -> None:
@@ -156,4 +183,4 @@ def run_selected(run: Run, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return outputs
 
 
-__all__ = ["RoleFunction", "Run", "Step", "nn", "run_selected"]
+__all__ = ["RoleFunction", "Run", "Step", "run_selected"]

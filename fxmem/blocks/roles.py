@@ -90,7 +90,8 @@ class RoleTable:
         return self._adapters.get(parameter)
 
     def update(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        """Change ``parameter`` in place; ``grad`` is its complete gradient of this backward.
+        """Change ``parameter`` in place; ``grad`` is its complete gradient of this backward and
+        must not be written to.
 
         Raises:
             RoleError: the table was built without an update.
@@ -98,6 +99,12 @@ class RoleTable:
         if self._update is None:
             raise RoleError(f"a parameter {tuple(parameter.shape)} has role update, but no update")
         self._update(parameter, grad)
+
+    def sgd_rate(self, parameter: nn.Parameter) -> float | None:
+        """Step size, where the update is ``parameter -= rate * grad`` in the parameter's own
+        precision; the compiler may then do it itself, without forming the gradient.
+        """
+        return None
 
     def expect(self, parameter: nn.Parameter) -> None:
         """A forward has read ``parameter`` and its backward will complete a gradient."""
