@@ -18,11 +18,15 @@ from torch import Tensor, fx
 
 from fxmem import _compat, runtime
 from fxmem.errors import VerificationError
-from fxmem.program import Loop, Program, Straight
+from fxmem.program import Free, Loop, Program, Straight
 
 
 class Sink(Protocol):
-    """Takes the gradient of one weight instead of an accumulator."""
+    """Takes the gradient of one weight instead of an accumulator.
+
+    ``product``: it is ``a @ b``; ``value``: it is given; ``total``: ``add(acc, *args)`` adds it to
+    ``acc``.
+    """
 
     def product(self, a: Tensor, b: Tensor) -> None: ...
     def value(self, grad: Tensor) -> None: ...
@@ -59,71 +63,191 @@ _FORMS: dict[Any, Callable[..., None]] = {
 }
 
 
+_VIEWS = frozenset({"aten.t.default", "aten.reshape.default", "aten.view.default"})
+
+
 @dataclass(slots=True)
 class Updating:
-    """``program`` takes one more input per entry of ``positions``: the sink of that gradient."""
+    """``program`` takes one more input per entry of ``positions``: the sink of that gradient.
+
+    ``flipped``: the product is the transpose of the gradient; otherwise it has the weight's shape,
+    or its elements in order.
+    """
 
     program: Program
     positions: list[int]
+    flipped: list[bool]
+
+
+@dataclass(slots=True)
+class _Path:
+    """From an accumulator to the gradient that the program returns: views in straight code."""
+
+    accumulator: str
+    names: set[str]
+    flipped: bool
+    straight: int | None = None
+    reshaped: bool = False
 
 
 def update_in_backward(program: Program, positions: Sequence[int]) -> Updating:
     """Consume the gradients at ``positions`` inside ``program`` where that can be.
 
-    The rest stay outputs: gradients that several loops or straight code make, and of weights that a
-    later step reads. The given program is left as it is.
+    The rest stay outputs: gradients that several loops add up, and of weights that a later step
+    reads. The given program is left as it is.
     """
-    steps, outputs, inputs, done = list(program.steps), list(program.outputs), [], []
+    out = Updating(replace(program, name=f"{program.name}_update"), [], [])
     for position in positions:
-        name, weight = outputs[position], program.inputs[position]
-        where = _single_loop(steps, name, weight)
-        if name is None or where is None or outputs.count(name) > 1:
-            continue
-        loop = steps[where]
-        assert isinstance(loop, Loop)
-        module = _rewritten(loop, name, weight)
-        if module is None:
-            continue
-        allocate = [b for b in loop.allocate if b.name != name]
-        steps[where] = replace(loop, module=module, allocate=allocate)
-        outputs[position] = None
-        inputs.append(name)
-        done.append(position)
-    changed = replace(
-        program, name=f"{program.name}_update", inputs=[*program.inputs, *inputs], steps=steps,
-        outputs=outputs,
-    )  # fmt: skip
-    return Updating(changed, done)
+        _consume(out, position)
+    return out
 
 
-def _single_loop(steps: Sequence[Any], name: str | None, weight: str) -> int | None:
-    """The step that alone makes ``name``, if no later step reads the weight or the gradient."""
-    found: int | None = None
-    for i, step in enumerate(steps):
-        if not isinstance(step, (Loop, Straight)):
-            continue
-        if found is not None and (weight in step.tensors or name in step.tensors):
-            return None
+def _consume(out: Updating, position: int) -> None:
+    program = out.program
+    name, weight = program.outputs[position], program.inputs[position]
+    path = _path(program, name) if name is not None else None
+    if path is None or program.outputs.count(name) > 1:
+        return
+    aliases = _aliases(program, weight)
+    where = _loop_of(program, path, aliases)
+    if where is None:
+        return
+    steps = list(program.steps)
+    loop = steps[where]
+    assert isinstance(loop, Loop)
+    module = _rewritten(loop, path, aliases)
+    if module is None:
+        return
+    allocate = [b for b in loop.allocate if b.name != path.accumulator]
+    steps[where] = replace(loop, module=module, allocate=allocate)
+    if path.straight is not None:
+        straight = steps[path.straight]
+        assert isinstance(straight, Straight)
+        steps[path.straight] = _without(straight, path.names)
+    steps = [
+        Free([n for n in s.names if n not in path.names]) if isinstance(s, Free) else s
+        for s in steps
+    ]
+    outputs = [None if i == position else o for i, o in enumerate(program.outputs)]
+    inputs = [*program.inputs, path.accumulator]
+    out.program = replace(program, inputs=inputs, steps=steps, outputs=outputs)
+    out.positions.append(position)
+    out.flipped.append(path.flipped)
+
+
+def _path(program: Program, name: str) -> _Path | None:
+    """How the output ``name`` comes from one accumulator, or None where it does not."""
+    for at, step in enumerate(program.steps):
         if isinstance(step, Loop) and any(b.name == name and b.zero for b in step.allocate):
-            found = i
+            return _Path(name, {name}, False)
+        if isinstance(step, Straight) and name in step.results:
+            return _through(step, at, name)
+    return None
+
+
+def _through(step: Straight, at: int, name: str) -> _Path | None:
+    results, tensors = _results(step), _tensors(step.module.graph, step.tensors)
+    node, flips, chain = results[step.results.index(name)], 0, set()
+    while isinstance(node, fx.Node) and str(node.target) in _VIEWS:
+        if flips % 2 and str(node.target) != "aten.t.default":
+            return None
+        flips += str(node.target) == "aten.t.default"
+        chain.add(node)
+        node = node.args[0]
+    sources = [n for n, p in tensors.items() if p is node]
+    if not sources:
+        return None
+    chain.add(node)
+    reshaped = any(str(n.target) in _VIEWS - {"aten.t.default"} for n in chain)
+    names = {r for r, n in zip(step.results, results, strict=True) if n in chain}
+    inner = {u for n in chain for u in n.users if u.op != "output"}
+    if not inner <= chain:
+        return None
+    return _Path(sources[0], names | set(sources), bool(flips % 2), at, reshaped)
+
+
+def _aliases(program: Program, weight: str) -> set[str]:
+    """Names of the weight and of views of it that straight code makes."""
+    found = {weight}
+    for step in program.steps:
+        if isinstance(step, Straight):
+            tensors = _tensors(step.module.graph, step.tensors)
+            views = {v for n, p in tensors.items() if n in found for v in _views(p)}
+            found |= {
+                r for r, n in zip(step.results, _results(step), strict=True)
+                if n in views or n in {tensors[t] for t in found if t in tensors}
+            }  # fmt: skip
     return found
 
 
-def _rewritten(loop: Loop, name: str, weight: str) -> fx.GraphModule | None:
+def _loop_of(program: Program, path: _Path, aliases: set[str]) -> int | None:
+    """The loop that makes the sum, if the sum goes nowhere else and no later step reads the weight.
+
+    Straight code that only makes views reads nothing, but its views are read later.
+    """
+    where: int | None = None
+    for i, step in enumerate(program.steps):
+        if isinstance(step, Free):
+            continue
+        if isinstance(step, Loop) and any(
+            b.name == path.accumulator and b.zero for b in step.allocate
+        ):
+            where = i
+        elif (
+            i != path.straight
+            and not path.names.isdisjoint(step.tensors)
+            or where is not None
+            and not aliases.isdisjoint(step.tensors)
+        ):
+            return None
+    return where
+
+
+def _without(step: Straight, names: set[str]) -> Straight:
+    """The step without results ``names`` and what only they need."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(step.module.graph, {}))
+    (output,) = graph.find_nodes(op="output")
+    keep = [i for i, r in enumerate(step.results) if r not in names]
+    output.args = (tuple(output.args[0][i] for i in keep),)
+    tensors = _tensors(graph, step.tensors)
+    graph.eliminate_dead_code()
+    for name, node in tensors.items():
+        if not node.users:
+            graph.erase_node(node)
+    left = [t for t in step.tensors if tensors[t].users]
+    results = [step.results[i] for i in keep]
+    return replace(step, module=fx.GraphModule(step.module, graph), tensors=left, results=results)
+
+
+def _results(step: Straight) -> list[Any]:
+    (output,) = step.module.graph.find_nodes(op="output")
+    return list(output.args[0])
+
+
+def _tensors(graph: fx.Graph, names: Sequence[str]) -> dict[str, fx.Node]:
+    """The placeholders of the tensor arguments, which come last."""
+    given = list(graph.find_nodes(op="placeholder"))
+    return dict(zip(names, given[len(given) - len(names) :], strict=True))
+
+
+def _rewritten(loop: Loop, path: _Path, aliases: set[str]) -> fx.GraphModule | None:
     """The body with an update in place of the accumulation, or None where it has another form."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(loop.module.graph, {}))
-    given = list(graph.find_nodes(op="placeholder"))
-    tensors = dict(zip(loop.tensors, given[len(given) - len(loop.tensors) :], strict=True))
-    users = list(tensors[name].users)
-    if len(users) != 1 or users[0].target not in _FORMS or users[0].args[0] is not tensors[name]:
+    tensors = _tensors(graph, loop.tensors)
+    acc = tensors[path.accumulator]
+    (node, *others) = acc.users
+    if others or node.target not in _FORMS or node.args[0] is not acc:
         return None
-    (node,) = users
-    node.target = _FORMS[node.target]
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    readers = _readers(tensors[weight]) if weight in tensors else set()
+    if path.reshaped and node.target not in (runtime.add, runtime.add_mm):
+        return None
+    weights = [tensors[t] for t in loop.tensors if t in aliases]
+    readers = {r for w in weights for v in (w, *_views(w)) for r in v.users}
     if node in readers:
         return None
+    node.target = _FORMS[node.target]
+    order = {n: i for i, n in enumerate(graph.nodes)}
     last = max([*readers, node], key=order.__getitem__)
     if last is not node:
         last.append(node)
@@ -132,21 +256,20 @@ def _rewritten(loop: Loop, name: str, weight: str) -> fx.GraphModule | None:
     return fx.GraphModule(loop.module, graph)
 
 
-def _readers(weight: fx.Node) -> set[fx.Node]:
-    """Nodes that read a weight, through views of it too."""
+def _views(value: fx.Node) -> set[fx.Node]:
+    """Values that may share memory with ``value``."""
     found: set[fx.Node] = set()
-    stack = [weight]
+    stack = [value]
     while stack:
         for user in stack.pop().users:
-            if user not in found and user.op != "output":
+            if user not in found and user.op != "output" and _may_alias(user):
                 found.add(user)
-                if _may_alias(user):
-                    stack.append(user)
+                stack.append(user)
     return found
 
 
 def _may_alias(node: fx.Node) -> bool:
-    """The result may be a view of an operand; functions without a schema are taken to be."""
+    """The result may be a view of an operand; functions without a schema are taken to make one."""
     if isinstance(node.target, _compat.OpOverload):
         return any(r.alias_info is not None for r in node.target._schema.returns)
     return True

@@ -21,27 +21,31 @@ class TableSink:
 
     parameter: nn.Parameter
     table: RoleTable
+    flipped: bool
 
     def product(self, a: Tensor, b: Tensor) -> None:
-        """``a @ b``, straight into the weight where the update is plain SGD in its precision."""
+        """Straight into the weight where the update is plain SGD in its precision."""
         p, table = self.parameter, self.table
+        if self.flipped:
+            a, b = b.t(), a.t()
         rate = table.sgd_rate(p) if table.last(p) else None
-        if rate is not None and a.dtype == b.dtype == p.dtype and p.is_contiguous():
+        if rate is not None and a.dtype == b.dtype == p.dtype and p.dim() == 2:
             p.addmm_(a, b, alpha=-rate)
             table.complete(p, None)
         else:
-            table.complete(p, torch.mm(a, b).to(p.dtype))
+            table.complete(p, torch.mm(a, b).to(p.dtype).reshape(p.shape))
 
     def value(self, grad: Tensor) -> None:
         # a value that waits must not be another gradient as well
         own = grad if self.table.last(self.parameter) else grad.clone()
+        own = own.t() if self.flipped else own.reshape(self.parameter.shape)
         self.table.complete(self.parameter, own.to(self.parameter.dtype))
 
     def total(self, add: Callable[..., None], *args: Any) -> None:
         acc = self.table.started(self.parameter)
         if acc is None:
             acc = torch.zeros_like(self.parameter, memory_format=torch.contiguous_format)
-        add(acc, *args)
+        add(acc.t() if self.flipped else acc, *args)
         self.table.complete(self.parameter, acc)
 
 
@@ -56,7 +60,10 @@ def backward(
     program = code.program(kind)
     causal = not program.masks or _is_causal(program, state, chunk, given)
     updating = _updating(code, kind, causal, tuple(sorted(updates)))
-    sinks: list[Any] = [TableSink(updates[i], table) for i in updating.positions]
+    sinks: list[Any] = [
+        TableSink(updates[i], table, f)
+        for i, f in zip(updating.positions, updating.flipped, strict=True)
+    ]
     return code._run(updating.program, state, [*given, *sinks], chunk, code.counter, {})
 
 
