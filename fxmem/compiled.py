@@ -121,7 +121,7 @@ class CompiledGraph:
         sizes = bind_sizes(self.capture, args)
         self.sizes = sizes
         table = self.roles.table() if self.roles is not None else None
-        whole = self.plan.stream is None or self.chunker.whole(sizes)
+        whole = self.chunker.whole(sizes)
         if whole and table is None:
             self.whole_calls += 1
             return self.plain(*args)
@@ -132,7 +132,7 @@ class CompiledGraph:
         state = CallState(sizes)
         step = self._step(table, env) if table is not None else None
         for i, call in enumerate(self.calls):
-            chunk = sizes.get("T", 1) if whole else self.chunker(call.code, sizes)
+            chunk = self.chunk(call)
             tensors = [env[leaf] for leaf in call.leaves]
             if step is None:
                 outputs = run_region(call.code, state, chunk, tensors, call.shared)
@@ -146,6 +146,12 @@ class CompiledGraph:
             for leaf in call.release:
                 env.pop(leaf, None)
         return [self._output(o, env) for o in self.capture.outputs]
+
+    def chunk(self, call: RegionCall) -> int:
+        """Rows per chunk of a region in the latest call."""
+        if self.plan.stream is None or self.chunker.whole(self.sizes):
+            return self.sizes.get("T", 1)
+        return self.chunker(call.code, self.sizes)
 
     def _step(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> Step:
         """Select the variant of every region for this call."""

@@ -212,7 +212,7 @@ def _without(step: Straight, names: set[str]) -> Straight:
     output.args = (tuple(output.args[0][i] for i in keep),)
     tensors = _tensors(graph, step.tensors)
     graph.eliminate_dead_code()
-    for name, node in tensors.items():
+    for node in tensors.values():
         if not node.users:
             graph.erase_node(node)
     left = [t for t in step.tensors if tensors[t].users]

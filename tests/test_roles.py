@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 from double import everything_in_double, largest_difference
-from role_cases import STREAMED, WHOLE, Case, case, compare, deeper, everywhere, step
+from role_cases import BETA, STREAMED, WHOLE, Case, case, compare, deeper, everywhere, step
 from torch import nn
 
+import fxmem
 from fxmem import Plan
 from fxmem import errors as err
 from fxmem.blocks.roles import Role, RoleTable
@@ -234,3 +235,70 @@ def test_one_gradient_is_alive_at_a_time_in_one_chunk() -> None:
         assert all(program.outputs[i] is None for i in tail.updates)
         assert not any(b.zero and b.name in program.inputs
                        for loop in program.loops for b in loop.allocate)  # fmt: skip
+
+
+@PLANS
+@pytest.mark.parametrize("other", [Role.FROZEN, Role.UPDATE])
+def test_explain_counts_backward_products(other: Role, plan: Plan) -> None:
+    """Units of one layer's dX and dW for the active layer 1..L: L..1 without updates, 2(L-a)+1
+    with updates of deeper layers, and no dX at the active region.
+    """
+    depth = 4
+    net = tiny.model("llama", num_hidden_layers=depth)
+    made = case(net, deeper(net, 0, other), plan)
+    parameters = dict(net.named_parameters())
+    units = []
+    for active in range(depth):
+        roles = deeper(net, active, other)
+        made.table._roles = {parameters[n]: r for n, r in roles.items()}
+        net.zero_grad()
+        net(**tiny.batch()).loss.backward()
+        programs = COUNTER.programs
+        report = fxmem.explain(net)
+        assert COUNTER.programs == programs
+        layers = report.steps[1:-1]
+        units.append(sum(s.hands_on + bool(s.gradients) for s in layers))
+        assert [s.variant for s in layers[: active + 1]] == ["idle"] * active + ["active"]
+        assert all(s.saved_bytes == 0 for s in report.steps[: active + 1])
+        assert all(s.saved_bytes == 2 * 23 * 32 * 4 for s in layers[active:])
+    full = other is Role.UPDATE
+    assert units == [2 * (depth - a) - 1 if full else depth - a for a in range(depth)]
+    assert "active" in str(report)
+
+
+def test_explain_names_gradients_and_what_is_alive_at_once() -> None:
+    net = tiny.model("llama")
+    case(net, deeper(net, 0), WHOLE)
+    net(**tiny.batch()).loss.backward()
+    tail = fxmem.explain(net).steps[2]
+    assert {g.goes for g in tail.gradients} == {"consumed"}
+    assert "model.layers.1.mlp.down_proj.weight" in {g.parameter for g in tail.gradients}
+    assert tail.live_gradient_bytes == 32 * 48 * 4
+
+
+class Direct(RoleTable):
+    """Plain SGD that the compiler may do itself."""
+
+    calls = 0
+
+    def sgd_rate(self, parameter: nn.Parameter) -> float | None:
+        return BETA
+
+    def update(self, parameter: nn.Parameter, grad: torch.Tensor) -> None:
+        self.calls += 1
+        parameter.sub_(BETA * grad)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
+def test_plain_sgd_adds_products_straight_into_the_weights(name: str) -> None:
+    with everything_in_double():
+        net = double(name)
+        made = case(net, everywhere(net, 1), WHOLE)
+        table = Direct(made.table._roles)
+        made.table = table
+        fxmem.api.use_roles(net, lambda: table)
+        for _ in range(2):
+            assert step(made, tiny.batch(2, 23)) < EXACT
+
+    updates = sum(r is Role.UPDATE for r in made.roles.values())
+    assert 0 < table.calls < 2 * updates

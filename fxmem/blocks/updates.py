@@ -77,3 +77,10 @@ def _updating(code: RegionCode, kind: str, causal: bool, positions: tuple[int, .
         code.programs[f"{kind} update {positions}", causal] = made.program
         code.counter.programs += 1
     return _UPDATING[key]
+
+
+def consumed(code: RegionCode, variant: str) -> set[int]:
+    """Input positions whose gradient some program of the variant has consumed inside."""
+    kind = "backward" + variant
+    made = [u for (key, k, _, _), u in _UPDATING.items() if key == id(code) and k == kind]
+    return {i for u in made for i in u.positions}

@@ -29,6 +29,9 @@ class Selection:
         roles: role of each input position that is a parameter.
         wanted: which inputs get a gradient.
         updates: parameters by input position whose gradient the backward consumes.
+        parameters: every parameter and adapter by input position.
+        adapted: positions of the weights with adapters, in order of the further inputs.
+        hands_on: the region makes the gradient of its input states.
     """
 
     code: RegionCode
@@ -36,6 +39,8 @@ class Selection:
     roles: dict[int, Role] = field(default_factory=dict)
     wanted: list[bool] = field(default_factory=list)
     updates: dict[int, nn.Parameter] = field(default_factory=dict)
+    parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    adapted: list[int] = field(default_factory=list)
     hands_on: bool = False
 
     @property
@@ -91,6 +96,7 @@ def _region(
         value = arguments.get(leaf)
         wanted = leaf in learned
         if isinstance(value, nn.Parameter):
+            chosen.parameters[i] = value
             chosen.roles[i] = role = table.role(value)
             _check(value, role)
             if (adapter := table.adapter(value)) is not None:
@@ -101,7 +107,10 @@ def _region(
         chosen.wanted.append(wanted)
     if adapters:
         chosen.code = adapted(code, adapters)
+        chosen.adapted = sorted(adapters)
         for i, adapter in sorted(adapters.items()):
+            at = len(leaves) + len(chosen.extra)
+            chosen.parameters |= {at: adapter.up, at + 1: adapter.down}
             chosen.extra += [adapter.up, adapter.down]
             chosen.wanted += [chosen.roles[i] is Role.LOW_RANK] * 2
     grads = chosen.code.joint.grads
