@@ -128,10 +128,17 @@ class RegionCode:
         tensors: Sequence[Tensor | None],
         begin: dict[str, Tensor] | None = None,
     ) -> list[Tensor | None]:
+        program = self.choose(kind, state, chunk, tensors)
+        return self._run(program, state, tensors, chunk, self.counter, begin or {})
+
+    def choose(
+        self, kind: str, state: Any, chunk: int, tensors: Sequence[Tensor | None]
+    ) -> Program:
+        """The program of ``kind`` that is right for the attention masks of these inputs."""
         program = self.program(kind)
         if program.masks and not _is_causal(program, state, chunk, tensors):
-            program = self.program(kind, causal=False)
-        return self._run(program, state, tensors, chunk, self.counter, begin or {})
+            return self.program(kind, causal=False)
+        return program
 
     def forward(
         self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, *,
@@ -193,26 +200,15 @@ class RegionCode:
         ``start``: by input position, a gradient to add this one to (in place where it can be).
         """
         given = [*saved, seed, *tangents]
-        begin = self._accumulators(start or {}, variant)
+        begin: dict[str, Tensor] = {}
+        if start:
+            begin = _accumulators(self.choose("backward" + variant, state, chunk, given), start)
         grads = self._execute("backward" + variant, state, chunk, given, begin)
         for i, part in (start or {}).items():
             own = grads[i]
             if own is not part:
                 grads[i] = part if own is None else part.add_(own)
         return grads
-
-    def _accumulators(self, start: dict[int, Tensor], variant: str) -> dict[str, Tensor]:
-        """Which of ``start`` can be the accumulator of its gradient."""
-        if not start:
-            return {}
-        program = self.program("backward" + variant)
-        sums = {b.name: b for step in program.loops for b in step.allocate if b.zero}
-        found = {}
-        for i, part in start.items():
-            name = program.outputs[i]
-            if name in sums and sums[name].dtype == part.dtype and part.is_contiguous():
-                found[name] = part
-        return found
 
     def scale(self, grads: list[Tensor | None], tangent: Tensor) -> list[Tensor | None]:
         """Stored gradients times the tangent, in place where the storage is theirs alone."""
@@ -238,6 +234,17 @@ class RegionCode:
     @property
     def barriers(self) -> list[Barrier]:
         return [b for p in self.programs.values() for b in p.barriers]
+
+
+def _accumulators(program: Program, start: dict[int, Tensor]) -> dict[str, Tensor]:
+    """Which of ``start`` can be the accumulator of its gradient."""
+    sums = {b.name: b for step in program.loops for b in step.allocate if b.zero}
+    found = {}
+    for i, part in start.items():
+        name = program.outputs[i]
+        if name in sums and sums[name].dtype == part.dtype and part.is_contiguous():
+            found[name] = part
+    return found
 
 
 def _is_causal(program: Program, state: Any, chunk: int, tensors: Sequence[Tensor | None]) -> bool:

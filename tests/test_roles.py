@@ -6,7 +6,18 @@ import pytest
 import tiny
 import torch
 from double import everything_in_double, largest_difference
-from role_cases import BETA, STREAMED, WHOLE, Case, case, compare, deeper, everywhere, step
+from role_cases import (
+    BETA,
+    STREAMED,
+    WHOLE,
+    Case,
+    case,
+    compare,
+    deeper,
+    everywhere,
+    layer_of,
+    step,
+)
 from torch import nn
 
 import fxmem
@@ -302,3 +313,74 @@ def test_plain_sgd_adds_products_straight_into_the_weights(name: str) -> None:
 
     updates = sum(r is Role.UPDATE for r in made.roles.values())
     assert 0 < table.calls < 2 * updates
+
+
+def shared(active: Role, other: Role) -> tuple[nn.Module, dict[str, Role]]:
+    """Layers 1 and 2 are the same module."""
+    net = double("llama", 4, use_cache=False)
+    net.model.layers[2] = net.model.layers[1]  # type: ignore[union-attr,operator,index]
+    return net, {n: active if layer_of(n) == 1 else other for n, _ in net.named_parameters()}
+
+
+@PLANS
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_a_shared_module_is_updated_once_with_the_sum(plan: Plan, padding: str | None) -> None:
+    with everything_in_double():
+        for roles in ((Role.UPDATE, Role.ACTIVE), (Role.ACTIVE, Role.UPDATE)):
+            made = case(*shared(*roles), plan)
+            assert step(made, tiny.batch(2, 23, padding)) < EXACT
+            assert len(set(made.updated)) == len(made.updated)
+
+
+def test_backwards_of_two_forwards_in_two_calls() -> None:
+    with everything_in_double():
+        net = double("tied", 2)
+        made = case(net, everywhere(net, 1), WHOLE)
+        before = {n: p.detach().clone() for n, p in net.named_parameters()}
+        for module in (made.plain, made.net):
+            for loss in [module(**b).loss for b in (tiny.batch(2, 23), tiny.batch(2, 19))]:
+                loss.backward()
+        want = {n: p.grad for n, p in made.plain.named_parameters()}
+        assert compare(made, want, before) < EXACT
+
+
+def test_without_updates_a_retained_graph_may_run_again() -> None:
+    net = tiny.model("llama")
+    made = case(net, deeper(net, 0, Role.FROZEN), STREAMED)
+    loss = net(**tiny.batch()).loss
+    loss.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+    loss.backward()
+    twice = {n: p.grad / 2 for n, p in net.named_parameters() if p.grad is not None}
+    assert largest_difference(twice, once)[0] < 1e-5
+    assert made.variants()[:2] == ["idle", "active"]
+
+
+def test_a_parameter_that_the_model_does_not_use_is_tolerated() -> None:
+    net = tiny.model("llama")
+    net.model.layers[0].spare = nn.Linear(3, 3)  # type: ignore[union-attr,operator,index]
+    made = case(net, everywhere(net, 0), STREAMED)
+    net(**tiny.batch()).loss.backward()
+    assert made.updated
+    assert net.model.layers[0].spare.weight.grad is None  # type: ignore[union-attr,operator,index]
+
+
+def test_autocast_updates_in_the_precision_of_the_weights() -> None:
+    net = tiny.model("llama")
+    made = case(net, everywhere(net, 0), STREAMED)
+    before = _snapshot(made)
+    for module in (made.plain, made.net):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = module(**tiny.batch()).loss
+        loss.backward()
+    want = {n: p.grad for n, p in made.plain.named_parameters()}
+    assert compare(made, want, before) < 0.1
+
+
+def test_the_role_table_wins_over_inputs_that_require_a_gradient() -> None:
+    """Activation checkpointing makes embeddings require a gradient; nothing below learns."""
+    net = tiny.model("llama", num_hidden_layers=3)
+    net.enable_input_require_grads()  # type: ignore[operator]
+    made = case(net, deeper(net, 1), STREAMED)
+    net(**tiny.batch()).loss.backward()
+    assert made.variants() == ["idle", "idle", "active", "tail", "tail"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxmem.blocks.roles import RoleTable
 from fxmem.executor import CallState
 from fxmem.passes.update_in_backward import Updating, update_in_backward
-from fxmem.region_code import RegionCode, _is_causal
+from fxmem.region_code import RegionCode
 
 
 @dataclass(slots=True)
@@ -57,8 +57,7 @@ def backward(
     are None and done.
     """
     kind = "backward" + variant
-    program = code.program(kind)
-    causal = not program.masks or _is_causal(program, state, chunk, given)
+    causal = code.choose(kind, state, chunk, given).causal
     updating = _updating(code, kind, causal, tuple(sorted(updates)))
     sinks: list[Any] = [
         TableSink(updates[i], table, f)
