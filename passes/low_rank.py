@@ -110,7 +110,7 @@ class LowRank(Canonicalize):
         """``s x (up down)``, or ``s x (up down)^T``, through the ``r`` columns between them."""
         up, down = (m.to(x.dtype) for m in self.adapters[position])
         first, second = (down, up) if transposed else (up.t(), down.t())
-        return F.linear(F.linear(x, first), second) * self._scales[position]
+        return F.linear(F.linear(x, first) * self._scales[position], second)
 
 
 def _name(node: fx.Node) -> str:

@@ -384,3 +384,17 @@ def test_the_role_table_wins_over_inputs_that_require_a_gradient() -> None:
     made = case(net, deeper(net, 1), STREAMED)
     net(**tiny.batch()).loss.backward()
     assert made.variants() == ["idle", "idle", "active", "tail", "tail"]
+
+
+def test_a_loss_outside_the_model_reaches_the_same_updates() -> None:
+    with everything_in_double():
+        net = double("llama")
+        made = case(net, everywhere(net, 1), STREAMED)
+        before, inputs = _snapshot(made), tiny.batch()
+        for module in (made.plain, made.net):
+            logits = module(input_ids=inputs["input_ids"]).logits
+            nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+            ).backward()
+        want = {n: p.grad for n, p in made.plain.named_parameters()}
+        assert compare(made, want, before) < EXACT
