@@ -35,6 +35,12 @@ class Case:
     def graph(self) -> CompiledGraph:
         return api._TRANSFORMED[self.net].graphs[-1]
 
+    def switch(self, roles: Mapping[str, Role]) -> None:
+        """Other roles from the next forward on."""
+        self.roles = dict(roles)
+        self.table._roles = {p: roles[n] for n, p in self.net.named_parameters()}
+        self.updated.clear()
+
     def variants(self) -> list[str]:
         return [s.name for s in self.graph.selected]
 
