@@ -348,7 +348,9 @@ def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> Regi
 
 def _adapted(code: RegionCode, adapters: Mapping[int, Adapter]) -> RegionCode:
     def make(region: regions.Region, caller: Callable[[], Caller], name: str) -> RegionCode:
-        return RegionCode(region, caller, _joint_passes, HANDLERS, execute, COUNTER, name)
+        return RegionCode(
+            region, caller, _joint_passes, HANDLERS, execute, COUNTER, name, BODY_PASSES
+        )
 
     return adapted(code, adapters, make)
 

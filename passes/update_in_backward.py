@@ -10,6 +10,7 @@ their order is checked once more on the result.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -63,6 +64,8 @@ _FORMS: dict[Any, Callable[..., None]] = {
 }
 
 
+_WRITERS = frozenset({runtime.put, *_FORMS})
+_FIRST = frozenset({runtime.take, runtime.contiguous, operator.getitem})
 _VIEWS = frozenset({"aten.t.default", "aten.reshape.default", "aten.view.default"})
 
 
@@ -236,6 +239,9 @@ def _rewritten(loop: Loop, path: _Path, aliases: set[str]) -> fx.GraphModule | N
     graph = fx.Graph()
     graph.output(graph.graph_copy(loop.module.graph, {}))
     tensors = _tensors(graph, loop.tensors)
+    for n in graph.find_nodes(op="placeholder"):
+        if n not in tensors.values():
+            n.meta["int"] = True
     acc = tensors[path.accumulator]
     (node, *others) = acc.users
     if others or node.target not in _FORMS or node.args[0] is not acc:
@@ -250,6 +256,8 @@ def _rewritten(loop: Loop, path: _Path, aliases: set[str]) -> fx.GraphModule | N
     order = {n: i for i, n in enumerate(graph.nodes)}
     last = max([*readers, node], key=order.__getitem__)
     if last is not node:
+        if _overwritten(node, [n for n in order if order[node] < order[n] <= order[last]]):
+            return None
         last.append(node)
     _verify(graph, node, readers)
     graph.lint()
@@ -273,6 +281,38 @@ def _may_alias(node: fx.Node) -> bool:
     if isinstance(node.target, _compat.OpOverload):
         return any(r.alias_info is not None for r in node.target._schema.returns)
     return True
+
+
+def _overwritten(node: fx.Node, between: Sequence[fx.Node]) -> bool:
+    """A node in between writes into memory that ``node`` reads."""
+    read = {s for a in node.args[1:] if isinstance(a, fx.Node) for s in _sources(a)}
+    return any(_writes(n) and not read.isdisjoint(_sources(n.args[0])) for n in between)
+
+
+def _writes(node: fx.Node) -> bool:
+    if isinstance(node.target, _compat.OpOverload):
+        return node.target._schema.is_mutable
+    return node.target in _WRITERS
+
+
+def _sources(value: fx.Node) -> set[fx.Node]:
+    """``value`` and the values whose memory it may share."""
+    found, stack = {value}, [value]
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and _may_alias(node):
+            first = isinstance(node.target, _compat.OpOverload) or node.target in _FIRST
+            fresh = {n for n in (node.all_input_nodes[:1] if first else node.all_input_nodes)}
+            stack += fresh - found
+            found |= fresh
+    return {n for n in found if not _is_int(n)}
+
+
+def _is_int(node: fx.Node) -> bool:
+    """A size or a bound of the chunk."""
+    if node.op == "placeholder":
+        return "int" in node.meta
+    return node.target in (operator.add, operator.mul, operator.sub, operator.floordiv)
 
 
 def _verify(graph: fx.Graph, node: fx.Node, readers: set[fx.Node]) -> None:
