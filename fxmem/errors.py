@@ -136,6 +136,12 @@ class PlanError(FxmemError, ValueError):
     """A plan or an option has an unknown name or an impossible value."""
 
 
+class RoleError(FxmemError):
+    """A parameter has a role that the compiled step cannot honour."""
+
+    default_advice = "give the parameter another role, or leave it out of the blocks"
+
+
 class NotTransformedError(FxmemError):
     """A model that fxmem.transform has not seen was given where a transformed one is needed."""
 
