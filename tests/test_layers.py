@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "_compat",
         "_compat_measure",
         "_compat_memory",
+        "_compat_inductor",
         "explain_text",
     ),
     ("plan", "axes", "rules", "measure"),
@@ -28,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("regions", "joint"),
     ("labels", "schedule", "program", "emit", "chunks", "packing", "region_code"),
     ("pipeline", "verify", "passes", "kernels", "masks", "profile", "experts"),
-    ("executor", "blocks", "compiled", "memory", "explain", "api"),
+    ("inductor", "lowering", "executor", "blocks", "compiled", "memory", "explain", "api"),
     ("__init__",),
     ("isolate", "trial", "demo", "cli"),
 )
