@@ -10,9 +10,44 @@ if importlib.util.find_spec("fxmem.passes") is None:
     __path__.append(str(Path(__file__).parent.parent))
 
 from fxmem.api import backend, restore, transform
-from fxmem.errors import FxmemError
+from fxmem.errors import (
+    BackwardTwiceError,
+    CaptureError,
+    DoubleBackwardError,
+    DroppedLogitsError,
+    FxmemError,
+    FxmemWarning,
+    ModifiedParameterError,
+    MutationError,
+    NotTransformedError,
+    PlanError,
+    RoleError,
+    UnsupportedOpError,
+    VerificationError,
+)
 from fxmem.explain import Report, explain
 from fxmem.plan import Plan, Stream
 
 __version__ = "0.1.0"
-__all__ = ["FxmemError", "Plan", "Report", "Stream", "backend", "explain", "restore", "transform"]
+__all__ = [
+    "BackwardTwiceError",
+    "CaptureError",
+    "DoubleBackwardError",
+    "DroppedLogitsError",
+    "FxmemError",
+    "FxmemWarning",
+    "ModifiedParameterError",
+    "MutationError",
+    "NotTransformedError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "RoleError",
+    "Stream",
+    "UnsupportedOpError",
+    "VerificationError",
+    "backend",
+    "explain",
+    "restore",
+    "transform",
+]

@@ -28,8 +28,9 @@ __all__ = [
     "BackendCompilerFailed",
     "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDynamoException",
     "ambient_autocast", "call_impl", "compile_times", "dynamic_inputs", "fake_mode_of",
-    "is_control_node", "make_fx", "mark_dynamic", "restart_capture", "set_compiled_call",
-    "tree_leaves", "unset_compiled_call", "wrapper_tensor",
+    "functional", "input_name", "is_checkpoint", "is_control_node", "make_fx", "mark_dynamic",
+    "origin", "restart_capture", "set_compiled_call", "storage_key", "traced", "tree_leaves",
+    "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
 
 
@@ -80,6 +81,30 @@ def unify_sizes(gm: fx.GraphModule) -> None:
                     bool(first == s)
 
 
+def functional(gm: fx.GraphModule, mode: Any) -> fx.GraphModule:
+    """``gm``, a trace of ATen ops under ``mode``, without ops that write in place."""
+    mutable = [
+        n for n in gm.graph.nodes
+        if isinstance(n.target, OpOverload) and n.target._schema.is_mutable
+    ]  # fmt: skip
+    if not mutable:
+        return gm
+    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    with mode:
+        return traced(torch.func.functionalize(fx.Interpreter(gm).run, remove="mutations"), *values)
+
+
+def origin(node: fx.Node) -> contextlib.AbstractContextManager[Any]:
+    """What :func:`traced` records meanwhile gets module path and source line of ``node``."""
+    return fx.traceback.set_current_meta(node)
+
+
+def traced(fn: Callable[..., Any], *args: Any) -> fx.GraphModule:
+    """The ATen graph of ``fn(*args)``; nodes know where they come from, see :func:`origin`."""
+    with fx.traceback.preserve_node_meta():
+        return make_fx(fn)(*args)
+
+
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
     """The fake mode that Dynamo captured ``gm`` under."""
     for node in gm.graph.nodes:
@@ -112,6 +137,28 @@ def is_control_node(node: fx.Node) -> str | None:
     if node.target is torch._C._log_api_usage_once:
         return "log"
     return None
+
+
+def is_checkpoint(node: fx.Node) -> bool:
+    """The node calls a body under activation checkpointing: ``(body, *operands)``."""
+    return (
+        isinstance(node.target, HigherOrderOperator)
+        and node.target.name() == "tag_activation_checkpoint"
+    )
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share a storage, fake ones too, as long as one of them lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def input_name(node: fx.Node) -> str:
+    """What the user calls an input of the capture, such as ``model.norm.weight``."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = str(node.target) if source is None else str(source.name)
+    for part in ("_modules['", "_parameters['", "_buffers['", "L['self'].", "L['"):
+        name = name.replace(part, "")
+    return name.replace("']", "")
 
 
 def call_impl(module: torch.nn.Module) -> Callable[..., Any]:

@@ -13,7 +13,6 @@ stretch of the graph can be traced on its own.
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from torch import fx
 
 from fxmem import _compat
-from fxmem.errors import CaptureError, MutationError
+from fxmem.errors import CaptureError
 from fxmem.sizes import Size, T, degree, per_token
 
 NARROW_LIMIT = 512
@@ -102,12 +101,11 @@ def analyse(
     example_inputs: Sequence[Any],
     ambient: Sequence[tuple[str, torch.dtype, bool]],
 ) -> Capture:
-    """Split ``gm`` into preamble and main. Raises :class:`MutationError` for writes into inputs."""
+    """Split ``gm``, which must be free of writes in place, into preamble and main."""
     contexts, nodes = _contexts(gm, ambient)
     inputs = list(gm.graph.find_nodes(op="placeholder"))
     output = next(iter(gm.graph.find_nodes(op="output")))
     nodes = _live(nodes, output)
-    _refuse_input_mutation(nodes)
     parameters = {
         n for n, v in zip(inputs, example_inputs, strict=True)
         if isinstance(v, torch.nn.Parameter) or (isinstance(v, torch.Tensor) and v.requires_grad)
@@ -188,26 +186,10 @@ def _contexts(
 def _live(nodes: list[fx.Node], output: fx.Node) -> list[fx.Node]:
     needed = set(output.all_input_nodes)
     for n in reversed(nodes):
-        if n in needed or _writes(n):
+        if n in needed:
             needed.add(n)
             needed.update(n.all_input_nodes)
     return [n for n in nodes if n in needed or n.op == "placeholder"]
-
-
-def _writes(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
-    return node.op == "call_function" and node.target is operator.setitem
-
-
-def _refuse_input_mutation(nodes: list[fx.Node]) -> None:
-    for n in nodes:
-        if _writes(n):
-            raise MutationError(
-                f"in-place write `{n.target}` in the captured graph",
-                op=str(n.target), module=module_path(n), source=source_line(n),
-                advice="use the out-of-place form, or move the write out of the compiled function",
-            )  # fmt: skip
 
 
 def _symbols(inputs: Sequence[fx.Node], parameters: set[fx.Node]) -> dict[sympy.Symbol, Size]:
@@ -282,7 +264,7 @@ def run(
             env[n] = value_of(n)
             continue
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: env[a])
-        with capture.contexts[n].enter():
+        with capture.contexts[n].enter(), _compat.origin(n):
             env[n] = call(n, args, kwargs)
 
 
@@ -291,6 +273,17 @@ def _attribute(gm: fx.GraphModule, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def fake_call(node: fx.Node, grad: bool) -> Any:
+    """What a node gives on the recorded values of its arguments, all of them fake."""
+    mode = next(
+        (v.fake_mode for a in node.all_input_nodes
+         if isinstance(v := value_of(a), _compat.FakeTensor)), contextlib.nullcontext(),
+    )  # fmt: skip
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    with mode, torch.set_grad_enabled(grad):
+        return call_node(node, args, kwargs)
 
 
 def call_node(node: fx.Node, args: Any, kwargs: Any) -> Any:

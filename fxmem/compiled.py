@@ -30,8 +30,10 @@ from fxmem.labels import analyse
 from fxmem.passes.canonicalize import Canonicalize
 from fxmem.passes.drop_identities import DropIdentities
 from fxmem.passes.free_factories import FreeFactories
+from fxmem.passes.functionalize import Functionalize
 from fxmem.passes.global_mean import GlobalMean
 from fxmem.passes.in_place import InPlace
+from fxmem.passes.inline_checkpoints import InlineCheckpoints
 from fxmem.passes.lower import HANDLERS
 from fxmem.passes.share_kv_heads import ShareKvHeads
 from fxmem.passes.simplify import Simplify
@@ -62,7 +64,9 @@ class Counter:
 
 COUNTER = Counter()
 _CODES: dict[str, RegionCode] = {}
-GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (DropIdentities(), ShareKvHeads())
+GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
+    InlineCheckpoints(), Functionalize(), DropIdentities(), ShareKvHeads(),
+)  # fmt: skip
 """Rewrites of the captured graph, in order."""
 JOINT_PASSES: tuple[Pass[Joint], ...] = (FreeFactories(), GlobalMean(), Simplify())
 """Rewrites of every traced region, in order."""

@@ -19,12 +19,21 @@ class DroppedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch types it as an instance method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise DroppedLogitsError(
-            "the logits of a streamed training step were asked for", op=str(func)
-        )
+        raise _error(str(func))
+
+    def tolist(self) -> Any:
+        # torch itself refuses these two for any subclass, before an op is dispatched
+        raise _error("tolist")
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise _error("numpy")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DroppedTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _error(op: str) -> DroppedLogitsError:
+    return DroppedLogitsError("the logits of a streamed training step were asked for", op=op)
 
 
 def dropped(

@@ -115,7 +115,7 @@ def trace(region: Region, call: Caller, *, backward: bool, only: int | None = No
             torch.empty_strided(v.shape, _contiguous(v.shape), dtype=v.dtype, device=v.device)
             for v in _only(fakes, diff)
         ]
-        gm = _compat.make_fx(joint)(*ints, *tensors, seed, *tangents)
+        gm = _compat.traced(joint, *ints, *tensors, seed, *tangents)
     return _read(gm, region, diff, wants, bool(record["random"]))
 
 
@@ -149,7 +149,7 @@ def _contiguous(shape: Sequence[Any]) -> list[Any]:
 def _read(
     gm: fx.GraphModule, region: Region, diff: list[bool], wants: list[bool], random: bool
 ) -> Joint:
-    gm = _functional(gm, region)
+    gm = _compat.functional(gm, region.capture.fake_mode)
     gm.graph.eliminate_dead_code()
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     (output,) = gm.graph.find_nodes(op="output")
@@ -185,16 +185,3 @@ def _info(value: Any, symbols: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_info(v, symbols) for v in value)
     return None
-
-
-def _functional(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
-    """Remove in-place ops on fresh values, if the trace has any."""
-    mutable = [
-        n for n in gm.graph.nodes
-        if isinstance(n.target, _compat.OpOverload) and n.target._schema.is_mutable
-    ]  # fmt: skip
-    if not mutable:
-        return gm
-    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
-    with region.capture.fake_mode:
-        return _compat.make_fx(torch.func.functionalize(gm, remove="mutations"))(*values)

@@ -7,6 +7,7 @@ it is cut like everything else, so that the wide value never stands whole.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,8 @@ def _trace(
         return [env[n] for n in wanted]
 
     with capture.fake_mode, torch.no_grad():
-        return _compat.make_fx(fn)(*(value_of(n) for n in inputs))
+        traced = _compat.traced(fn, *(value_of(n) for n in inputs))
+        return _compat.functional(traced, contextlib.nullcontext())
 
 
 def _split(

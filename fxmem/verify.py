@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from fxmem._compat import is_control_node
 from fxmem.errors import FxmemError
 from fxmem.joint import Joint
 
@@ -49,7 +50,7 @@ class Verifier:
         known = set(self.before)
         touched: set[fx.Node] = set()
         for node in result.graph.nodes:
-            if node.op not in ("call_function", "call_method"):
+            if node.op not in ("call_function", "call_method") or is_control_node(node):
                 continue
             moved = any(a in touched for a in node.all_input_nodes)
             if moved or _line(node) not in known:
