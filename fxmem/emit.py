@@ -46,6 +46,9 @@ _AS_RESHAPE = frozenset(
 """Known by the shape of their result; in a chunk they may meet strides, or an axis of one row."""
 
 
+_SUMS = frozenset({"aten.sum.default", "aten.sum.dim_IntList"})
+
+
 class Ints:
     """Integer expressions as nodes of a graph, each computed once."""
 
@@ -430,7 +433,12 @@ def _accumulate(body: Body, node: fx.Node, value: Any) -> None:
         if part is not None:
             body.call(runtime.add, acc, part)
     elif value is None:
-        body.call(runtime.add, acc, body.copy(node, body.labels.uses[node], None))
+        part = body.copy(node, body.labels.uses[node], None)
+        info: TensorInfo = body.joint.info[node]
+        if target in _SUMS and _accumulator(info.dtype) != info.dtype:
+            # rounded once, at the end, and not once per chunk
+            part.kwargs = {**part.kwargs, "dtype": _accumulator(info.dtype)}
+        body.call(runtime.add, acc, part)
 
 
 def _free(steps: list[ir.Step], outputs: Sequence[str]) -> list[ir.Step]:

@@ -159,7 +159,7 @@ def _read(
     grads = iter(results[len(region.outputs) :])
     info: dict[fx.Node, Any] = {}
     for n in gm.graph.nodes:
-        info[n] = _info(n.meta.get("val"), region.capture.symbols)
+        info[n] = info_of(n.meta.get("val"), region.capture.symbols)
     return Joint(
         gm.graph, gm, placeholders[:k], placeholders[k : k + m], placeholders[k + m],
         [next(tangents) if d else None for d in diff], results[: len(region.outputs)],
@@ -179,9 +179,10 @@ def _learned(graph: fx.Graph, placeholders: list[fx.Node], region: Region) -> se
     return found
 
 
-def _info(value: Any, symbols: Any) -> Any:
+def info_of(value: Any, symbols: Any) -> Any:
+    """Canonical shape and dtype of a tensor, a tuple of them for a tuple, else None."""
     if isinstance(value, torch.Tensor):
         return TensorInfo(canonical_shape(value, symbols), value.dtype)
     if isinstance(value, (tuple, list)):
-        return tuple(_info(v, symbols) for v in value)
+        return tuple(info_of(v, symbols) for v in value)
     return None

@@ -39,18 +39,20 @@ def dump(name: str, before: Program, after: Program, seconds: float, /) -> None:
 def run_passes(
     passes: Sequence[Pass[G]], graph: G, observers: Sequence[Observer] | None = None
 ) -> G:
-    """``graph`` after every pass; raises :class:`~fxmem.verify.VerifyError` at the first fault.
+    """``graph`` after every pass; raises ``VerificationError`` at the first fault.
 
+    ``FXMEM_VERIFY=full`` in the environment: every node is evaluated again after every pass.
     ``observers``: the default is :func:`dump` where ``FXMEM_DUMP`` is set.
     """
     if observers is None:
         observers = (dump,) if os.environ.get("FXMEM_DUMP") else ()
+    full = os.environ.get("FXMEM_VERIFY") == "full"
     for one in passes:
         verifier = Verifier.of(graph)
         start = time.perf_counter()
         result = one.run(graph)
         seconds = time.perf_counter() - start
-        verifier.check(one.name, result)
+        verifier.check(one.name, result, full=full)
         for observe in observers:
             observe(one.name, graph, result, seconds)
         graph = result

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import traced
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fxmem import _compat
+from fxmem import _compat, compiled
+from fxmem.axes import TensorInfo
+from fxmem.errors import VerificationError
+from fxmem.joint import Joint
 from fxmem.pipeline import copy_graph, run_passes
-from fxmem.verify import VerifyError
+from fxmem.sizes import T
+from fxmem.verify import _agree
 
 Edit = Callable[[fx.GraphModule], None]
 
@@ -87,12 +92,12 @@ def test_a_sound_pass_and_its_observers() -> None:
     ],
 )
 def test_broken_passes_are_caught(edit: Edit, message: str) -> None:
-    with pytest.raises(VerifyError, match=message):
+    with pytest.raises(VerificationError, match=message):
         run_passes((Rewrite(edit),), graph())
 
 
 def test_a_pass_that_changes_its_input_is_caught() -> None:
-    with pytest.raises(VerifyError, match="changed its input"):
+    with pytest.raises(VerificationError, match="changed its input"):
         run_passes((Rewrite(tanh, copies=False),), graph())
 
 
@@ -102,3 +107,83 @@ def test_dump_by_environment(
     monkeypatch.setenv("FXMEM_DUMP", "1")
     run_passes((Rewrite(tanh),), graph())
     assert "# rewrite" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class RewriteJoint:
+    edit: Callable[[Joint], None]
+    name: str = "rewrite"
+
+    def run(self, joint: Joint, /) -> Joint:
+        joint = joint.copy()
+        self.edit(joint)
+        return joint
+
+
+def swapped_gradients(joint: Joint) -> None:
+    at = [i for i, g in enumerate(joint.grads) if g is not None]
+    a, b = at[:2]
+    joint.grads[a], joint.grads[b] = joint.grads[b], joint.grads[a]
+
+
+def other_output(joint: Joint) -> None:
+    joint.outputs[0] = joint.inputs[0]
+
+
+def lost_input(joint: Joint) -> None:
+    joint.inputs.pop()
+
+
+def missing_info(joint: Joint) -> None:
+    del joint.info[next(n for n in joint.graph.nodes if n.op == "call_function" and joint.info[n])]
+
+
+def untrue_info(joint: Joint) -> None:
+    node = joint.inputs[0]
+    joint.info[node] = TensorInfo((*joint.info[node].shape, T), joint.info[node].dtype)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (swapped_gradients, "the gradients"),
+        (other_output, "the outputs"),
+        (lost_input, "the inputs"),
+        (missing_info, "is noted as None"),
+        (untrue_info, "is noted as"),
+    ],
+)
+def test_broken_passes_over_joint_graphs_are_caught(
+    edit: Callable[[Joint], None], message: str
+) -> None:
+    joint = traced.region_codes("small")[-1].joint
+    run_passes((RewriteJoint(lambda joint: None),), joint)
+    with pytest.raises(VerificationError, match=message):
+        run_passes((RewriteJoint(edit),), joint)
+
+
+def test_sizes_are_compared_as_expressions() -> None:
+    env = ShapeEnv()
+    with _compat.FakeTensorMode(shape_env=env) as mode:
+        x = mode.from_tensor(torch.ones(5, 3), symbolic_context=None)
+        n = x.shape[0]
+        assert not isinstance(n, int), "the size is not symbolic"
+        assert _agree(torch.empty(2 * n + 2, 3), torch.empty((n + 1) * 2, 3))
+        assert not _agree(torch.empty(2 * n + 2, 3), torch.empty(2 * n + 3, 3))
+
+
+@pytest.mark.parametrize("name", traced.MODELS)
+def test_every_node_of_every_pass_is_true(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes as the compiler runs them, each result evaluated from its inputs on."""
+    monkeypatch.setenv("FXMEM_VERIFY", "full")
+    monkeypatch.setattr(compiled, "_CODES", {})
+    traced.region_codes.__wrapped__(name)
+
+
+def test_full_verification_sees_what_was_wrong_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = graph()
+    node(gm, "relu").meta["val"] = node(gm, "mm").meta["val"].to(torch.float64)
+    run_passes((Rewrite(lambda gm: None),), gm)
+    monkeypatch.setenv("FXMEM_VERIFY", "full")
+    with pytest.raises(VerificationError, match="the op gives"):
+        run_passes((Rewrite(lambda gm: None),), gm)
