@@ -24,7 +24,11 @@ def layer_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         kinds = {type(item) for item in child} if isinstance(child, nn.ModuleList) else set()
-        if isinstance(child, nn.ModuleList) and len(kinds) == 1 and any(child.parameters()):
+        if (
+            isinstance(child, nn.ModuleList)
+            and len(kinds) == 1
+            and next(child.parameters(), None) is not None
+        ):
             yield path, child
         else:
             yield from layer_lists(child, f"{path}.")
