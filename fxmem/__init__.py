@@ -9,10 +9,15 @@ if importlib.util.find_spec("fxmem.passes") is None:
     # a bare clone: passes/ and kernels/ stand beside this folder
     __path__.append(str(Path(__file__).parent.parent))
 
-from fxmem.api import backend, restore, transform
+from fxmem.api import backend, merge_low_rank, restore, transform
+from fxmem.blocks.optimizer import BlockAdamW
 from fxmem.errors import FxmemError
 from fxmem.explain import Report, explain
 from fxmem.plan import Plan, Stream
+from fxmem.plan_blocks import SGD, Blocks, LowRank, SignSGD
 
 __version__ = "0.1.0"
-__all__ = ["FxmemError", "Plan", "Report", "Stream", "backend", "explain", "restore", "transform"]
+__all__ = [
+    "SGD", "BlockAdamW", "Blocks", "FxmemError", "LowRank", "Plan", "Report", "SignSGD", "Stream",
+    "backend", "explain", "merge_low_rank", "restore", "transform",
+]  # fmt: skip

@@ -140,6 +140,8 @@ class RoleError(FxmemError):
     """A parameter has a role that the compiled step cannot honour."""
 
     default_advice = "give the parameter another role, or leave it out of the blocks"
+
+
 class BlockStateError(FxmemError):
     """Block training was asked for something its state does not allow."""
 

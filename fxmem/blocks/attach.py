@@ -17,6 +17,11 @@ def attach(model: nn.Module, state: Any) -> None:
     _STATES[model] = state
 
 
+def detach(model: nn.Module) -> None:
+    """Forget the state of `model`, if any."""
+    _STATES.pop(model, None)
+
+
 def state_of(model: nn.Module) -> Any:
     """The state attached to `model`.
 
@@ -24,5 +29,8 @@ def state_of(model: nn.Module) -> Any:
         NotTransformedError: nothing is attached.
     """
     if model not in _STATES:
-        raise NotTransformedError("this model has no block state")
+        raise NotTransformedError(
+            "this model has no block state",
+            advice="call fxmem.transform(model, fxmem.Plan(blocks=fxmem.Blocks(...))) first",
+        )
     return _STATES[model]

@@ -10,8 +10,7 @@ import random
 from dataclasses import dataclass
 
 from fxmem.errors import PlanError
-
-ORDERS = ("random", "ascending", "descending", "fixed")
+from fxmem.plan_blocks import ORDERS
 
 
 @dataclass(frozen=True, slots=True)
