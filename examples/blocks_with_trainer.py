@@ -53,8 +53,7 @@ def main() -> None:
         resumed = build()
         trainer(resumed, folder).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
         same = all(
-            torch.equal(a, b)
-            for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)
+            torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)
         )
         assert same, "a resumed run ends elsewhere"
         layers = [p for n, p in whole.named_parameters() if "layers" in n]

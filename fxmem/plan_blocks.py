@@ -200,7 +200,9 @@ class Blocks:
             options = dict(inactive)
             kind = options.pop("kind", None)
             if kind not in KINDS:
-                raise PlanError(f"kind of inactive is {kind!r}", advice=f"allowed: {', '.join(KINDS)}")
+                raise PlanError(
+                    f"kind of inactive is {kind!r}", advice=f"allowed: {', '.join(KINDS)}"
+                )
             values["inactive"] = KINDS[kind](**mapping(KINDS[kind], options))
         return cls(**values)
 

@@ -13,8 +13,17 @@ from sources import ROOT, imports, package_files
 # Lowest first. A name is a file or folder of fxmem/, or the root folders passes and kernels. Every
 # file must be listed; put a new one as low as its imports allow.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "runtime", "_compat", "_compat_measure", "_compat_memory", "explain_text",
-     "plan_checks", "plan_blocks"),
+    (
+        "errors",
+        "sizes",
+        "runtime",
+        "_compat",
+        "_compat_measure",
+        "_compat_memory",
+        "explain_text",
+        "plan_checks",
+        "plan_blocks",
+    ),
     ("plan", "axes", "rules", "measure"),
     ("capture", "preamble", "dropped"),
     ("regions", "joint"),

@@ -38,7 +38,9 @@ def create(model: nn.Module, plan: LowRank, names: set[str], seed: int) -> dict[
         dtype = torch.promote_types(p.dtype, torch.float32)
         gen = torch.Generator().manual_seed(random.Random(f"{seed}/{name}").getrandbits(62))
         bound = 1 / math.sqrt(p.shape[1])
-        down = torch.empty(plan.rank, p.shape[1], dtype=dtype).uniform_(-bound, bound, generator=gen)
+        down = torch.empty(plan.rank, p.shape[1], dtype=dtype).uniform_(
+            -bound, bound, generator=gen
+        )
         up = torch.zeros(p.shape[0], plan.rank, dtype=dtype)
         made[name] = Adapter(
             nn.Parameter(up.to(p.device)), nn.Parameter(down.to(p.device)), plan.alpha / plan.rank

@@ -42,7 +42,9 @@ class Estimate:
     def __str__(self) -> str:
         parts = ("weights", "block", "adapters", "gradient", "activations")
         rows = [f"{name:<12}{getattr(self, name) / 1e9:9.2f} GB" for name in parts]
-        rows.append(f"{'total':<12}{self.total / 1e9:9.2f} GB, with block {self.largest_block} active")
+        rows.append(
+            f"{'total':<12}{self.total / 1e9:9.2f} GB, with block {self.largest_block} active"
+        )
         return "\n".join(rows)
 
 
@@ -102,10 +104,10 @@ def _activations(model: nn.Module, tokens: int, chunk: int, dtype: torch.dtype) 
     lists = list(layer_lists(model))
     layers = [layer for _, children in lists for layer in children]
     # a norm is as wide as the state between layers; the widest of a layer counts
-    width = max((p.shape[0] for layer in layers for p in layer.parameters() if p.ndim == 1), default=0)
-    widest = max(
-        sum(p.shape[-2] for p in layer.parameters() if p.ndim >= 2) for layer in layers
+    width = max(
+        (p.shape[0] for layer in layers for p in layer.parameters() if p.ndim == 1), default=0
     )
+    widest = max(sum(p.shape[-2] for p in layer.parameters() if p.ndim >= 2) for layer in layers)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     vocab = max(
         (p.shape[0] for p in model.parameters() if p.ndim == 2 and id(p) not in inside), default=0

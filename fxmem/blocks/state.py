@@ -119,9 +119,7 @@ class BlockState(RoleTable):
             reached = self.plan.reach == "all" or self._order.get(p, -1) > first
             if name in active:
                 roles[p] = Role.ACTIVE
-            elif self.plan.inactive is None or name in frozen or not p.requires_grad:
-                roles[p] = Role.FROZEN
-            elif not reached:
+            elif self.plan.inactive is None or name in frozen or not p.requires_grad or not reached:
                 roles[p] = Role.FROZEN
             elif isinstance(self.plan.inactive, LowRank):
                 roles[p] = Role.LOW_RANK
