@@ -53,7 +53,7 @@ class BlockAdamW(torch.optim.Optimizer):
         }
         decayed = {n for n, _ in members["decay"]}
         members["no_decay"] = [(n, p) for n, p in named if n not in decayed]
-        self._names = {p: n for group in members.values() for n, p in group}
+        self._names: dict[Tensor, str] = {p: n for group in members.values() for n, p in group}
         rates = self._rates(lr)
         groups = [
             {"params": [p for _, p in members[kind]], "name": kind, "lr": rates[kind],

@@ -13,7 +13,7 @@ from fxmem.blocks import adapters as low_rank
 from fxmem.blocks.order import Schedule
 from fxmem.blocks.partition import build, fingerprint
 from fxmem.blocks.policies import Clip, Guard, check_world, mean_over_processes
-from fxmem.blocks.roles import Role, RoleTable
+from fxmem.blocks.roles import Adapter, Role, RoleTable
 from fxmem.blocks.rounding import key, stochastic_round
 from fxmem.errors import BlockStateError, PlanError
 from fxmem.plan_blocks import SGD, Blocks, LowRank, SignSGD
@@ -58,7 +58,7 @@ class BlockState(RoleTable):
         self._kept: dict[nn.Parameter, Tensor] = {}
         self._forwards = 0
         self._cache: dict[nn.Parameter, Role] = {}
-        self.adapters = {}
+        self.adapters: dict[str, Adapter] = {}
         if isinstance(plan.inactive, LowRank):
             names = {n for b in self.blocks for n in b.names} | set(self.parts.inactive)
             if not plan.update_head:
