@@ -9,7 +9,8 @@ if importlib.util.find_spec("fxmem.passes") is None:
     # a bare clone: passes/ and kernels/ stand beside this folder
     __path__.append(str(Path(__file__).parent.parent))
 
-from fxmem.api import backend, restore, transform
+from fxmem.api import backend, merge_low_rank, restore, transform
+from fxmem.blocks.optimizer import BlockAdamW
 from fxmem.errors import (
     BackwardTwiceError,
     CaptureError,
@@ -27,15 +28,19 @@ from fxmem.errors import (
 )
 from fxmem.explain import Report, explain
 from fxmem.plan import Plan, Stream
+from fxmem.plan_blocks import SGD, Blocks, LowRank, SignSGD
 
 __version__ = "0.1.0"
 __all__ = [
     "BackwardTwiceError",
+    "BlockAdamW",
+    "Blocks",
     "CaptureError",
     "DoubleBackwardError",
     "DroppedLogitsError",
     "FxmemError",
     "FxmemWarning",
+    "LowRank",
     "ModifiedParameterError",
     "MutationError",
     "NotTransformedError",
@@ -43,11 +48,14 @@ __all__ = [
     "PlanError",
     "Report",
     "RoleError",
+    "SGD",
+    "SignSGD",
     "Stream",
     "UnsupportedOpError",
     "VerificationError",
     "backend",
     "explain",
+    "merge_low_rank",
     "restore",
     "transform",
 ]

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmem import _compat
+from fxmem.blocks import adapters
+from fxmem.blocks.attach import attach, detach, state_of
 from fxmem.blocks.roles import RoleSource, RoleTable
+from fxmem.blocks.state import BlockState
 from fxmem.capture import has_varying_size
 from fxmem.compiled import CompiledGraph, compile_graph
 from fxmem.errors import (
@@ -111,6 +114,12 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a fxmem.Plan, not {type(plan).__name__}")
+    if plan.blocks is not None and isinstance(model, nn.parallel.DistributedDataParallel):
+        raise PlanError(
+            "DistributedDataParallel averages gradients after blocks have used them",
+            advice="give the wrapped model and Blocks(average=True)",
+        )
+    state = BlockState(model, plan.blocks) if plan.blocks is not None else None
     engine = Backend(plan)
     compiled = torch.compile(  # type: ignore[call-overload]  # options that the stub lacks
         _compat.call_impl(model), backend=engine, fullgraph=True, isolate_recompiles=True,
@@ -138,7 +147,24 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
 
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine
+    detach(model)
+    if state is not None:
+        attach(model, state)
+        use_roles(model, state.table)
     return model
+
+
+def merge_low_rank(model: nn.Module) -> int:
+    """Add the low-rank terms of ``Blocks(inactive=LowRank(...))`` to their weights, once, at the
+    end of training; in float32 or wider, then rounded to the weights' precision.
+
+    Returns:
+        The number of weights that changed.
+
+    Raises:
+        NotTransformedError: the model has no block state.
+    """
+    return adapters.merge(model, state_of(model).adapters)
 
 
 def use_roles(model: nn.Module, table: Callable[[], RoleTable | None]) -> None:
@@ -168,5 +194,6 @@ def restore(model: nn.Module) -> nn.Module:
     if model not in _TRANSFORMED:
         raise NotTransformedError(f"{type(model).__name__} was not transformed")
     _compat.unset_compiled_call(model)
+    detach(model)
     del _TRANSFORMED[model]
     return model

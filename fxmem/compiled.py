@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxmem import _compat, regions
 from fxmem import capture as cap
@@ -98,6 +98,7 @@ class CompiledGraph:
     ) -> None:
         self.roles = roles
         self.selected: list[Selection] = []
+        self._first_use: dict[str, int] | None = None
         self.capture, self.pre, self.calls, self.plan = capture, pre, calls, plan
         self.chunker, self.plain = chunker, plain
         self.whole_calls = 0
@@ -154,10 +155,25 @@ class CompiledGraph:
     def _step(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> Step:
         """Select the variant of every region for this call."""
         assert self.roles is not None
+        self._tell_order(table, env)
         codes = [(c.code, c.leaves, c.outputs) for c in self.calls]
         self.selected = select(codes, env, table, _adapted, armed=self.roles.armed)
         updates = any(s.updates for s in self.selected)
         return Step(table, updates, table.generation)
+
+    def _tell_order(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> None:
+        """Tell the table at which position of the graph each parameter is first read."""
+        if self._first_use is None:
+            at = {node: i for i, node in enumerate(self.capture.gm.graph.nodes)}
+            self._first_use = {
+                n.name: min((at[u] for u in n.users), default=len(at)) for n in self.capture.inputs
+            }
+        order = {
+            value: position
+            for name, position in self._first_use.items()
+            if isinstance(value := env.get(("input", name)), nn.Parameter)
+        }
+        table.tell_order(order)
 
     def _output(self, output: Any, env: dict[pre_.Leaf, Any]) -> Any:
         if isinstance(output, Dropped):

@@ -142,6 +142,10 @@ class RoleError(FxmemError):
     default_advice = "give the parameter another role, or leave it out of the blocks"
 
 
+class BlockStateError(FxmemError):
+    """Block training was asked for something its state does not allow."""
+
+
 class NotTransformedError(FxmemError):
     """A model that fxmem.transform has not seen was given where a transformed one is needed."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxmem import _compat, api
+from fxmem.blocks.estimate import Estimate, estimate
 from fxmem.blocks.report import RegionStep, region_steps
 from fxmem.capture import canonical_shape
 from fxmem.compiled import COUNTER, CompiledGraph, Dropped, RegionCall
@@ -107,6 +108,7 @@ class Report:
         whole: that call was too small to stream and ran as captured.
         dropped: outputs that do not leave the graph, as shapes.
         steps: with roles, what each region of the latest call runs, saves and learns, in order.
+        block_bytes: with blocks, bytes of training by formula, at the sizes of the latest call.
         predicted_peak_bytes: of one step, above parameters; None before the first step.
     """
 
@@ -120,6 +122,7 @@ class Report:
     captures: int = 0
     distinct_programs: int = 0
     steps: list[RegionStep] = field(default_factory=list)
+    block_bytes: Estimate | None = None
     traces: int = 0
     executed_bodies: int = 0
     whole_calls: int = 0
@@ -161,6 +164,11 @@ def explain(model: nn.Module | api.Backend) -> Report:
             raise NotTransformedError(f"{name} was not transformed")
         engine = found
     report = _report(name, engine.graphs)
+    if isinstance(model, nn.Module) and engine.plan.blocks is not None:
+        dtype = next(model.parameters()).dtype
+        sizes = report.sizes
+        tokens = sizes.get("B", 1) * sizes.get("T", 2048)
+        report.block_bytes = estimate(model, engine.plan.blocks, tokens, dtype=dtype)
     ran = [g for g in engine.graphs if g.sizes]
     if ran and ran[-1].selected:
         names = {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}

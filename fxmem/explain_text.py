@@ -22,6 +22,8 @@ def render(report: Report) -> str:
     if report.regions:
         parts.append(_regions(report.regions))
         parts.append(_loops(report.regions))
+    if report.block_bytes is not None:
+        parts.append(f"bytes of block training, by formula\n{report.block_bytes}")
     if report.steps:
         parts.append("\n".join(["regions of the latest step", *map(str, report.steps)]))
     parts.append(_barriers(report))

@@ -23,6 +23,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "_compat_memory",
         "_compat_inductor",
         "explain_text",
+        "plan_checks",
+        "plan_blocks",
     ),
     ("plan", "axes", "rules", "measure"),
     ("capture", "preamble", "dropped"),

@@ -128,7 +128,7 @@ def test_bad_words(cls: type, field: str, allowed: str, value: Any) -> None:
         ),
         (
             lambda: Plan(blocks="layer"),  # type: ignore[arg-type]
-            "Plan.blocks is 'layer', but blocks is not available in this version | leave it None",
+            "Plan.blocks is 'layer' | allowed values: None or fxmem.Blocks(...)",
         ),
         (
             lambda: Plan(prune=0.5),  # type: ignore[arg-type]

@@ -89,6 +89,9 @@ class RoleTable:
     def adapter(self, parameter: nn.Parameter) -> Adapter | None:
         return self._adapters.get(parameter)
 
+    def tell_order(self, first_use: Mapping[nn.Parameter, int]) -> None:
+        """Before the roles of a forward are read: where its graph first reads each parameter."""
+
     def update(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Change ``parameter`` in place; ``grad`` is its complete gradient of this backward and
         must not be written to.

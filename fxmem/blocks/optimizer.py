@@ -1,0 +1,207 @@
+"""AdamW on the active block, with float32 masters that live for one visit."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxmem.blocks.attach import state_of
+from fxmem.blocks.policies import mean_over_processes
+from fxmem.blocks.state import BlockState
+from fxmem.errors import BlockStateError
+from fxmem.plan_blocks import LowRank
+
+GROUPS = ("decay", "no_decay", "up", "down")
+
+
+class BlockAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) on the active block of a model with ``Plan(blocks=...)``.
+
+    Moments, bias correction and float32 masters restart at every visit (BAdam, arXiv 2404.02827).
+    Low-rank terms of inactive matrices learn by Adam whose moments stay for the run (BREAD). The
+    groups ``decay``, ``no_decay`` (fewer than two axes), ``up`` and ``down`` (low-rank terms) hold
+    everything that can learn and never change, so schedulers work as usual; the learning rate of
+    the first group over ``lr`` scales the updates of inactive weights.
+
+    Args:
+        model: a model from ``fxmem.transform`` with ``Plan(blocks=...)``.
+        lr: learning rate of the active block.
+        betas, eps, weight_decay: as in torch.optim.AdamW; low-rank terms do not decay.
+
+    Raises:
+        NotTransformedError: the model has no block state.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        self.blocks: BlockState = state_of(model)
+        named = [(n, p) for p, n in self.blocks.names.items() if p.requires_grad]
+        thin = 1 if self.blocks.plan.compat is None else -1
+        members: dict[str, list[tuple[str, nn.Parameter]]] = {
+            "decay": [(n, p) for n, p in named if p.ndim > thin and not _is_bias(n)],
+            "up": [(f"{n}.up", a.up) for n, a in self.blocks.adapters.items()],
+            "down": [(f"{n}.down", a.down) for n, a in self.blocks.adapters.items()],
+        }
+        decayed = {n for n, _ in members["decay"]}
+        members["no_decay"] = [(n, p) for n, p in named if n not in decayed]
+        self._names: dict[Tensor, str] = {p: n for group in members.values() for n, p in group}
+        rates = self._rates(lr)
+        groups = [
+            {"params": [p for _, p in members[kind]], "name": kind, "lr": rates[kind],
+             "weight_decay": weight_decay if kind == "decay" else 0.0}
+            for kind in GROUPS if members[kind]
+        ]  # fmt: skip
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+        self._base_lr = lr
+        self.blocks.lr_scale = self._lr_scale
+
+    def _rates(self, lr: float) -> dict[str, float]:
+        rates = {"decay": lr, "no_decay": lr}
+        plan = self.blocks.plan.inactive
+        if isinstance(plan, LowRank):
+            rates["down"] = lr if plan.lr is None else plan.lr
+            rates["up"] = plan.ratio * rates["down"]
+        return rates
+
+    def _lr_scale(self) -> float:
+        """The learning rate now over the one at the start; 0 where training starts at 0."""
+        now = float(self.param_groups[0]["lr"])
+        return now / self._base_lr if self._base_lr else 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step on the active block; at the end of a visit its state and gradients go.
+
+        A gradient that is not finite skips the step of the active block and of low-rank terms,
+        which still counts as a step of the schedule.
+
+        Raises:
+            BlockStateError: a closure was given.
+        """
+        if closure is not None:
+            raise BlockStateError("a closure would repeat updates made inside the backward")
+        blocks = self.blocks
+        blocks.finish_backwards()
+        active = blocks.active
+        pairs = [
+            (p, group)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and (group["name"] in ("up", "down") or self._names[p] in active)
+        ]
+        for p, _ in pairs:
+            assert p.grad is not None
+            if blocks.plan.average:
+                mean_over_processes(p.grad)
+            if blocks.plan.guard:
+                blocks.guard.check(p.grad)
+        if not (blocks.plan.guard and blocks.guard.raised()):
+            for p, group in pairs:
+                self._adamw(p, group, self._warmup(group))
+        # the user's zero_grad may know the model's parameters only
+        for group in self.param_groups:
+            if group["name"] in ("up", "down"):
+                for p in group["params"]:
+                    p.grad = None
+        if blocks.advance():
+            self._end_visit()
+
+    def _end_visit(self) -> None:
+        keep = set(self.blocks.parts.always)
+        restart = self.blocks.plan.compat is not None
+        for group in self.param_groups:
+            for p in group["params"]:
+                kept = group["name"] in ("up", "down") and not restart
+                if kept or self._names[p] in keep:
+                    continue
+                self.state.pop(p, None)
+                p.grad = None
+
+    def _warmup(self, group: dict[str, Any]) -> float:
+        steps = self.blocks.plan.warmup_after_switch
+        if not steps or group["name"] in ("up", "down"):
+            return 1.0
+        inside = self.blocks.schedule.visit(self.blocks.step)[1]
+        return min(1.0, (inside + 1) / steps)
+
+    def _adamw(self, p: Tensor, group: dict[str, Any], factor: float) -> None:
+        state = self.state[p]
+        wide = torch.promote_types(p.dtype, torch.float32)
+        if not state:
+            state["step"] = 0
+            # a weight in float32 or wider is its own master
+            if wide is not p.dtype:
+                state["master"] = p.detach().to(wide, copy=True)
+            state["m"], state["v"] = (torch.zeros_like(p, dtype=wide) for _ in range(2))
+        assert p.grad is not None
+        grad, (b1, b2), lr = p.grad.to(wide), group["betas"], group["lr"] * factor
+        state["step"] += 1
+        master, m, v = state.get("master", p), state["m"], state["v"]
+        master.mul_(1 - lr * group["weight_decay"])
+        m.lerp_(grad, 1 - b1)
+        v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        root = (v.sqrt() / (1 - b2 ** state["step"]) ** 0.5).add_(group["eps"])
+        master.addcdiv_(m, root, value=-lr / (1 - b1 ** state["step"]))
+        if master is not p:
+            p.copy_(master)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resume needs, as tensors and plain values; keyed by names."""
+        return {
+            "state": {self._names[p]: dict(entry) for p, entry in self.state.items()},
+            "param_groups": [
+                {k: [self._names[p] for p in v] if k == "params" else v for k, v in group.items()}
+                for group in self.param_groups
+            ],
+            "blocks": self.blocks.state_dict() | {"base_lr": self._base_lr},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict`; masters and moments keep their dtype.
+
+        Raises:
+            BlockStateError: it is of another partition, schedule or update; nothing is changed.
+        """
+        saved = state_dict.get("blocks")
+        if saved is None:
+            raise BlockStateError("the saved state is not of BlockAdamW")
+        self.blocks.check(saved)
+        groups = state_dict["param_groups"]
+        mine = {n: p for p, n in self._names.items()}
+        if [g["params"] for g in groups] != [
+            [self._names[p] for p in g["params"]] for g in self.param_groups
+        ]:
+            raise BlockStateError("the saved parameter groups hold other parameters")
+        # values may be this optimizer's own, so they are copied before anything is dropped
+        entries = {n: _copied(entry, mine[n]) for n, entry in state_dict["state"].items()}
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            group.update({k: deepcopy(v) for k, v in loaded.items() if k != "params"})
+        self.state.clear()
+        for n, entry in entries.items():
+            self.state[mine[n]] = entry
+        self._base_lr = float(saved["base_lr"])
+        self.blocks.load(saved)
+
+
+def _copied(entry: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    return {
+        k: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v
+        for k, v in entry.items()
+    }
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
+
+
+__all__ = ["BlockAdamW"]

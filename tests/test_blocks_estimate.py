@@ -1,0 +1,53 @@
+"""The estimate against published table values (BAdam, BREAD) on models without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from fxmem import SGD, Blocks, LowRank
+from fxmem.blocks.estimate import estimate
+from fxmem.errors import PlanError
+
+SIZES: dict[str, dict[str, Any]] = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+            "num_attention_heads": 64},
+}  # fmt: skip
+
+
+def llama(size: str) -> nn.Module:
+    config = tf.LlamaConfig(**SIZES[size], vocab_size=128256, num_key_value_heads=8)
+    with torch.device("meta"):
+        return tf.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "layer", "adapters", "dense", "head", "limit"),
+    [("8B", 19.55, 0.34, 0.117, 24.47, 24), ("70B", 154.80, 1.66, 0.470, 157.92, 300)],
+)
+def test_table_of_bytes(
+    size: str, layer: float, adapters: float, dense: float, head: float, limit: float
+) -> None:
+    net = llama(size)
+    plain = estimate(net, Blocks())
+    assert (plain.weights + plain.block) / 1e9 == pytest.approx(layer, abs=0.01)
+    whole = estimate(net, Blocks(outer="blocks"))
+    assert (whole.weights + whole.block) / 1e9 == pytest.approx(head, abs=0.01)
+    low = estimate(net, Blocks(inactive=LowRank(rank=8), update_head=False))
+    assert low.adapters / 1e9 == pytest.approx(adapters, abs=0.01)
+    frozen_head = estimate(net, Blocks(inactive=SGD(1e-5), outer="frozen"))
+    assert frozen_head.gradient / 1e9 == pytest.approx(dense, abs=0.001)
+    for found in (plain, low, frozen_head):
+        assert found.total / 1e9 < limit
+    assert "GB" in str(plain)
+
+
+def test_impossible_lengths_are_refused() -> None:
+    with pytest.raises(PlanError, match="tokens"):
+        estimate(llama("8B"), Blocks(), tokens=0)
