@@ -13,11 +13,14 @@ import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tomli_w
 
 from fxmem.errors import PlanError
+
+if TYPE_CHECKING:
+    from fxmem.prune.masks import Masks
 
 _T = TypeVar("_T")
 
@@ -85,6 +88,12 @@ def _tokens(field: str, value: object) -> None:
     )
 
 
+def _is_masks(value: object) -> bool:
+    from fxmem.prune.masks import Masks
+
+    return isinstance(value, Masks)
+
+
 @_refuse_unknown
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -139,7 +148,7 @@ class Plan:
     Attributes:
         stream: how to stream over the sequence; None leaves the sequence whole.
         blocks: block coordinate descent; not available in this version, must be None.
-        prune: structured pruning; not available in this version, must be None.
+        prune: masks of a smaller model (:class:`fxmem.Masks`); ``transform`` returns that model.
         lower: how chunk bodies run: ``"eager"`` calls PyTorch's own operators, ``"auto"`` takes
             the best available way.
 
@@ -149,7 +158,7 @@ class Plan:
 
     stream: Stream | None = None
     blocks: None = None
-    prune: None = None
+    prune: Masks | None = None
     lower: Literal["auto", "eager"] = "auto"
 
     def __post_init__(self) -> None:
@@ -158,7 +167,11 @@ class Plan:
                 f"Plan.stream is {self.stream!r}",
                 advice="allowed values: None or fxmem.Stream(...)",
             )
-        for name in ("blocks", "prune"):
+        if self.prune is not None and not _is_masks(self.prune):
+            raise PlanError(
+                f"Plan.prune is {self.prune!r}", advice="allowed values: None or fxmem.Masks"
+            )
+        for name in ("blocks",):
             if (value := getattr(self, name)) is not None:
                 raise PlanError(
                     f"Plan.{name} is {value!r}, but {name} is not available in this version",
@@ -169,7 +182,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as nested dicts of plain values, every field present."""
         stream = None if self.stream is None else self.stream.to_dict()
-        return {"stream": stream, "blocks": self.blocks, "prune": self.prune, "lower": self.lower}
+        prune = None if self.prune is None else self.prune.to_dict()
+        return {"stream": stream, "blocks": self.blocks, "prune": prune, "lower": self.lower}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -181,6 +195,10 @@ class Plan:
         values = _mapping(cls, data)
         if values.get("stream") is not None:
             values["stream"] = Stream.from_dict(values["stream"])
+        if values.get("prune") is not None:
+            from fxmem.prune.masks import Masks
+
+            values["prune"] = Masks.from_dict(values["prune"])
         return cls(**values)
 
     def to_toml(self) -> str:

@@ -179,10 +179,9 @@ class Walk:
         if start is not None and len(outs) == 1:
             lo, n = int(start), outs[0]
             parts = [x for x in (lo, n, sizes[0] - lo - n) if x]
-            try:
-                return [pick(first, tuple(parts))[1 if lo else 0]]
-            except IndexError:
-                raise IndexError((where, parts, lo, n, sizes)) from None
+            if not n:
+                return [()]
+            return [pick(first, tuple(parts))[1 if lo else 0]]
         fix(first, f"{where} changes the axis")
         return [fresh(outs[0], f"{where} changes the axis")]
 

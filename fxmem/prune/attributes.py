@@ -38,6 +38,8 @@ class SizeAttribute:
 
 
 Attributes = tuple[SizeAttribute, ...]
+_NONZERO: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
+"""Model -> unit kinds of which a layer must keep at least one."""
 _FOUND: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Attributes]] = (
     weakref.WeakKeyDictionary()
 )
@@ -45,7 +47,12 @@ searches = 0
 """Trial searches run in this process; a test counts them."""
 
 
-def remember(model: nn.Module, coupling: Coupling, found: Attributes) -> None:
+def remember(
+    model: nn.Module, coupling: Coupling, found: Attributes, source: nn.Module | None = None
+) -> None:
+    """Give ``model`` the attributes found on ``source``."""
+    if source is not None and source in _NONZERO:
+        _NONZERO[model] = _NONZERO[source]
     _FOUND.setdefault(model, {})[_key(model, coupling)] = found
 
 
@@ -95,7 +102,10 @@ def _candidates(model: nn.Module, group: UnitGroup) -> Iterator[SizeAttribute]:
     for path in sorted({".".join(p[:k]) for p in paths for k in range(shared, len(p) + 1)}):
         module = model.get_submodule(path)
         config = getattr(module, "config", None)
-        tables = [(False, vars(module)), (True, vars(config) if hasattr(config, "__dict__") else {})]
+        tables = [
+            (False, vars(module)),
+            (True, vars(config) if hasattr(config, "__dict__") else {}),
+        ]
         for in_config, table in tables:
             for key, value in table.items():
                 if type(value) is not int or key == "layer_idx" or value % group.size or not value:
@@ -133,8 +143,37 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
                 for m, table in before.values():
                     vars(m).update(table)
                 if good:
+                    _try_empty(model, coupling, kind, found, inputs)
                     return found
     raise MaskError(f"no choice of size attributes makes a model with fewer {kind} run exactly")
+
+
+def _try_empty(
+    model: nn.Module, coupling: Coupling, kind: str, found: Attributes, inputs: list[Tensor]
+) -> None:
+    """Note in ``_NONZERO`` whether layers with no unit of ``kind`` run exactly."""
+    masks = Masks.from_kept(coupling, {g.name: () for g in coupling.groups if g.kind == kind})
+    with masked(model, masks, coupling), streamable(model):
+        wanted = [model(input_ids=x, use_cache=False).logits for x in inputs]
+    small = shell(model, slices(coupling, masks))
+    apply(small, found, masks)
+    with evaluating(small), streamable(small):
+        if not _agrees(small, inputs, wanted):
+            _NONZERO[model] = _NONZERO.get(model, frozenset()) | {kind}
+
+
+def check_empty(model: nn.Module, coupling: Coupling, masks: Masks) -> None:
+    """Refuse masks that leave a layer no unit of a kind without which its forward fails.
+
+    Raises:
+        MaskError: naming the group.
+    """
+    for g in coupling.groups:
+        if g.kind in _NONZERO.get(model, ()) and not masks.kept(g.name):
+            raise MaskError(
+                f"{type(model).__name__} does not run with no unit of {g.name}",
+                advice="keep at least one unit of it",
+            )
 
 
 @contextlib.contextmanager

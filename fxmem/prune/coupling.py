@@ -42,7 +42,11 @@ def coupling(model: nn.Module, example: Tensor | None = None) -> Coupling:
             warnings.simplefilter("ignore")
             model.eval()
             program = torch.export.export(_Logits(model), (ids,), strict=False)
-            program = program.run_decompositions()
+            try:
+                program = program.run_decompositions()
+            except RuntimeError:
+                # a decomposition may give other strides than the op, and a later view then fails
+                program = program.run_decompositions({})
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be exported", reason=str(error).split("\n")[0]

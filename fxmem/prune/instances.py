@@ -17,8 +17,8 @@ from torch.func import functional_call
 
 from fxmem.errors import MaskError
 from fxmem.prune.attributes import Attributes, apply, attributes
-from fxmem.prune.materialize import coupling as couple
 from fxmem.prune.masks import Masks
+from fxmem.prune.materialize import coupling as couple
 from fxmem.prune.slicing import cut, slices
 from fxmem.prune.units import Coupling
 

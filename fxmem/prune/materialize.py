@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from fxmem.prune.attributes import apply, attributes, remember
+from fxmem.prune.attributes import apply, attributes, check_empty, remember
 from fxmem.prune.coupling import coupling as trace
 from fxmem.prune.masks import Masks, axis_keeps
 from fxmem.prune.slicing import shell, slices
@@ -87,8 +87,9 @@ def materialize(model: nn.Module, masks: Masks, coupling: Coupling | None = None
         coupling = trace(model) if made is None else reduced(*made)
     masks.check(coupling)
     found = attributes(model, coupling)
+    check_empty(model, coupling, masks)
     small = shell(model, slices(coupling, masks))
     apply(small, found, masks)
     mark(small, *((coupling, masks) if made is None else (made[0], masks.after(made[1]))))
-    remember(small, reduced(coupling, masks), found)
+    remember(small, reduced(coupling, masks), found, model)
     return small

@@ -181,13 +181,17 @@ def _fill(
         raise PruningFileError(f"{where / WEIGHTS} and the model differ in {odd[:3]}")
     wrong = [n for n, s in shapes.items() if n in tensors and tuple(tensors[n].shape) != s]
     if wrong:
-        raise PruningFileError(f"{where / WEIGHTS}: {wrong[0]} has {tuple(tensors[wrong[0]].shape)}")
+        raise PruningFileError(
+            f"{where / WEIGHTS}: {wrong[0]} has {tuple(tensors[wrong[0]].shape)}"
+        )
     made: dict[str, Any] = {}
     for name, t in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         if leaf in owner._parameters:
-            made[name] = owner._parameters[leaf] = nn.Parameter(t, requires_grad=t.is_floating_point())
+            made[name] = owner._parameters[leaf] = nn.Parameter(
+                t, requires_grad=t.is_floating_point()
+            )
         else:
             made[name] = owner._buffers[leaf] = t
     for name, source in ties.items():
