@@ -37,12 +37,12 @@ class Walk:
     def call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
             source = node.args[0]
-            got = self.axes.get(source)  # type: ignore[arg-type]
+            got = self.axes.get(source)
             self.axes[node] = got[node.args[1]] if isinstance(got, tuple) else None
             if self.axes[node] is None:
                 self.source(node, f"{source} has no labels")
             if source in self.origin:
-                self.origin[node] = self.origin[source]  # type: ignore[index]
+                self.origin[node] = self.origin[source]
             return
         if node.meta.get("val") is None:  # an assertion: nothing flows on from it
             self.axes[node] = None
@@ -92,9 +92,9 @@ class Walk:
     ) -> None:
         found: dict[str, list[tuple[Axis, fx.Node]]] = {}
         for n, dims in zip(values, sig.ins, strict=False):
-            for axis, dim in zip(self.axes[n], dims, strict=False):
+            for axis, dim in zip(self.axes[n], dims or (), strict=False):
                 self._operand(axis, dim, n, sig, found, where)
-        outs = sig.outs
+        outs: tuple[Any, ...] = sig.outs
         out_sizes: dict[str, list[int]] = {}
         for info, dims in zip(call.outs, outs, strict=False):
             if info is None or dims is None:
@@ -108,7 +108,7 @@ class Walk:
             if SOFTMAX in str(node.target) and letter not in sig.whole:
                 self.heads.append(entries[0][0])
         seen: dict[str, int] = {}
-        results = []
+        results: list[list[Axis] | None] = []
         for info, dims in zip(call.outs, outs, strict=False):
             if info is None or dims is None:
                 results.append(None)

@@ -44,7 +44,7 @@ def coupling(model: nn.Module, example: Tensor | None = None) -> Coupling:
             program = torch.export.export(_Logits(model), (ids,), strict=False)
             try:
                 program = program.run_decompositions()
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 # a decomposition may give other strides than the op, and a later view then fails
                 program = program.run_decompositions({})
     except Exception as error:

@@ -133,7 +133,7 @@ def _skeleton(where: Path, data: dict[str, Any], options: dict[str, Any]) -> nn.
         model: nn.Module = cls(config)
     path = where / "generation_config.json"
     if path.exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(where)  # type: ignore[assignment]
+        model.generation_config = transformers.GenerationConfig.from_pretrained(where)
     return model
 
 
@@ -150,7 +150,7 @@ class _MetaParameters:
                 p = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
             before(module, name, p)
 
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
 
     def __exit__(self, *_: object) -> None:
         nn.Module.register_parameter = self.before  # type: ignore[method-assign]
