@@ -9,6 +9,7 @@ import pytest
 import torch
 from prune_cases import CASES, build
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import fxmem
 from fxmem.prune import attributes
@@ -126,7 +127,7 @@ def test_transform_returns_the_smaller_model(llama: tuple[Any, fxmem.Coupling]) 
 def test_one_graph_for_many_sub_models(llama: tuple[Any, fxmem.Coupling]) -> None:
     model, units = llama
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     ids = torch.randint(3, 97, (2, 9))
     for _ in range(4):
         bools = {g.name: torch.rand(g.size) < 0.5 for g in units.groups}
