@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,58 @@ def test_bad_masks_are_named(llama: tuple[Any, fxmem.Coupling]) -> None:
         fxmem.materialize(model, fxmem.Masks("0" * 16, ()), units)
     counts = drawn(units, 0.5).rounded(units, 8).counts
     assert all(kept % 8 == 0 for name, (kept, _) in counts.items() if "mlp" in name)
+
+
+def test_state_of_the_module_is_kept(llama: tuple[Any, fxmem.Coupling]) -> None:
+    model, units = llama
+    model.lm_head.weight.requires_grad_(False)
+    model.train()
+    calls: list[int] = []
+    handle = model.model.norm.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        small: Any = fxmem.materialize(model, drawn(units, 0.5), units)
+        assert small.training and not small.lm_head.weight.requires_grad
+        assert next(small.parameters()).dtype == torch.float64
+        calls.clear()
+        small(input_ids=torch.randint(3, 97, (1, 5)))
+        assert calls == [1]
+    finally:
+        handle.remove()
+        model.eval()
+        model.lm_head.weight.requires_grad_(True)
+
+
+def test_smaller_model_streams(llama: tuple[Any, fxmem.Coupling]) -> None:
+    model, units = llama
+    masks = drawn(units, 0.5)
+    ids = torch.randint(3, 97, (2, 16))
+    plain: Any = fxmem.transform(model, fxmem.Plan(prune=masks))
+    plan = fxmem.Plan(stream=fxmem.Stream(chunk=4, loss_chunk=4), prune=masks)
+    streamed: Any = fxmem.transform(model, plan)
+    for m in (plain, streamed):
+        m.train()
+        m(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for a, b in zip(plain.parameters(), streamed.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert (a.grad - b.grad).abs().max() < 1e-10 * max(1.0, float(a.grad.abs().max()))
+
+
+def test_fresh_process_loads_equal_logits(
+    llama: tuple[Any, fxmem.Coupling], tmp_path: Path
+) -> None:
+    model, units = llama
+    bools = {g.name: torch.rand(g.size) < 0.5 for g in units.groups}
+    bools[units.groups[0].name][:] = False  # a layer with no heads
+    small: Any = fxmem.materialize(model, fxmem.Masks.from_bools(units, bools), units)
+    fxmem.save_pretrained(small, tmp_path)
+    ids = torch.randint(3, 97, (2, 9))
+    torch.save(ids, tmp_path / "ids.pt")
+    code = (
+        "import sys, torch, fxmem; d = sys.argv[1]; torch.set_num_threads(int(sys.argv[2])); "
+        "m = fxmem.from_pretrained(d); ids = torch.load(d + '/ids.pt'); "
+        "torch.save(m(input_ids=ids).logits.detach(), d + '/out.pt')"
+    )
+    threads = str(torch.get_num_threads())
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), threads], check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "out.pt"), small(input_ids=ids).logits)

@@ -2,8 +2,8 @@
 
 The folder holds the dense ``config.json``, the cut weights in the safetensors format, and
 ``pruning.json`` with the shapes, the kept indices and the size attributes. The architecture named
-in the config is ``Pruned<name>``, which transformers does not know, and every weight carries the
-prefix ``pruned.``: a plain ``from_pretrained`` cannot take the folder for a dense model.
+in the config is ``Pruned<name>`` of a model type that transformers does not know, and the weights
+have a file name of their own: a plain ``from_pretrained`` cannot take the folder for a dense model.
 """
 
 from __future__ import annotations
