@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from double import everything_in_double
 from prune_cases import CASES, build
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -71,7 +72,7 @@ def test_masked_equals_sliced(name: str, attention: str) -> None:
     for keep in (0.6, 0.3):
         check(model, units, drawn(units, keep))
     none = fxmem.Masks.from_kept(units, {g.name: () for g in units.groups})
-    if name == "gpt2":  # its split and its Conv1D view fail on no elements
+    if name in ("gpt2", "opt"):  # their split and views fail on no elements
         with pytest.raises(fxmem.MaskError, match="does not run with no unit"):
             fxmem.materialize(model, none, units)
     else:
@@ -219,9 +220,10 @@ def test_smaller_model_streams(llama: tuple[Any, fxmem.Coupling]) -> None:
     plain: Any = fxmem.transform(model, fxmem.Plan(prune=masks))
     plan = fxmem.Plan(stream=fxmem.Stream(chunk=4, loss_chunk=4), prune=masks)
     streamed: Any = fxmem.transform(model, plan)
-    for m in (plain, streamed):
-        m.train()
-        m(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with everything_in_double():
+        for m in (plain, streamed):
+            m.train()
+            m(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     for a, b in zip(plain.parameters(), streamed.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None
         assert (a.grad - b.grad).abs().max() < 1e-10 * max(1.0, float(a.grad.abs().max()))

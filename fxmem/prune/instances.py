@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fxmem import _compat
 from fxmem.errors import MaskError
 from fxmem.prune.attributes import Attributes, apply, attributes
 from fxmem.prune.masks import Masks
@@ -66,7 +67,7 @@ class Instances:
             t = t.to(self.device)
             for axis in range(t.dim()):
                 if (name, axis) in self.cut_axes and t.shape[axis] > 1:
-                    torch._dynamo.mark_dynamic(t, axis)
+                    _compat.mark_axis_dynamic(t, axis)
             values[name] = t
         self.instantiations += 1
 
