@@ -18,6 +18,7 @@ from fxmem.errors import (
     DroppedLogitsError,
     FxmemError,
     FxmemWarning,
+    MaskError,
     ModifiedParameterError,
     MutationError,
     NotTransformedError,
@@ -29,6 +30,12 @@ from fxmem.errors import (
 from fxmem.explain import Report, explain
 from fxmem.plan import Plan, Stream
 from fxmem.plan_blocks import SGD, Blocks, LowRank, SignSGD
+from fxmem.prune.instances import instantiate
+from fxmem.prune.masks import Masks
+from fxmem.prune.materialize import coupling, materialize
+from fxmem.prune.oracle import masked
+from fxmem.prune.saving import from_pretrained, save_pretrained
+from fxmem.prune.units import Coupling, UnitGroup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,11 +43,14 @@ __all__ = [
     "BlockAdamW",
     "Blocks",
     "CaptureError",
+    "Coupling",
     "DoubleBackwardError",
     "DroppedLogitsError",
     "FxmemError",
     "FxmemWarning",
     "LowRank",
+    "MaskError",
+    "Masks",
     "ModifiedParameterError",
     "MutationError",
     "NotTransformedError",
@@ -51,11 +61,18 @@ __all__ = [
     "SGD",
     "SignSGD",
     "Stream",
+    "UnitGroup",
     "UnsupportedOpError",
     "VerificationError",
     "backend",
+    "coupling",
     "explain",
+    "from_pretrained",
+    "instantiate",
+    "masked",
+    "materialize",
     "merge_low_rank",
     "restore",
+    "save_pretrained",
     "transform",
 ]

@@ -28,9 +28,9 @@ __all__ = [
     "BackendCompilerFailed",
     "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDynamoException",
     "ambient_autocast", "call_impl", "compile_times", "dynamic_inputs", "fake_mode_of",
-    "functional", "input_name", "is_checkpoint", "is_control_node", "make_fx", "mark_dynamic",
-    "origin", "restart_capture", "set_compiled_call", "storage_key", "traced", "tree_leaves",
-    "unset_compiled_call", "wrapper_tensor",
+    "functional", "input_name", "is_checkpoint", "is_control_node", "make_fx", "mark_axis_dynamic",
+    "mark_dynamic", "origin", "restart_capture", "set_compiled_call", "storage_key", "traced",
+    "tree_leaves", "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
 
 
@@ -48,6 +48,11 @@ def mark_dynamic(tensor: torch.Tensor) -> bool:
     for d in fresh:
         torch._dynamo.maybe_mark_dynamic(tensor, d)
     return bool(fresh)
+
+
+def mark_axis_dynamic(tensor: torch.Tensor, axis: int) -> None:
+    """Demand that one axis is a symbolic size; a graph that fixes it is an error."""
+    torch._dynamo.mark_dynamic(tensor, axis)
 
 
 def dynamic_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from fxmem.errors import (
 )
 from fxmem.experts import streamable
 from fxmem.plan import Plan, Stream, check_names
+from fxmem.prune.materialize import materialize
 
 
 class Backend:
@@ -110,10 +112,16 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
     """Make training steps of ``model`` follow ``plan``; returns the same module, changed in place.
 
     Class, parameters, ``state_dict``, ``save_pretrained`` and ``generate`` stay as they are. Calls
-    without gradients (evaluation, generation) run the original forward.
+    without gradients (evaluation, generation) run the original forward. With ``plan.prune`` the
+    result is a new, smaller model and the given one stays as it is.
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a fxmem.Plan, not {type(plan).__name__}")
+    if plan.prune is not None:
+        model = materialize(model, plan.prune)
+        plan = replace(plan, prune=None)
+        if plan.stream is None and plan.blocks is None:
+            return model
     if plan.blocks is not None and isinstance(model, nn.parallel.DistributedDataParallel):
         raise PlanError(
             "DistributedDataParallel averages gradients after blocks have used them",

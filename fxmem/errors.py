@@ -168,3 +168,13 @@ class FetchError(FxmemError):
 
 class FxmemWarning(UserWarning):
     """Something is exact but not as lean as asked for, such as an op that runs whole."""
+
+
+class MaskError(FxmemError, ValueError):
+    """Masks do not fit the model, or a smaller model would not equal the masked one."""
+
+
+class PruningFileError(FxmemError, ValueError):
+    """The files of a saved smaller model are missing, damaged or do not fit together."""
+
+    default_advice = "save the model again with fxmem.save_pretrained"

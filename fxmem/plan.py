@@ -11,13 +11,22 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tomli_w
 
 from fxmem.errors import PlanError
 from fxmem.plan_blocks import Blocks
 from fxmem.plan_checks import check_names, choice, mapping, refuse_unknown, tokens, without_none
+
+if TYPE_CHECKING:
+    from fxmem.prune.masks import Masks
+
+
+def _is_masks(value: object) -> bool:
+    from fxmem.prune.masks import Masks
+
+    return isinstance(value, Masks)
 
 
 @refuse_unknown
@@ -74,7 +83,7 @@ class Plan:
     Attributes:
         stream: how to stream over the sequence; None leaves the sequence whole.
         blocks: train one block at a time with `fxmem.BlockAdamW`; None trains as usual.
-        prune: structured pruning; not available in this version, must be None.
+        prune: masks of a smaller model (:class:`fxmem.Masks`); ``transform`` returns that model.
         lower: how chunk bodies run. ``"eager"`` calls PyTorch's own operators; ``"inductor"``
             compiles each distinct body once, for all lengths, at its first call; ``"triton"`` puts
             fxmem's kernels where one fits and can run on the device, and PyTorch's operators
@@ -86,7 +95,7 @@ class Plan:
 
     stream: Stream | None = None
     blocks: Blocks | None = None
-    prune: None = None
+    prune: Masks | None = None
     lower: Literal["auto", "eager", "inductor", "triton"] = "auto"
 
     def __post_init__(self) -> None:
@@ -95,24 +104,23 @@ class Plan:
                 f"Plan.stream is {self.stream!r}",
                 advice="allowed values: None or fxmem.Stream(...)",
             )
+        if self.prune is not None and not _is_masks(self.prune):
+            raise PlanError(
+                f"Plan.prune is {self.prune!r}", advice="allowed values: None or fxmem.Masks"
+            )
         if self.blocks is not None and not isinstance(self.blocks, Blocks):
             raise PlanError(
                 f"Plan.blocks is {self.blocks!r}",
                 advice="allowed values: None or fxmem.Blocks(...)",
             )
-        for name in ("prune",):
-            if (value := getattr(self, name)) is not None:
-                raise PlanError(
-                    f"Plan.{name} is {value!r}, but {name} is not available in this version",
-                    advice="leave it None",
-                )
         choice("Plan.lower", self.lower, ("auto", "eager", "inductor", "triton"), ())
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as nested dicts of plain values, every field present."""
         stream = None if self.stream is None else self.stream.to_dict()
         blocks = None if self.blocks is None else self.blocks.to_dict()
-        return {"stream": stream, "blocks": blocks, "prune": self.prune, "lower": self.lower}
+        prune = None if self.prune is None else self.prune.to_dict()
+        return {"stream": stream, "blocks": blocks, "prune": prune, "lower": self.lower}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -126,6 +134,10 @@ class Plan:
             values["stream"] = Stream.from_dict(values["stream"])
         if values.get("blocks") is not None:
             values["blocks"] = Blocks.from_dict(values["blocks"])
+        if values.get("prune") is not None:
+            from fxmem.prune.masks import Masks
+
+            values["prune"] = Masks.from_dict(values["prune"])
         return cls(**values)
 
     def to_toml(self) -> str:

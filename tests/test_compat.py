@@ -246,3 +246,19 @@ def test_storage_watch_asks_what_an_op_needs_inside() -> None:
     with _compat.FakeTensorMode(), StorageWatch(lambda op, args: 7) as watch:
         torch.empty(1)
     assert watch.peak == 11
+
+
+def test_mark_axis_dynamic_makes_one_axis_symbolic() -> None:
+    seen: list[torch.Size] = []
+
+    def record(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
+        seen.extend(
+            n.meta["example_value"].shape for n in gm.graph.nodes
+            if n.op == "placeholder" and isinstance(n.meta["example_value"], torch.Tensor)
+        )  # fmt: skip
+        return gm.forward
+
+    tensor = torch.ones(4, 6)
+    _compat.mark_axis_dynamic(tensor, 1)
+    torch.compile(lambda t: t * 2, backend=record)(tensor)
+    assert [isinstance(n, torch.SymInt) for n in seen[0]] == [False, True]

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("regions", "joint"),
     ("labels", "schedule", "program", "emit", "chunks", "packing", "region_code"),
     ("pipeline", "verify", "passes", "kernels", "masks", "profile", "experts"),
+    ("prune",),
     ("inductor", "lowering", "executor", "blocks", "compiled", "memory", "explain", "api"),
     ("__init__",),
     ("isolate", "trial", "demo", "cli"),

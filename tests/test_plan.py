@@ -132,7 +132,7 @@ def test_bad_words(cls: type, field: str, allowed: str, value: Any) -> None:
         ),
         (
             lambda: Plan(prune=0.5),  # type: ignore[arg-type]
-            "Plan.prune is 0.5, but prune is not available in this version | leave it None",
+            "Plan.prune is 0.5 | allowed values: None or fxmem.Masks",
         ),
     ],
 )
