@@ -136,6 +136,10 @@ class PlanError(FxmemError, ValueError):
     """A plan or an option has an unknown name or an impossible value."""
 
 
+class BudgetError(FxmemError, ValueError):
+    """A pruning budget cannot be met, or a search has nothing to measure it by."""
+
+
 class NotTransformedError(FxmemError):
     """A model that fxmem.transform has not seen was given where a transformed one is needed."""
 

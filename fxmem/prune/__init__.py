@@ -1,0 +1,1 @@
+"""Structured pruning: coupling, sub-models and mask search."""
