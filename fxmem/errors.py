@@ -140,6 +140,12 @@ class BudgetError(FxmemError, ValueError):
     """A pruning budget cannot be met, or a search has nothing to measure it by."""
 
 
+class DivergedError(FxmemError):
+    """Ranks that must hold equal values do not."""
+
+    default_advice = "give every rank the same model, batches and options, in the same order"
+
+
 class NotTransformedError(FxmemError):
     """A model that fxmem.transform has not seen was given where a transformed one is needed."""
 

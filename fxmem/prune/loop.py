@@ -239,7 +239,9 @@ class Loop:
     def _rate(self) -> float:
         if self.options.decay == "none":
             return self.options.lr
-        return self.options.lr * 0.5 * (1 + math.cos(math.pi * (self.done - 1) / self.options.steps))
+        return (
+            self.options.lr * 0.5 * (1 + math.cos(math.pi * (self.done - 1) / self.options.steps))
+        )
 
     # -- store and resume
 
