@@ -19,7 +19,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("regions", "joint"),
     ("labels", "schedule", "program", "emit", "chunks", "packing", "region_code"),
     ("pipeline", "verify", "passes", "kernels", "masks", "profile", "experts"),
-    ("prune", "executor", "compiled", "memory", "explain", "api"),
+    ("prune",),
+    ("executor", "compiled", "memory", "explain", "api"),
     ("__init__",),
     ("isolate", "trial", "demo", "cli"),
 )

@@ -26,7 +26,7 @@ class Unit:
     layer: int
     size: int
     cost: int
-    consumer: str
+    consumer: tuple[Any, ...]
 
 
 def llama(channels: int = 16) -> nn.Module:
@@ -38,12 +38,18 @@ def llama(channels: int = 16) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def _at(name: str, width: int) -> tuple[Any, ...]:
+    return ((name, 1, (("outer", width, 0),)),)
+
+
 def units(channels: int) -> list[Unit]:
     out = []
     for i in range(2):
         base = f"model.layers.{i}"
-        out.append(Unit(f"heads{i}", "heads", i, 4, 1024, f"{base}.self_attn.o_proj.weight"))
-        out.append(Unit(f"mlp{i}", "mlp", i, channels, 96, f"{base}.mlp.down_proj.weight"))
+        out.append(
+            Unit(f"heads{i}", "heads", i, 4, 1024, _at(f"{base}.self_attn.o_proj.weight", 8))
+        )
+        out.append(Unit(f"mlp{i}", "mlp", i, channels, 96, _at(f"{base}.mlp.down_proj.weight", 1)))
     return out
 
 
@@ -54,7 +60,7 @@ def by_hooks(model: nn.Module, groups: list[Unit]) -> Callable[[dict[str, Tensor
         def loss(batch: dict[str, Tensor]) -> float:
             handles = []
             for group in groups:
-                module = model.get_submodule(group.consumer.rpartition(".")[0])
+                module = model.get_submodule(group.consumer[0][0].rpartition(".")[0])
                 width = module.weight.shape[1] // group.size
                 scale = bools[group.name].float().repeat_interleave(width)
                 handles.append(
@@ -93,7 +99,7 @@ def test_planted_units_are_found() -> None:
     g = torch.Generator().manual_seed(5)
     live = {}
     for group in groups:
-        weight = model.get_parameter(group.consumer)
+        weight = model.get_parameter(group.consumer[0][0])
         kept = torch.zeros(group.size, dtype=torch.bool)
         kept[torch.randperm(group.size, generator=g)[: group.size // 2]] = True
         weight.data *= kept.repeat_interleave(weight.shape[1] // group.size)
@@ -180,7 +186,7 @@ def test_taylor_is_the_squared_derivative_by_the_mask() -> None:
 
 
 def test_blocks_join_neighbours_in_importance() -> None:
-    group = Unit("m", "mlp", 0, 128, 3, "w")
+    group = Unit("m", "mlp", 0, 128, 3, ())
     values = {"m": torch.randperm(128, generator=torch.Generator().manual_seed(0)).double()}
     space = Space.build([group], Prune(block=32), values)
     assert space.cost.tolist() == [96.0] * 4
@@ -196,3 +202,20 @@ def test_bad_requests_are_named() -> None:
         importance(llama(), [], units(16), "wanda")
     with pytest.raises(BudgetError, match="group"):
         Space.build([], Prune(), {})
+
+
+def test_search_on_the_public_interface() -> None:
+    import fxmem
+
+    model, data = llama(), batches()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    masks = fxmem.search(model, data, Prune(steps=4, samples=2, age=2, block=2))
+    small = fxmem.materialize(model, masks)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert bool(torch.isfinite(small(**data[0]).loss))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    values, baseline = fxmem.score(model, data, "wanda")
+    kept = {name: len(baseline.kept(name)) for name in values}
+    assert 0 < sum(kept.values()) < sum(len(v) for v in values.values())
+    with pytest.raises(PlanError, match="kind"):
+        fxmem.search(model, data, Prune(kinds=("feathers",)))

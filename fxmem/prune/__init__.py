@@ -1,1 +1,1 @@
-"""Structured pruning: coupling, sub-models and mask search."""
+"""Structured pruning: coupled units of a model, masks over them, really smaller sub-models."""

@@ -13,7 +13,7 @@ MLP's output projection):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fxmem.errors import PlanError, UnsupportedOpError
 from fxmem.prune.space import Group
+from fxmem.prune.units import Path
 
 METHODS = ("magnitude", "wanda", "taylor", "random")
 
@@ -58,37 +59,46 @@ def importance(
         }
     if method == "taylor":
         return _taylor(model, batches, groups)
-    weights = {}
-    for group in groups:
-        module, weight = _consumer(model, group)
-        weights[group.name] = _columns(weight, group, input_axis(module, weight))
     if method == "magnitude":
-        return {name: w.abs().sum((0, 2)).double().cpu() for name, w in weights.items()}
+        return _summed(groups, lambda name, axis: _lines(model, name, axis).abs().sum(0))
     norms = _input_norms(model, batches, groups)
+    return _summed(
+        groups,
+        lambda name, axis: _lines(model, name, axis).abs().mean(0).double().cpu() * norms[name],
+    )
+
+
+def _summed(groups: Sequence[Group], line: Callable[[str, int], Tensor]) -> dict[str, Tensor]:
+    """Values per position of the consumers' input axes, summed over each unit's positions."""
     out = {}
     for group in groups:
-        mean = weights[group.name].abs().mean(0)
-        norm = norms[group.name].view(group.size, -1).to(mean.device)
-        out[group.name] = (mean * norm).sum(1).double().cpu()
+        total = torch.zeros(group.size + 1, dtype=torch.float64)
+        for name, axis, path in group.consumer:
+            values = line(name, axis).double().cpu()
+            total.index_add_(0, unit_of(len(values), path, group.size), values)
+        out[group.name] = total[: group.size]
     return out
 
 
-def _consumer(model: nn.Module, group: Group) -> tuple[nn.Module, Tensor]:
-    path, _, name = group.consumer.rpartition(".")
-    module = model.get_submodule(path)
-    return module, getattr(module, name).detach()
+def unit_of(length: int, path: Path, size: int) -> Tensor:
+    """The unit of each position of an axis, int (length,); `size` where it belongs to none."""
+    index, before, after = torch.arange(length), 1, 1
+    for kind, a, b in path:
+        if kind == "segment":
+            index = index[a : a + b]
+        elif kind == "inner":
+            before = a
+        else:
+            after = a
+    owner = torch.full((length,), size)
+    owner[index] = torch.arange(size).view(1, size, 1).expand(before, size, after).reshape(-1)
+    return owner
 
 
-def input_axis(module: nn.Module, weight: Tensor) -> int:
-    """The axis of a weight that meets the input: the last, except where `in_features` says so."""
-    # transformers' Conv1D keeps [in, out] and names its output size nf.
-    return 0 if getattr(module, "nf", None) == weight.shape[-1] and weight.dim() == 2 else -1
-
-
-def _columns(weight: Tensor, group: Group, axis: int = -1) -> Tensor:
-    """A weight as (rest, size, columns per unit), float32 or better."""
-    moved = weight.movedim(axis, -1).reshape(-1, weight.shape[axis])
-    return moved.unflatten(1, (group.size, -1))
+def _lines(model: nn.Module, name: str, axis: int) -> Tensor:
+    """A weight as (everything else, input positions)."""
+    weight = model.get_parameter(name).detach().movedim(axis, -1)
+    return weight.reshape(-1, weight.shape[-1])
 
 
 @contextmanager
@@ -109,24 +119,26 @@ def _input_norms(
     sums: dict[str, Tensor] = {}
     handles = []
 
-    def watch(group: Group, module: nn.Module, features: int) -> None:
+    def watch(name: str, axis: int) -> None:
+        module = model.get_submodule(name.rpartition(".")[0])
+        weight = model.get_parameter(name)
+
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0] if args and isinstance(args[0], Tensor) else None
-            if x is None or x.shape[-1] != features:
+            if x is None or weight.dim() != 2 or x.shape[-1] != weight.shape[axis]:
                 raise UnsupportedOpError(
                     "the input of this weight is not the input of its module",
-                    module=group.consumer,
+                    module=name,
                     advice='use the "taylor" or "magnitude" importance for these units',
                 )
-            square = x.detach().double().square().flatten(0, -2).sum(0)
-            sums[group.name] = sums.get(group.name, 0) + square  # type: ignore[arg-type]
+            square = x.detach().double().square().flatten(0, -2).sum(0).cpu()
+            sums[name] = sums[name] + square if name in sums else square
 
         handles.append(module.register_forward_pre_hook(hook))
 
     try:
-        for group in groups:
-            module, weight = _consumer(model, group)
-            watch(group, module, weight.shape[input_axis(module, weight)])
+        for name, axis in _consumers(groups).items():
+            watch(name, axis)
         with torch.no_grad(), _evaluating(model):
             for batch in batches:
                 model(**batch)
@@ -136,24 +148,31 @@ def _input_norms(
     return {name: total.sqrt() for name, total in sums.items()}
 
 
+def _consumers(groups: Sequence[Group]) -> dict[str, int]:
+    return {name: axis for group in groups for name, axis, _ in group.consumer}
+
+
 def _taylor(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], groups: Sequence[Group]
 ) -> dict[str, Tensor]:
     """Only the consumers get gradients, so the backward keeps little more than activations."""
-    consumers = {group.name: model.get_parameter(group.consumer) for group in groups}
+    axes = _consumers(groups)
+    wanted = {name: model.get_parameter(name) for name in axes}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     total = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
-    wanted = {id(p) for p in consumers.values()}
     try:
         for p, _ in flags:
-            p.requires_grad_(id(p) in wanted)
+            p.requires_grad_(any(p is consumer for consumer in wanted.values()))
         with _evaluating(model), torch.enable_grad():
             for batch in batches:
-                grads = torch.autograd.grad(model(**batch).loss, list(consumers.values()))
-                for group, grad in zip(groups, grads, strict=True):
-                    module, weight = _consumer(model, group)
-                    product = _columns(weight * grad, group, input_axis(module, weight))
-                    total[group.name] += product.sum((0, 2)).double().cpu().square()
+                grads = torch.autograd.grad(model(**batch).loss, list(wanted.values()))
+                lines = {
+                    name: (wanted[name].detach() * grad).movedim(axis, -1).flatten(0, -2).sum(0)
+                    for (name, axis), grad in zip(axes.items(), grads, strict=True)
+                }
+                changes = _summed(groups, lambda name, axis, lines=lines: lines[name])  # type: ignore[misc]
+                for name, change in changes.items():
+                    total[name] += change.square()
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)

@@ -13,17 +13,24 @@ from torch import Tensor
 from fxmem.errors import BudgetError
 from fxmem.prune.options import Prune
 from fxmem.prune.projection import top
+from fxmem.prune.units import Member
 
 
 class Group(Protocol):
     """What a search needs of one group of coupled units (`fxmem.coupling`)."""
 
-    name: str
-    kind: str
-    layer: int
-    size: int
-    cost: int
-    consumer: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def cost(self) -> int: ...
+    @property
+    def consumer(self) -> tuple[Member, ...]: ...
 
 
 FINE = 64
