@@ -22,7 +22,7 @@ from fxmem.prune.units import Coupling, UnitGroup
 
 __version__ = "0.1.0"
 __all__ = [
-    "Coupling", "FxmemError", "MaskError", "Masks", "Plan", "Prune", "Report", "Stream", "UnitGroup",
-    "backend", "coupling", "explain", "masked", "materialize", "restore", "score",
+    "Coupling", "FxmemError", "MaskError", "Masks", "Plan", "Prune", "Report", "Stream",
+    "UnitGroup", "backend", "coupling", "explain", "masked", "materialize", "restore", "score",
     "search", "transform",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from fxmem.errors import PlanError
 from fxmem.prune import session
 from fxmem.prune.coupling import coupling
 from fxmem.prune.distributed import Ranks
+from fxmem.prune.loop import Loss
 from fxmem.prune.masks import Masks
 from fxmem.prune.materialize import materialize
 from fxmem.prune.options import Prune
@@ -104,7 +105,7 @@ def _chosen(coupled: Coupling, options: Prune) -> list[Any]:
     ]
 
 
-def _instantiate(model: nn.Module, coupled: Coupling, masks: Masks) -> session.Loss:
+def _instantiate(model: nn.Module, coupled: Coupling, masks: Masks) -> Loss:
     small = materialize(model, masks, coupled).eval()
 
     def loss(batch: Mapping[str, Any]) -> float:
