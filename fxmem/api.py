@@ -11,9 +11,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmem import _compat
+from fxmem.blocks.roles import RoleSource, RoleTable
 from fxmem.capture import has_varying_size
 from fxmem.compiled import CompiledGraph, compile_graph
-from fxmem.errors import CaptureError, FxmemError, FxmemWarning, NotTransformedError, PlanError
+from fxmem.errors import (
+    CaptureError,
+    FxmemError,
+    FxmemWarning,
+    NotTransformedError,
+    PlanError,
+    RoleError,
+)
 from fxmem.experts import streamable
 from fxmem.plan import Plan, Stream, check_names
 
@@ -21,8 +29,8 @@ from fxmem.plan import Plan, Stream, check_names
 class Backend:
     """A Dynamo backend for one plan; ``graphs`` are the captures it has compiled."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, roles: RoleSource | None = None) -> None:
+        self.plan, self.roles = plan, roles
         self.graphs: list[CompiledGraph] = []
 
     def __call__(
@@ -31,7 +39,7 @@ class Backend:
         learns = torch.is_grad_enabled() and any(
             isinstance(v, Tensor) and v.requires_grad for v in example_inputs
         )
-        if not learns or self.plan.stream is None:
+        if not learns or (self.plan.stream is None and self.roles is None):
             return gm.forward
         symbolic = any(isinstance(v, torch.SymInt) for v in example_inputs)
         # a list: every input is marked, not only the first
@@ -39,11 +47,13 @@ class Backend:
             [_compat.mark_dynamic(t) for t in _compat.dynamic_inputs(gm, example_inputs)]
         ):
             _compat.restart_capture("fxmem streams a symbolic length")
+        if not has_varying_size(gm) and self.roles is not None:
+            return _raiser(RoleError(NOT_STREAMED.replace("streamed", "split into regions")))
         if not has_varying_size(gm):
             warnings.warn(NOT_STREAMED, FxmemWarning, stacklevel=2)
             return gm.forward
         try:
-            graph = compile_graph(gm, example_inputs, self.plan)
+            graph = compile_graph(gm, example_inputs, self.plan, self.roles)
         except FxmemError as error:
             # raised from the call, so that it reaches the user as itself and not wrapped by Dynamo
             return _raiser(error)
@@ -114,6 +124,8 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
         for leaf in _compat.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 _compat.mark_dynamic(leaf)
+        if engine.roles is not None:
+            engine.roles.armed = model.training
         try:
             with _compat.capture_config(), streamable(model):
                 return compiled(*args, **kwargs)
@@ -127,6 +139,28 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine
     return model
+
+
+def use_roles(model: nn.Module, table: Callable[[], RoleTable | None]) -> None:
+    """Let the training steps of a transformed model follow a role table, read at every forward.
+
+    Call it before the first step: what is captured without roles stays without.
+
+    Raises:
+        NotTransformedError: the model was not transformed.
+        RoleError: the model has been captured already.
+    """
+    if model not in _TRANSFORMED:
+        raise NotTransformedError(f"{type(model).__name__} was not transformed")
+    engine = _TRANSFORMED[model]
+    if engine.graphs and engine.roles is None:
+        raise RoleError(
+            f"{type(model).__name__} was captured without roles",
+            advice="give the roles before the first step, or transform the model anew",
+        )
+    engine.roles = RoleSource(table, model.training)
+    for graph in engine.graphs:
+        graph.roles = engine.roles
 
 
 def restore(model: nn.Module) -> nn.Module:

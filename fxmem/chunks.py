@@ -22,7 +22,7 @@ from fxmem.rules import lookup
 from fxmem.rules.movement import ROWS as MOVEMENT
 from fxmem.sizes import has_axis, per_token
 
-FLOOR_BYTES = 16 << 20
+FLOOR_BYTES = 24 << 20
 """Working set that a chunk may always have."""
 FIXED_SHARE = 16
 """A chunk's working set is at most this part of weights, gradients and saved states."""
@@ -87,7 +87,7 @@ class Chunker:
         batch = _batch(sizes)
         saved = self.fixed.saved_per_token * batch * sizes.get("T", 1)
         budget = max(FLOOR_BYTES, (2 * self.fixed.weights + saved) / FIXED_SHARE)
-        live = 2.5 if code.is_loss else 4.0
+        live = 1.5 if code.is_loss else 4.0
         tokens = budget / max(1.0, live * code.footprint.widest)
         cap = CAP_TOKENS.get(self.fixed.device, CAP_TOKENS_DEVICE)
         tokens = min(cap, max(FLOOR_TOKENS, tokens))

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,17 +17,25 @@ from torch import Tensor, fx
 from fxmem import _compat, regions
 from fxmem import capture as cap
 from fxmem import preamble as pre_
+from fxmem.blocks.function import Run, Step, run_selected
+from fxmem.blocks.low_rank import adapted
+from fxmem.blocks.roles import Adapter, RoleSource, RoleTable
+from fxmem.blocks.variants import Selection, select
 from fxmem.chunks import Chunker, fixed_bytes
 from fxmem.dropped import dropped
+from fxmem.emit import BodyPass
 from fxmem.executor import CallState, execute, run_region
-from fxmem.joint import Joint, trace
+from fxmem.joint import Caller, Joint, trace
 from fxmem.labels import analyse
 from fxmem.passes.canonicalize import Canonicalize
-from fxmem.passes.drop_identities import drop_identities
-from fxmem.passes.free_factories import free_factories
-from fxmem.passes.global_mean import global_mean
+from fxmem.passes.drop_identities import DropIdentities
+from fxmem.passes.free_factories import FreeFactories
+from fxmem.passes.global_mean import GlobalMean
+from fxmem.passes.in_place import InPlace
 from fxmem.passes.lower import HANDLERS
-from fxmem.passes.share_kv_heads import share_kv_heads
+from fxmem.passes.share_kv_heads import ShareKvHeads
+from fxmem.passes.simplify import Simplify
+from fxmem.pipeline import Pass, copy_graph, run_passes
 from fxmem.plan import Plan, Stream
 from fxmem.region_code import RegionCode
 from fxmem.rules import revision
@@ -54,10 +62,12 @@ class Counter:
 
 COUNTER = Counter()
 _CODES: dict[str, RegionCode] = {}
-JOINT_PASSES: tuple[Callable[[Joint], Joint], ...] = (free_factories, global_mean)
+GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (DropIdentities(), ShareKvHeads())
+"""Rewrites of the captured graph, in order."""
+JOINT_PASSES: tuple[Pass[Joint], ...] = (FreeFactories(), GlobalMean(), Simplify())
 """Rewrites of every traced region, in order."""
-GRAPH_PASSES: tuple[Callable[[fx.GraphModule], int], ...] = (drop_identities, share_kv_heads)
-"""Rewrites of the captured graph, in order; each returns its number of edits."""
+BODY_PASSES: tuple[BodyPass, ...] = (InPlace(),)
+"""Rewrites of every finished chunk body, in order."""
 
 
 @dataclass(slots=True)
@@ -83,7 +93,10 @@ class CompiledGraph:
         plan: Plan,
         chunker: Chunker,
         plain: fx.GraphModule,
+        roles: RoleSource | None = None,
     ) -> None:
+        self.roles = roles
+        self.selected: list[Selection] = []
         self.capture, self.pre, self.calls, self.plan = capture, pre, calls, plan
         self.chunker, self.plain = chunker, plain
         self.whole_calls = 0
@@ -104,7 +117,9 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> list[Any]:
         sizes = bind_sizes(self.capture, args)
         self.sizes = sizes
-        if self.chunker.whole(sizes):
+        table = self.roles.table() if self.roles is not None else None
+        whole = self.chunker.whole(sizes)
+        if whole and table is None:
             self.whole_calls += 1
             return self.plain(*args)
         by_node = dict(zip(self.capture.inputs, args, strict=True))
@@ -112,16 +127,36 @@ class CompiledGraph:
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
         del by_node, args
         state = CallState(sizes)
-        for call in self.calls:
-            chunk = self.chunker(call.code, sizes)
-            outputs = run_region(
-                call.code, state, chunk, [env[leaf] for leaf in call.leaves], call.shared
-            )
+        step = self._step(table, env) if table is not None else None
+        for i, call in enumerate(self.calls):
+            chunk = self.chunk(call)
+            tensors = [env[leaf] for leaf in call.leaves]
+            if step is None:
+                outputs = run_region(call.code, state, chunk, tensors, call.shared)
+            else:
+                seed = call.code.draw_seed(tensors[0].device)
+                run = Run(self.selected[i], step, state, chunk, seed, call.shared)
+                outputs = run_selected(run, tensors)
+            del tensors
             env.update(zip(call.outputs, outputs, strict=True))
             del outputs
             for leaf in call.release:
                 env.pop(leaf, None)
         return [self._output(o, env) for o in self.capture.outputs]
+
+    def chunk(self, call: RegionCall) -> int:
+        """Rows per chunk of a region in the latest call."""
+        if self.plan.stream is None or self.chunker.whole(self.sizes):
+            return self.sizes.get("T", 1)
+        return self.chunker(call.code, self.sizes)
+
+    def _step(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> Step:
+        """Select the variant of every region for this call."""
+        assert self.roles is not None
+        codes = [(c.code, c.leaves, c.outputs) for c in self.calls]
+        self.selected = select(codes, env, table, _adapted, armed=self.roles.armed)
+        updates = any(s.updates for s in self.selected)
+        return Step(table, updates, table.generation)
 
     def _output(self, output: Any, env: dict[pre_.Leaf, Any]) -> Any:
         if isinstance(output, Dropped):
@@ -155,13 +190,12 @@ def bind_sizes(capture: cap.Capture, args: Sequence[Any]) -> dict[str, int]:
 
 
 def compile_graph(
-    plain: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan
-) -> CompiledGraph:
+    plain: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
+    roles: RoleSource | None = None,
+) -> CompiledGraph:  # fmt: skip
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`."""
     start = time.perf_counter()
-    gm = _copy(plain)
-    for graph_pass in GRAPH_PASSES:
-        graph_pass(gm)
+    gm = run_passes(GRAPH_PASSES, copy_graph(plain))
     _compat.unify_sizes(gm)
     ambient = _ambient(example_inputs)
     capture = cap.analyse(gm, example_inputs, ambient)
@@ -173,13 +207,7 @@ def compile_graph(
     COUNTER.captures += 1
     COUNTER.capture_seconds += time.perf_counter() - start
     chunker = _chunker(capture, calls, example_inputs, plan)
-    return CompiledGraph(capture, pre, calls, plan, chunker, plain)
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph)
+    return CompiledGraph(capture, pre, calls, plan, chunker, plain, roles)
 
 
 def _chunker(
@@ -301,16 +329,23 @@ def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> Regi
     if key not in _CODES:
         name = f"region{len(_CODES)}"
         _CODES[key] = RegionCode(
-            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name
+            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name, BODY_PASSES
         )
     outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
     return RegionCall(_CODES[key], region.leaves, outputs, modules=_modules(region))
 
 
+def _adapted(code: RegionCode, adapters: Mapping[int, Adapter]) -> RegionCode:
+    def make(region: regions.Region, caller: Callable[[], Caller], name: str) -> RegionCode:
+        return RegionCode(
+            region, caller, _joint_passes, HANDLERS, execute, COUNTER, name, BODY_PASSES
+        )
+
+    return adapted(code, adapters, make)
+
+
 def _joint_passes(joint: Joint) -> Joint:
-    for rewrite in JOINT_PASSES:
-        joint = rewrite(joint)
-    return joint
+    return run_passes(JOINT_PASSES, joint)
 
 
 def _modules(region: regions.Region) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -26,6 +26,16 @@ from fxmem.schedule import Loop, Schedule, producer
 from fxmem.sizes import HI, LO, Size, T, has_axis, same
 
 Handler = Callable[["Body", fx.Node], fx.Node | None]
+
+
+class BodyPass(Protocol):
+    """A rewrite of the graph of a finished loop body; leaves the one it is given alone."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, graph: fx.Graph, /) -> fx.Graph: ...
+
 
 _AS_RESHAPE = frozenset(
     f"aten.{name}"
@@ -196,8 +206,8 @@ class Body:
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), convert)
         row = lookup(node.target)
+        info = self.joint.info[node]
         if row is not None and row.sizes is not None:
-            info = self.joint.info[node]
             shape = info.shape if cut is None else cut.shape(info.shape, sympy.Symbol("_rows"))
             if cut is not None:
                 self.ints.memo[sympy.Symbol("_rows")] = self.ints.rows(cut)[1]
@@ -207,7 +217,15 @@ class Body:
         target = node.target
         if str(target) in _AS_RESHAPE:
             target = torch.ops.aten.reshape.default
-        return self.graph.call_function(target, tuple(args), dict(kwargs))
+        elif str(target) == "aten.clone.default" and _dense(kwargs):
+            target, kwargs = runtime.contiguous, {}
+        new = self.graph.call_function(target, tuple(args), dict(kwargs))
+        if isinstance(info, TensorInfo):
+            rows = sympy.Symbol(f"rows({cut.offset},{cut.length})") if cut is not None else None
+            new.meta["info"] = (
+                info if cut is None else TensorInfo(cut.shape(info.shape, rows), info.dtype)
+            )
+        return new
 
     def _size(self, expr: Size, cut: Cut | None) -> Any:
         rows = sympy.Symbol("_rows")
@@ -231,6 +249,10 @@ class Body:
         return fx.GraphModule(self.module, self.graph)
 
 
+def _dense(kwargs: Any) -> bool:
+    return bool(kwargs.get("memory_format") is torch.contiguous_format)
+
+
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
@@ -239,11 +261,12 @@ class Emitter:
     """Assigns names and turns a schedule into steps."""
 
     def __init__(
-        self, plan: Schedule, name: str, causal: bool, handlers: dict[str, Handler]
-    ) -> None:
+        self, plan: Schedule, name: str, causal: bool, handlers: dict[str, Handler],
+        body_passes: Sequence[BodyPass] = (),
+    ) -> None:  # fmt: skip
         self.plan, self.labels, self.joint = plan, plan.labels, plan.labels.joint
         self.name, self.causal = name, causal
-        self.handlers = handlers
+        self.handlers, self.body_passes = handlers, body_passes
         self.ints = sorted({str(s) for e in self.joint.symbols.values() for s in e.free_symbols})
         self.names: dict[fx.Node, str] = {}
         self.masks: dict[fx.Node, ir.Mask] = {}
@@ -324,6 +347,8 @@ class Emitter:
         for node in loop.nodes:
             self._node(body, node)
         body.graph.output(None)
+        for one in self.body_passes:
+            body.graph = one.run(body.graph)
         sums = [b for b in allocate if b.zero and b.dtype != b.result]
         return ir.Loop(
             body.finish(), self.ints, list(body.tensors), masks, loop.direction < 0, allocate, sums

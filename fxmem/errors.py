@@ -146,6 +146,12 @@ class DivergedError(FxmemError):
     default_advice = "give every rank the same model, batches and options, in the same order"
 
 
+class RoleError(FxmemError):
+    """A parameter has a role that the compiled step cannot honour."""
+
+    default_advice = "give the parameter another role, or leave it out of the blocks"
+
+
 class NotTransformedError(FxmemError):
     """A model that fxmem.transform has not seen was given where a transformed one is needed."""
 

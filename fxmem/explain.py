@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxmem import _compat, api
+from fxmem.blocks.report import RegionStep, region_steps
 from fxmem.capture import canonical_shape
 from fxmem.compiled import COUNTER, CompiledGraph, Dropped, RegionCall
 from fxmem.errors import NotTransformedError
@@ -83,6 +84,7 @@ class Report:
         sizes: the sizes of the latest call, for which bytes and chunks are shown.
         whole: that call was too small to stream and ran as captured.
         dropped: outputs that do not leave the graph, as shapes.
+        steps: with roles, what each region of the latest call runs, saves and learns, in order.
         predicted_peak_bytes: of one step, above parameters; None before the first step.
     """
 
@@ -95,6 +97,7 @@ class Report:
     predicted: Prediction | None = None
     captures: int = 0
     distinct_programs: int = 0
+    steps: list[RegionStep] = field(default_factory=list)
     traces: int = 0
     executed_bodies: int = 0
     whole_calls: int = 0
@@ -134,7 +137,17 @@ def explain(model: nn.Module | api.Backend) -> Report:
         if found is None:
             raise NotTransformedError(f"{name} was not transformed")
         engine = found
-    return _report(name, engine.graphs)
+    report = _report(name, engine.graphs)
+    ran = [g for g in engine.graphs if g.sizes]
+    if ran and ran[-1].selected:
+        names = {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
+        report.steps = _steps(ran[-1], names)
+    return report
+
+
+def _steps(graph: CompiledGraph, names: dict[nn.Parameter, str]) -> list[RegionStep]:
+    calls = [(c.modules, c.leaves, graph.chunk(c)) for c in graph.calls]
+    return region_steps(calls, graph.selected, graph.sizes, names)
 
 
 def _report(name: str, graphs: Sequence[CompiledGraph]) -> Report:
@@ -149,7 +162,8 @@ def _report(name: str, graphs: Sequence[CompiledGraph]) -> Report:
     latest = ran[-1] if ran else None
     if latest is not None:
         report.sizes = dict(latest.sizes)
-        report.whole = latest.chunker.whole(latest.sizes)
+        report.whole = latest.chunker.whole(latest.sizes) and not latest.selected
+    if latest is not None and not latest.selected:
         report.predicted = predict(latest, latest.sizes)
         report.predicted_peak_bytes = report.predicted.peak_bytes
     calls: dict[int, list[tuple[CompiledGraph, RegionCall]]] = {}

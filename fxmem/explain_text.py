@@ -22,6 +22,8 @@ def render(report: Report) -> str:
     if report.regions:
         parts.append(_regions(report.regions))
         parts.append(_loops(report.regions))
+    if report.steps:
+        parts.append("\n".join(["regions of the latest step", *map(str, report.steps)]))
     parts.append(_barriers(report))
     return "\n\n".join(parts)
 

@@ -28,10 +28,6 @@ Job = Callable[[Message, Callable[[Message], None]], Message]
 OK, FAILED, OUT_OF_MEMORY = "ok", "failed", "out of memory"
 
 _DEFAULTS = {
-    # glibc returns freed tensors at once, so the resident peak is the live peak and not an
-    # accident of fragmentation.
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "0",
     # Threads that spin while they wait make a step several times slower as soon as anything else
     # runs on the machine, and the more so the more operators it has.
     "OMP_WAIT_POLICY": "PASSIVE",

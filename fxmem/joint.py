@@ -52,6 +52,22 @@ class Joint:
     random: bool
     learned: set[fx.Node]
 
+    def copy(self) -> Joint:
+        """The same region on a graph of its own, for a pass to edit."""
+        graph, at = fx.Graph(), {}  # type: fx.Graph, dict[fx.Node, fx.Node]
+        graph.output(graph.graph_copy(self.graph, at))
+        module = fx.GraphModule(self.module, graph)
+
+        def own(nodes: Sequence[fx.Node | None]) -> list[fx.Node | None]:
+            return [None if n is None else at[n] for n in nodes]
+
+        return Joint(
+            module.graph, module, [at[n] for n in self.ints], [at[n] for n in self.inputs],
+            at[self.seed], own(self.tangents), own(self.outputs), own(self.grads),
+            {at[n]: i for n, i in self.info.items() if n in at}, self.symbols, self.random,
+            {at[n] for n in self.learned if n in at},
+        )  # fmt: skip
+
 
 def trace(region: Region, call: Caller, *, backward: bool, only: int | None = None) -> Joint:
     """Trace ``region``; without ``backward`` (or where no input wants a gradient) only its forward.

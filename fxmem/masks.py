@@ -37,17 +37,16 @@ def build(rows: Callable[[int, int], Tensor], chunks: Sequence[tuple[int, int]])
         mask = rows(lo, hi)
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         mask = mask.expand(*mask.shape[:2], hi - lo, mask.shape[-1])
-        found = _classify(mask, max(b - a for a, b in chunks), counts)
+        found = _classify(mask, lo, max(b - a for a, b in chunks), counts)
         causal = causal and all(s.stop <= hi or not _sees(s, hi) for s in found)
         spans.append(tuple(_trim(s, hi) if causal else s for s in found))
     return TileMap(tuple(spans), causal, counts["full"], counts["mixed"], counts["empty"])
 
 
-def _classify(mask: Tensor, tile: int, counts: dict[str, int]) -> list[Span]:
+def _classify(mask: Tensor, lo: int, tile: int, counts: dict[str, int]) -> list[Span]:
     seen = mask if mask.dtype == torch.bool else mask > -torch.inf
     plain = mask if mask.dtype == torch.bool else mask == 0
-    some, all_ = (x.flatten(0, 2) for x in (seen, plain))
-    some, all_ = some.any(0), all_.all(0)
+    some, all_ = seen.flatten(0, 2).any(0), plain.flatten(0, 2).all(0)
     out: list[Span] = []
     for a in range(0, mask.shape[-1], tile):
         b = min(a + tile, mask.shape[-1])
@@ -61,14 +60,26 @@ def _classify(mask: Tensor, tile: int, counts: dict[str, int]) -> list[Span]:
                 out.append(Span(a, b))
         else:
             counts["mixed"] += 1
-            out.append(Span(a, b, mask[..., a:b].contiguous()))
+            if a == lo and _diagonal(seen[..., a:b], plain[..., a:b]):
+                out.append(Span(a, b, diagonal=True))
+            else:
+                out.append(Span(a, b, mask[..., a:b].contiguous()))
     return out
+
+
+def _diagonal(seen: Tensor, plain: Tensor) -> bool:
+    """Every row sees exactly the keys up to its own: kernels skip the others."""
+    c, s = seen.shape[-2:]
+    if c != s:
+        return False
+    triangle = torch.ones(c, s, dtype=torch.bool, device=seen.device).tril_()
+    return bool((seen == triangle).all()) and bool((plain == triangle).all())
 
 
 def _sees(span: Span, stop: int) -> bool:
     """Some row sees a key at or after ``stop``."""
     if span.mask is None:
-        return True
+        return span.stop > stop
     late = span.mask[..., max(stop - span.start, 0) :]
     return bool((late if late.dtype == torch.bool else late > -torch.inf).any())
 

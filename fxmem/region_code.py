@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxmem import joint as joint_trace
 from fxmem.chunks import footprint
-from fxmem.emit import Emitter, Handler
+from fxmem.emit import BodyPass, Emitter, Handler
 from fxmem.errors import FxmemWarning
 from fxmem.joint import Caller, Joint
 from fxmem.labels import Barrier
@@ -37,12 +37,12 @@ class RegionCode:
     def __init__(
         self, region: Region, caller: Callable[[], Caller], rewrite: Callable[[Joint], Joint],
         handlers: dict[str, Handler], run: Callable[..., list[Tensor | None]],
-        counter: Any, name: str,
+        counter: Any, name: str, body_passes: Sequence[BodyPass] = (),
     ) -> None:  # fmt: skip
         self.region = region
         self.name = name
         self._caller, self._rewrite, self._handlers, self._run = caller, rewrite, handlers, run
-        self.counter = counter
+        self.counter, self._body_passes = counter, body_passes
         self.values = list(region.values)
         self.needs_grad = region.needs_grad
         self.learns = any(self.needs_grad)
@@ -79,16 +79,24 @@ class RegionCode:
         return traced
 
     def program(self, kind: str, causal: bool = True) -> Program:
-        """The program of ``kind``: ``forward``, ``loss`` (with gradients) or ``backward``."""
+        """The program of ``kind``: ``forward``, ``loss`` (with gradients) or ``backward``.
+
+        ``backward:0110`` (as for ``loss``) is the variant that makes the gradients of the inputs
+        marked 1 alone, scheduled from the same trace.
+        """
         key = (kind, causal)
         if key not in self.programs:
             start = time.perf_counter()
-            joint = self.loss_joint if kind == "loss" else self.joint
+            base, _, mask = kind.partition(":")
+            joint = self.loss_joint if base == "loss" else self.joint
             outputs, grads = joint.outputs, joint.grads
-            wanted = {"forward": outputs, "backward": grads, "loss": [*outputs, *grads]}[kind]
+            if mask:
+                grads = [g if m == "1" else None for g, m in zip(grads, mask, strict=True)]
+            wanted = {"forward": outputs, "backward": grads, "loss": [*outputs, *grads]}[base]
             roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
             plan = schedule(joint, roots, causal=causal)
-            program = Emitter(plan, f"{self.name}_{kind}", causal, self._handlers).run()
+            label = f"{self.name}_{kind}".replace(":", "_")
+            program = Emitter(plan, label, causal, self._handlers, self._body_passes).run()
             names = dict(zip(roots, program.outputs, strict=True))
             program.outputs = [names[n] if isinstance(n, torch.fx.Node) else None for n in wanted]
             self.programs[key] = program
@@ -96,6 +104,12 @@ class RegionCode:
             self.counter.programs += 1
             self.counter.lower_seconds += time.perf_counter() - start
         return self.programs[key]
+
+    def variant(self, wanted: Sequence[bool]) -> str:
+        """Suffix of the programs that make these gradients alone; empty where that is all."""
+        every = [g is not None for g in self.joint.grads]
+        mask = [w and e for w, e in zip(wanted, every, strict=True)]
+        return "" if mask == every else ":" + "".join("01"[m] for m in mask)
 
     def _warn(self, program: Program) -> None:
         """Say once per program what did not stream; ``explain`` has it in full."""
@@ -114,14 +128,22 @@ class RegionCode:
         tensors: Sequence[Tensor | None],
         begin: dict[str, Tensor] | None = None,
     ) -> list[Tensor | None]:
-        program = self.program(kind)
-        if program.masks and not _is_causal(program, state, chunk, tensors):
-            program = self.program(kind, causal=False)
+        program = self.choose(kind, state, chunk, tensors)
         return self._run(program, state, tensors, chunk, self.counter, begin or {})
 
+    def choose(
+        self, kind: str, state: Any, chunk: int, tensors: Sequence[Tensor | None]
+    ) -> Program:
+        """The program of ``kind`` that is right for the attention masks of these inputs."""
+        program = self.program(kind)
+        if program.masks and not _is_causal(program, state, chunk, tensors):
+            return self.program(kind, causal=False)
+        return program
+
     def forward(
-        self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, *, learn: bool
-    ) -> tuple[list[Tensor], list[Tensor | None] | None]:
+        self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, *,
+        learn: bool, variant: str = "",
+    ) -> tuple[list[Tensor], list[Tensor | None] | None]:  # fmt: skip
         """Outputs, and gradients for tangent 1 where the region is a loss and ``learn`` is set."""
         if not (learn and self.is_loss):
             given = [*tensors, seed, *(None for t in self.joint.tangents if t is not None)]
@@ -129,25 +151,26 @@ class RegionCode:
         joint = self.loss_joint
         (node,) = (t for t in joint.tangents if t is not None)
         unit = torch.full((), self._unit, dtype=joint.info[node].dtype, device=tensors[0].device)
-        results = self._loss(state, chunk, tensors, seed, unit)
+        results = self._loss(state, chunk, tensors, seed, unit, variant)
         k = len(joint.outputs)
         return [t for t in results[:k] if t is not None], list(results[k:])
 
     def _loss(
-        self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, unit: Tensor
-    ) -> list[Tensor | None]:
+        self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, unit: Tensor,
+        variant: str,
+    ) -> list[Tensor | None]:  # fmt: skip
         """The loss program, on the valid tokens alone where ignored ones cannot matter."""
         if self._packing is None:
             self._packing = (packing(self.loss_joint),)
         plan = self._packing[0]
         packed = pack(plan, tensors) if plan is not None else None
         if plan is None or packed is None:
-            return self._execute("loss", state, chunk, [*tensors, seed, unit])
+            return self._execute("loss" + variant, state, chunk, [*tensors, seed, unit])
         chosen, rows = packed
         sizes = {name: 1 for name in state.sizes} | {"T": rows.numel()}
         tokens = chunk * max(1, tensors[plan.labels].numel() // state.sizes["T"])
         own = type(state)(sizes)
-        results = self._execute("loss", own, tokens, [*chosen, seed, unit])
+        results = self._execute("loss" + variant, own, tokens, [*chosen, seed, unit])
         likes = [*(None for _ in self.loss_joint.outputs), *tensors]
         return [
             unpack(r, rows, like) if carries and r is not None and like is not None else r
@@ -170,30 +193,22 @@ class RegionCode:
         seed: Tensor | None,
         tangents: Sequence[Tensor],
         start: dict[int, Tensor] | None = None,
+        variant: str = "",
     ) -> list[Tensor | None]:
         """Gradients of the inputs that want one, ``None`` for the others.
 
         ``start``: by input position, a gradient to add this one to (in place where it can be).
         """
         given = [*saved, seed, *tangents]
-        begin = self._accumulators(start or {})
-        grads = self._execute("backward", state, chunk, given, begin)
+        begin: dict[str, Tensor] = {}
+        if start:
+            begin = _accumulators(self.choose("backward" + variant, state, chunk, given), start)
+        grads = self._execute("backward" + variant, state, chunk, given, begin)
         for i, part in (start or {}).items():
             own = grads[i]
             if own is not part:
                 grads[i] = part if own is None else part.add_(own)
         return grads
-
-    def _accumulators(self, start: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Which of ``start`` can be the accumulator of its gradient."""
-        program = self.program("backward")
-        sums = {b.name: b for step in program.loops for b in step.allocate if b.zero}
-        found = {}
-        for i, part in start.items():
-            name = program.outputs[i]
-            if name in sums and sums[name].dtype == part.dtype and part.is_contiguous():
-                found[name] = part
-        return found
 
     def scale(self, grads: list[Tensor | None], tangent: Tensor) -> list[Tensor | None]:
         """Stored gradients times the tangent, in place where the storage is theirs alone."""
@@ -207,22 +222,29 @@ class RegionCode:
                 done[id(g)] = g.mul_(factor.to(g.dtype)) if dense else g * factor.to(g.dtype)
         return [None if g is None else done[id(g)] for g in grads]
 
-    def saved(self, has_grads: bool) -> list[bool]:
+    def saved(self, has_grads: bool, variant: str = "") -> list[bool]:
         """Which inputs the backward reads."""
-        used = {
-            t
-            for s in self.program("backward").steps
-            if isinstance(s, (Straight, Loop))
-            for t in s.tensors
-        }
-        used |= {t for m in self.program("backward").masks for t in m.tensors}
-        used |= set(filter(None, self.program("backward").outputs))
-        names = self.program("backward").inputs[: len(self.values)]
+        program = self.program("backward" + variant)
+        used = {t for s in program.steps if isinstance(s, (Straight, Loop)) for t in s.tensors}
+        used |= {t for m in program.masks for t in m.tensors}
+        used |= set(filter(None, program.outputs))
+        names = program.inputs[: len(self.values)]
         return [n in used for n in names]
 
     @property
     def barriers(self) -> list[Barrier]:
         return [b for p in self.programs.values() for b in p.barriers]
+
+
+def _accumulators(program: Program, start: dict[int, Tensor]) -> dict[str, Tensor]:
+    """Which of ``start`` can be the accumulator of its gradient."""
+    sums = {b.name: b for step in program.loops for b in step.allocate if b.zero}
+    found = {}
+    for i, part in start.items():
+        name = program.outputs[i]
+        if name in sums and sums[name].dtype == part.dtype and part.is_contiguous():
+            found[name] = part
+    return found
 
 
 def _is_causal(program: Program, state: Any, chunk: int, tensors: Sequence[Tensor | None]) -> bool:

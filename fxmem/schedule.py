@@ -33,6 +33,7 @@ from fxmem.labels import (
     slices,
     tensor_operands,
 )
+from fxmem.rules.movement import ROWS as MOVEMENT
 from fxmem.sizes import has_axis, per_token
 
 MAX_STAGES = 5
@@ -196,10 +197,14 @@ class _Needs:
         return [use.operand]
 
     def _keep(self, node: fx.Node) -> bool:
-        """Backward values of an earlier loop are kept unless they are wider than a hidden state."""
+        """Backward values of an earlier loop are kept unless they are wider than a hidden state.
+
+        Of a value that was only moved, what it was made from is kept.
+        """
         info = self.labels.joint.info[node]
         return (
             node in self._backward
+            and str(node.target) not in MOVEMENT
             and isinstance(info, TensorInfo)
             and per_token(info.shape) <= self._limit
         )

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TILE = 1 << 20  # elements of logits per step, bounds the temporaries
+TILE = 1 << 18
+"""Elements of logits per step: the passes over a step find it in cache; bounds the temporaries."""
 
 
 def _blocks(n: int, v: int) -> list[tuple[int, int]]:
@@ -57,6 +58,40 @@ def backward(
         torch.sub(logits[a:b], lse[a:b].unsqueeze(1), out=out[a:b])
         out[a:b].exp_().scatter_add_(1, index[a:b], one[a:b]).mul_(grad[a:b])
     return out
+
+
+def forward_(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """``(nll [N], sums [N])``; the logits become ``exp(logits - row maximum)``, which
+    :func:`backward_` needs and which costs one exponential per logit less than
+    :func:`token_nll` and :func:`backward` together.
+    """
+    n, v = logits.shape
+    peak, sums = logits.new_empty(n, 1), logits.new_empty(n)
+    ignored = target == ignore_index
+    index = target.masked_fill(ignored, 0).unsqueeze(1)
+    picked = logits.gather(1, index)
+    for a, b in _blocks(n, v):
+        rows, top = logits[a:b], peak[a:b]
+        torch.amax(rows, 1, keepdim=True, out=top)
+        rows.sub_(top).exp_()
+        torch.sum(rows, 1, out=sums[a:b])
+    nll = sums.log().sub_(picked.sub_(peak).squeeze(1))
+    return nll.masked_fill_(ignored, 0), sums
+
+
+def backward_(
+    grad: Tensor, exponentials: Tensor, target: Tensor, sums: Tensor, ignore_index: int
+) -> Tensor:
+    """Gradient of the logits, in place of what :func:`forward_` left."""
+    n, v = exponentials.shape
+    ignored = target == ignore_index
+    # where, not times zero: a mean over no valid token has an infinite factor
+    grad = grad.masked_fill(ignored, 0)
+    index = target.masked_fill(ignored, 0).unsqueeze(1)
+    factor = (grad / sums).unsqueeze(1)
+    for a, b in _blocks(n, v):
+        exponentials[a:b].mul_(factor[a:b])
+    return exponentials.scatter_add_(1, index, -grad.unsqueeze(1))
 
 
 @torch.library.custom_op("fxmem::token_nll_backward", mutates_args=())

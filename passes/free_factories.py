@@ -4,6 +4,7 @@ value.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +20,20 @@ _FORMS: dict[str, Any] = {
 }
 
 
-def free_factories(joint: Joint) -> Joint:
-    """Rewrite ``new_*`` calls with the source tensor's dtype and device; returns ``joint``."""
-    for node in joint.graph.nodes:
-        form = _FORMS.get(str(node.target))
-        if form is None:
-            continue
-        value = value_of(node)
-        node.args = tuple(node.args[1:])
-        node.kwargs = {"dtype": value.dtype, "device": value.device}
-        node.target = form
-    return joint
+@dataclass(frozen=True, slots=True)
+class FreeFactories:
+    """Rewrite ``new_*`` calls with the source tensor's dtype and device."""
+
+    name: str = "free_factories"
+
+    def run(self, joint: Joint) -> Joint:
+        joint = joint.copy()
+        for node in joint.graph.nodes:
+            form = _FORMS.get(str(node.target))
+            if form is None:
+                continue
+            value = value_of(node)
+            node.args = tuple(node.args[1:])
+            node.kwargs = {"dtype": value.dtype, "device": value.device}
+            node.target = form
+        return joint

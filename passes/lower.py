@@ -108,13 +108,53 @@ def _streams(body: Body, node: fx.Node) -> bool:
     return isinstance(label, tuple) and isinstance(label[0], Label) and label[0].kind is Kind.CUT
 
 
+def _token_nll(body: Body, node: fx.Node) -> Any:
+    if _in_place_pair(body, node) is None:
+        return None
+    logits, target = (body.operand(u) for u in body.labels.uses[node])
+    return body.call(token_nll.forward_, logits, target, node.args[2])
+
+
 def _token_nll_backward(body: Body, node: fx.Node) -> Any:
     uses = body.labels.uses[node]
     grad, logits, target, lse = (body.operand(u) for u in uses)
+    source = next(iter(uses[3].operand.all_input_nodes), None)
+    if source is not None and _in_place_pair(body, source) == node:
+        return body.call(token_nll.backward_, grad, logits, target, lse, node.args[4])
     reuse = _dies_here(body, uses[1].operand, node)
     return body.call(
         token_nll.backward, grad, logits, target, lse, node.args[4], logits if reuse else None
     )
+
+
+def _in_place_pair(body: Body, forward: fx.Node) -> fx.Node | None:
+    """The backward of the token loss ``forward``, where both may overwrite the logits: the same
+    body runs them, and nothing else in it reads the logits or the logsumexp.
+    """
+    logits = forward.args[0]
+    if str(forward.target) != "fxmem.token_nll.default" or forward not in body.order:
+        return None
+    assert isinstance(logits, fx.Node)
+    lse = [u for u in forward.users if u.args[1] == 1]
+    readers = [u for n in lse for u in n.users if u in body.order]
+    if len(readers) != 1 or any(n in body.kept for n in lse):
+        return None
+    (backward,) = readers
+    alone = _readers(body, logits) == {forward, backward}
+    made = logits
+    while alone and str(made.target) in _VIEWS:
+        (source,) = made.all_input_nodes[:1]
+        alone, made = _readers(body, source) == {made}, source
+    fits = (
+        str(backward.target) == "fxmem.token_nll_backward.default"
+        and backward.args[1] is logits
+        and body.joint.info[logits].dtype.itemsize >= 4
+    )
+    return backward if fits and alone and _dies_here(body, logits, backward) else None
+
+
+def _readers(body: Body, value: fx.Node) -> set[fx.Node]:
+    return {u for u in value.users if u in body.order}
 
 
 def _dies_here(body: Body, operand: fx.Node, node: fx.Node) -> bool:
@@ -162,6 +202,7 @@ HANDLERS: dict[str, Handler] = {
     "aten.slice_backward.default": _slice_backward,
     "fxmem.attention.default": _attention,
     "fxmem.attention_backward.default": _attention_backward,
+    "fxmem.token_nll.default": _token_nll,
     "fxmem.token_nll_backward.default": _token_nll_backward,
     "fxmem.dropout.default": _dropout,
 }

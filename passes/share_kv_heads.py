@@ -8,29 +8,38 @@ never need to exist.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import fx
 
 from fxmem.capture import value_of
+from fxmem.pipeline import copy_graph
 
 
-def share_kv_heads(gm: fx.GraphModule) -> int:
-    """Rewrite attention calls of ``gm`` in place; returns how many were changed."""
-    edits = 0
-    for node in list(gm.graph.nodes):
-        if (
-            node.op != "call_function"
-            or node.target is not torch.nn.functional.scaled_dot_product_attention
-        ):
-            continue
-        if len(node.args) < 3:
-            continue
-        k, v = (_unrepeated(a) for a in node.args[1:3])
-        if k is None or v is None or k[1] != v[1]:
-            continue
-        node.args = (node.args[0], k[0], v[0], *node.args[3:])
-        edits += 1
-    return edits
+@dataclass(frozen=True, slots=True)
+class ShareKvHeads:
+    """Rewrite attention calls."""
+
+    name: str = "share_kv_heads"
+
+    def run(self, gm: fx.GraphModule) -> fx.GraphModule:
+        gm = copy_graph(gm)
+        for node in list(gm.graph.nodes):
+            if (
+                node.op != "call_function"
+                or node.target is not torch.nn.functional.scaled_dot_product_attention
+            ):
+                continue
+            if len(node.args) < 3:
+                continue
+            k, v = (_unrepeated(a) for a in node.args[1:3])
+            if k is None or v is None or k[1] != v[1]:
+                continue
+            node.args = (node.args[0], k[0], v[0], *node.args[3:])
+            if len(node.args) < 8:
+                node.kwargs = {**node.kwargs, "enable_gqa": True}
+        return gm
 
 
 def _unrepeated(node: object) -> tuple[fx.Node, int] | None:

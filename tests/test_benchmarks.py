@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
+import benchmarks_package  # noqa: F401
 import pytest
 import torch
 
+from benchmarks.objectives import OBJECTIVES, advantages, token_log_probs
+from benchmarks.report import markdown, summarise, write
+from benchmarks.setups import DEFAULT, SETUPS, build, why_not
+from benchmarks.stream import Options, cases, parse
+from benchmarks.tiled import find_mlps, tile_mlps
+from benchmarks.worker import make_ids
+
 ROOT = Path(__file__).resolve().parent.parent
-
-# The repository root must not be on the path, so the package is made known by its folder alone.
-if "benchmarks" not in sys.modules:
-    package = types.ModuleType("benchmarks")
-    package.__path__ = [str(ROOT / "benchmarks")]
-    package.__spec__ = importlib.machinery.ModuleSpec("benchmarks", None, is_package=True)
-    sys.modules["benchmarks"] = package
-
-from benchmarks.objectives import OBJECTIVES, advantages, token_log_probs  # noqa: E402
-from benchmarks.report import markdown, summarise, write  # noqa: E402
-from benchmarks.setups import DEFAULT, SETUPS, build, why_not  # noqa: E402
-from benchmarks.stream import Options, cases, parse  # noqa: E402
-from benchmarks.tiled import find_mlps, tile_mlps  # noqa: E402
-from benchmarks.worker import make_ids  # noqa: E402
 
 
 def small_model() -> Any:

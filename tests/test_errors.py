@@ -32,6 +32,7 @@ def test_every_failure_has_a_class() -> None:
         "MutationError",
         "NotTransformedError",
         "PlanError",
+        "RoleError",
         "UnsupportedOpError",
         "VerificationError",
     }

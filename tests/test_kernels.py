@@ -183,6 +183,12 @@ def test_token_nll(ignored: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> 
         own = logits.clone()
         result = token_nll.backward(weight, own, target, lse.detach(), -100, out=own)
     assert result is own and torch.equal(own, got)
+    with torch.no_grad():
+        own = logits.clone()
+        nll, sums = token_nll.forward_(own, target, -100)
+        assert torch.allclose(nll, plain, rtol=1e-13, atol=1e-13)
+        result = token_nll.backward_(weight, own, target, sums, -100)
+    assert result is own and torch.allclose(own, want, rtol=1e-12, atol=1e-14)
 
 
 def test_token_nll_mean_over_no_token_has_no_nan_gradient() -> None:

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("labels", "schedule", "program", "emit", "chunks", "packing", "region_code"),
     ("pipeline", "verify", "passes", "kernels", "masks", "profile", "experts"),
     ("prune",),
-    ("executor", "compiled", "memory", "explain", "api"),
+    ("executor", "blocks", "compiled", "memory", "explain", "api"),
     ("__init__",),
     ("isolate", "trial", "demo", "cli"),
 )

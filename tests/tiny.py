@@ -43,10 +43,15 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def model(name: str = "llama", **changes: Any) -> nn.Module:
-    """A randomly initialised model in train mode, norms and biases included."""
+def model(name: str = "llama", *, default_experts: bool = False, **changes: Any) -> nn.Module:
+    """A randomly initialised model in train mode, norms and biases included.
+
+    ``default_experts``: experts run as transformers chooses, which has no float64.
+    """
     torch.manual_seed(0)
     config = CONFIGS[name]()
+    if default_experts:
+        config._experts_implementation = None
     for key, value in changes.items():
         setattr(config, key, value)
     net = tf.AutoModelForCausalLM.from_config(config).train()

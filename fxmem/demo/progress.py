@@ -62,5 +62,6 @@ def _show(progress: Any, line: Any, message: dict[str, Any], steps: int) -> None
 _DOING = {
     "loading": "loading the model",
     "training": "step 1 of {steps}",
+    "peak": "measuring the peak",
     "recording": "recording memory",
 }

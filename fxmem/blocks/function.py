@@ -1,0 +1,186 @@
+"""The autograd function of a region whose parameters have roles.
+
+As :class:`~fxmem.executor.RegionFunction`, with two differences: autograd sees only the inputs
+whose gradients are returned, and gradients of UPDATE parameters go to the role table. A region that
+runs in one chunk hands them over inside its program, one alive at a time; one that runs in several
+needs its weights until its last chunk, so their sums are handed over after it, one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxmem.blocks.roles import Role, RoleTable
+from fxmem.blocks.updates import backward as updates_in
+from fxmem.blocks.variants import Selection
+from fxmem.errors import BackwardTwiceError, DoubleBackwardError, ModifiedParameterError
+from fxmem.executor import CallState, Shared, _hand_on, _saved
+
+
+@dataclass(slots=True)
+class Step:
+    """What the regions of one call share: the table at its forward, and whether it updates."""
+
+    table: RoleTable
+    updates: bool
+    generation: int
+
+
+@dataclass(slots=True)
+class Run:
+    """One region of one call."""
+
+    selection: Selection
+    step: Step
+    state: CallState
+    chunk: int
+    seed: Tensor | None
+    shared: Shared
+
+
+class RoleFunction(torch.autograd.Function):
+    """``apply(run, anchor, *tensors) -> outputs``; ``anchor`` makes autograd enter the region."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        chosen = run.selection
+        code, variant = chosen.code, chosen.code.variant(chosen.wanted)
+        outputs, grads = code.forward(
+            run.state, run.chunk, tensors, run.seed, learn=True, variant=variant
+        )
+        kept = code.saved(grads is not None, variant)
+        ctx.save_for_backward(*(t if k else None for t, k in zip(tensors, kept, strict=True)))
+        ctx.run, ctx.grads, ctx.variant, ctx.done = run, grads, variant, False
+        ctx.versions = {i: p._version for i, p in chosen.updates.items()}
+        for parameter in chosen.updates.values():
+            run.step.table.expect(parameter)
+        ctx.shapes = [
+            (o.shape, o.dtype, o.device)
+            for o, d in zip(outputs, code.differentiable, strict=True) if d
+        ]  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(o for o, d in zip(outputs, code.differentiable, strict=True) if not d)
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise DoubleBackwardError("backward with create_graph=True through a streamed region")
+        _once(ctx)
+        saved = _saved(ctx)
+        run: Run = ctx.run
+        grads, ctx.grads = ctx.grads, None
+        code = run.selection.code
+        given = [t for t, d in zip(tangents, code.differentiable, strict=True) if d]
+        loss = given[code.loss] if sum(t is not None for t in given) == 1 else None
+        if grads is not None and loss is not None:
+            out = code.scale(grads, loss)
+        else:
+            full = [
+                torch.zeros(s, dtype=dt, device=dev) if t is None else t
+                for t, (s, dt, dev) in zip(given, ctx.shapes, strict=True)
+            ]
+            out = _backward(run, ctx.variant, saved, full)
+        grads = None
+        _hand_on(_returned(run), run.state.parts, out)
+        del saved
+        ctx.done = True
+        _separate(out, run.selection.updates)
+        for i, parameter in run.selection.updates.items():
+            grad, out[i] = out[i], None
+            if grad is not None:
+                run.step.table.complete(parameter, grad)
+            del grad
+        return (None, None, *out)
+
+
+def _backward(
+    run: Run, variant: str, saved: Sequence[Tensor | None], full: Sequence[Tensor]
+) -> list[Tensor | None]:
+    code, updates = run.selection.code, run.selection.updates
+    ties = any(i in run.shared for i, r in run.selection.roles.items() if r is Role.ACTIVE)
+    if updates and not ties and run.chunk >= run.state.sizes.get("T", 1):
+        given = [*saved, run.seed, *full]
+        return updates_in(code, variant, run.state, run.chunk, given, updates, run.step.table)
+    return code.backward(
+        run.state, run.chunk, saved, run.seed, full, _started(run), variant=variant
+    )
+
+
+def _separate(grads: list[Tensor | None], updates: Mapping[int, nn.Parameter]) -> None:
+    """Two parameters may have one tensor as gradient; each needs its own to add to."""
+    seen = {g.untyped_storage().data_ptr() for i, g in enumerate(grads)
+            if g is not None and i not in updates}  # fmt: skip
+    for i in updates:
+        grad = grads[i]
+        if grad is not None:
+            if grad.untyped_storage().data_ptr() in seen:
+                grads[i] = grad = grad.clone()
+            seen.add(grad.untyped_storage().data_ptr())
+
+
+def _once(ctx: Any) -> None:
+    """Raise where an update has made, or would make, the saved weights stale."""
+    run: Run = ctx.run
+    if ctx.done and run.step.updates:
+        raise BackwardTwiceError(
+            "a second backward through a forward whose gradients updated weights",
+            advice="run the forward again",
+        )
+    if not run.selection.updates:
+        return
+    moved = [p for i, p in run.selection.updates.items() if p._version != ctx.versions[i]]
+    if moved or run.step.table.generation != run.step.generation:
+        raise ModifiedParameterError(
+            "weights changed, or the optimizer stepped, between a forward and its backward"
+        )
+
+
+def _returned(run: Run) -> Shared:
+    """Tied parameters whose gradient autograd gets; those of updates wait in the table."""
+    roles = run.selection.roles
+    return {i: s for i, s in run.shared.items() if roles.get(i) is Role.ACTIVE}
+
+
+def _started(run: Run) -> dict[int, Tensor]:
+    """Sums that gradients of this region continue, by input position."""
+    parts = run.state.parts
+    owned = {i: parts.pop(k) for i, (k, last) in _returned(run).items() if last and k in parts}
+    for i, parameter in run.selection.updates.items():
+        if (part := run.step.table.started(parameter)) is not None:
+            owned[i] = part
+    return owned
+
+
+_ANCHORS: dict[torch.device, Tensor] = {}
+
+
+def _anchor(device: torch.device) -> Tensor:
+    if device not in _ANCHORS:
+        _ANCHORS[device] = torch.empty(0, device=device, requires_grad=True)
+    return _ANCHORS[device]
+
+
+def run_selected(run: Run, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Outputs of a region; autograd enters only where the selection learns."""
+    chosen = run.selection
+    given = [*tensors, *chosen.extra]
+    if not (torch.is_grad_enabled() and chosen.learns):
+        with torch.no_grad():
+            return chosen.code.forward(run.state, run.chunk, given, run.seed, learn=False)[0]
+    seen = [
+        t if w and i not in chosen.updates else t.detach()
+        for i, (t, w) in enumerate(zip(given, chosen.wanted, strict=True))
+    ]
+    outputs: Sequence[Tensor] = RoleFunction.apply(run, _anchor(given[0].device), *seen)
+    return outputs
+
+
+__all__ = ["RoleFunction", "Run", "Step", "run_selected"]

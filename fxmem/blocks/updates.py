@@ -1,0 +1,85 @@
+"""Running a region's backward with its updates: inside the program in one chunk, else after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxmem.blocks.roles import RoleTable
+from fxmem.executor import CallState
+from fxmem.passes.update_in_backward import Updating, update_in_backward
+from fxmem.region_code import RegionCode
+
+
+@dataclass(slots=True)
+class TableSink:
+    """The gradient of one parameter on its way into the table."""
+
+    parameter: nn.Parameter
+    table: RoleTable
+    flipped: bool
+
+    def product(self, a: Tensor, b: Tensor) -> None:
+        """Straight into the weight where the update is plain SGD in its precision."""
+        p, table = self.parameter, self.table
+        if self.flipped:
+            a, b = b.t(), a.t()
+        rate = table.sgd_rate(p) if table.last(p) else None
+        if rate is not None and a.dtype == b.dtype == p.dtype and p.dim() == 2:
+            p.addmm_(a, b, alpha=-rate)
+            table.complete(p, None)
+        else:
+            table.complete(p, torch.mm(a, b).to(p.dtype).reshape(p.shape))
+
+    def value(self, grad: Tensor) -> None:
+        # a value that waits must not be another gradient as well
+        own = grad if self.table.last(self.parameter) else grad.clone()
+        own = own.t() if self.flipped else own.reshape(self.parameter.shape)
+        self.table.complete(self.parameter, own.to(self.parameter.dtype))
+
+    def total(self, add: Callable[..., None], *args: Any) -> None:
+        acc = self.table.started(self.parameter)
+        if acc is None:
+            acc = torch.zeros_like(self.parameter, memory_format=torch.contiguous_format)
+        add(acc.t() if self.flipped else acc, *args)
+        self.table.complete(self.parameter, acc)
+
+
+def backward(
+    code: RegionCode, variant: str, state: CallState, chunk: int, given: Sequence[Tensor | None],
+    updates: dict[int, nn.Parameter], table: RoleTable,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of a region that runs in one chunk; those of ``updates`` that its program consumes
+    are None and done.
+    """
+    kind = "backward" + variant
+    causal = code.choose(kind, state, chunk, given).causal
+    updating = _updating(code, kind, causal, tuple(sorted(updates)))
+    sinks: list[Any] = [
+        TableSink(updates[i], table, f)
+        for i, f in zip(updating.positions, updating.flipped, strict=True)
+    ]
+    return code._run(updating.program, state, [*given, *sinks], chunk, code.counter, {})
+
+
+_UPDATING: dict[tuple[int, str, bool, tuple[int, ...]], Updating] = {}
+
+
+def _updating(code: RegionCode, kind: str, causal: bool, positions: tuple[int, ...]) -> Updating:
+    key = (id(code), kind, causal, positions)
+    if key not in _UPDATING:
+        made = _UPDATING[key] = update_in_backward(code.program(kind, causal), positions)
+        code.programs[f"{kind} update {positions}", causal] = made.program
+        code.counter.programs += 1
+    return _UPDATING[key]
+
+
+def consumed(code: RegionCode, variant: str) -> set[int]:
+    """Input positions whose gradient some program of the variant has consumed inside."""
+    kind = "backward" + variant
+    made = [u for (key, k, _, _), u in _UPDATING.items() if key == id(code) and k == kind]
+    return {i for u in made for i in u.positions}

@@ -1,0 +1,315 @@
+"""Attention of a chunk of queries against a prefix of keys, the mask given as structure.
+
+Letters: B batch, H query heads, G key/value heads (H = n G), C query rows, S keys, E head size, F
+value size. Query row ``c`` stands at key position ``c + offset``. It sees key ``s`` where
+
+- ``causal``: ``s <= c + offset``;
+- ``window`` > 0: ``s > c + offset - window``;
+- segments are given: ``q_segment[b, c] == k_segment[b, s]``;
+- ``k_valid[b, s]`` is given: it holds;
+- ``mask`` ``[B|1, H|1, C|1, S]`` is given: bool, it holds; additive, it is added to the scores.
+
+Tiles that causality or the window hide entirely are never visited. The n query heads of a group
+read the same keys; nothing is repeated. One pass over the keys with a running maximum and sum
+(FlashAttention-2, Dao 2023, algorithm 1). ``softcap`` > 0 replaces a score x by ``softcap tanh(x /
+softcap)`` (Gemma 2); ``sinks[h]`` is a score of a key without a value (GPT-OSS). A row that sees
+nothing gives zeros and a logsumexp of 0, or of its sink.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxmem.kernels._attention_samples import sample
+from fxmem.kernels._device import tanh
+from fxmem.kernels._triton import (
+    Config,
+    cdiv,
+    config,
+    dot_precision,
+    jit,
+    launch,
+    on_amd,
+    power_of_2,
+    rows_last,
+    tl,
+)
+from fxmem.kernels.registry import Kernel, signature
+
+
+def visible(
+    q: Tensor,
+    k: Tensor,
+    *,
+    offset: int,
+    causal: bool,
+    window: int,
+    q_segment: Tensor | None,
+    k_segment: Tensor | None,
+    k_valid: Tensor | None,
+) -> Tensor:
+    """The structured part of the mask, bool ``[B|1, 1, C, S]``; for references only."""
+    at = torch.arange(q.shape[2], device=q.device)[:, None] + offset
+    keys = torch.arange(k.shape[2], device=q.device)
+    seen = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen & (keys <= at)
+    if window:
+        seen = seen & (keys > at - window)
+    if q_segment is not None and k_segment is not None:
+        seen = seen & (q_segment[:, None, :, None] == k_segment[:, None, None, :])
+    return seen if k_valid is None else seen & k_valid[:, None, None, :].bool()
+
+
+def masked_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float,
+    **structure,
+) -> Tensor:
+    """Scores ``[B, H, C, S]``, ``-inf`` where hidden; for references only."""
+    n = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    x = q.to(wide) @ k.to(wide).repeat_interleave(n, 1).transpose(-1, -2) * scale
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    seen = visible(q, k, **structure)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        x = x + mask
+    return x.masked_fill(~seen, -math.inf)
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    offset: int = 0,
+    causal: bool = True,
+    window: int = 0,
+    q_segment: Tensor | None = None,
+    k_segment: Tensor | None = None,
+    k_valid: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``q [B, H, C, E]``, ``k [B, G, S, E]``, ``v [B, G, S, F]``, segments ``[B, C]`` and ``[B,
+    S]`` of integers, ``k_valid [B, S]`` bool, ``sinks [H]`` -> ``(out [B, H, C, F], lse [B, H,
+    C])``; ``lse`` is float32 (float64 for float64).
+    """
+    x = masked_scores(
+        q, k, scale=scale, mask=mask, softcap=softcap, offset=offset, causal=causal,
+        window=window, q_segment=q_segment, k_segment=k_segment, k_valid=k_valid,
+    )  # fmt: skip
+    lse = torch.logsumexp(x, -1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
+    lse = lse.masked_fill(lse == -math.inf, 0.0)
+    n = q.shape[1] // k.shape[1]
+    p = torch.exp(x - lse[..., None])
+    return (p @ v.to(p.dtype).repeat_interleave(n, 1)).to(q.dtype), lse
+
+
+@jit
+def tile_scores(
+    q, k, m, n, b, h, rows, keys, offset, window, scale, softcap,
+    QSEG, KSEG, VALID, MASK, mask_b, mask_h, mask_c, mask_s,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ADDITIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile: capped, and with what is hidden at -inf."""
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if SOFTCAP:
+        x = softcap * tanh(x / softcap)
+    seen = (m < rows)[:, None] & (n < keys)[None, :]
+    if CAUSAL:
+        seen = seen & (n[None, :] <= m[:, None] + offset)
+    if WINDOW:
+        seen = seen & (n[None, :] > m[:, None] + offset - window)
+    if QSEG is not None:
+        q_segment = tl.load(QSEG + b * rows + m, mask=m < rows, other=0)
+        k_segment = tl.load(KSEG + b * keys + n, mask=n < keys, other=0)
+        seen = seen & (q_segment[:, None] == k_segment[None, :])
+    if VALID is not None:
+        seen = seen & (tl.load(VALID + b * keys + n, mask=n < keys, other=0) != 0)[None, :]
+    masked = x
+    if MASK is not None:
+        at = MASK + b * mask_b + h * mask_h + m[:, None].to(tl.int64) * mask_c + n[None, :] * mask_s
+        given = tl.load(at, mask=seen, other=0)
+        if ADDITIVE:
+            masked = x + given.to(tl.float32)
+        else:
+            seen = seen & (given != 0)
+    return x, tl.where(seen, masked, -float("inf"))
+
+
+@jit
+def _forward(
+    Q, K, V, OUT, LSE, QSEG, KSEG, VALID, MASK, SINKS,
+    q_b, q_h, q_c, k_b, k_g, k_s, v_b, v_g, v_s, mask_b, mask_h, mask_c, mask_s,
+    heads, per_group, rows, keys, offset, window, scale, softcap,
+    E: tl.constexpr, F: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ADDITIVE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_M
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = tl.program_id(1) % heads
+    g = h // per_group
+    m = first + tl.arange(0, BLOCK_M)
+    e = tl.arange(0, BLOCK_E)
+    f = tl.arange(0, BLOCK_F)
+    row = (m < rows)[:, None]
+    at = b * q_b + h * q_h + m[:, None].to(tl.int64) * q_c + e[None, :]
+    q = tl.load(Q + at, mask=row & (e < E)[None, :], other=0.0)
+    # Keys [lo, hi) are all that any row of the block can see.
+    lo = 0
+    hi = keys
+    if CAUSAL:
+        hi = tl.minimum(keys, first + BLOCK_M + offset)
+    if WINDOW:
+        lo = tl.maximum(first + offset - window + 1, 0) // BLOCK_N * BLOCK_N
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    for start in range(lo, hi, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        key = (n < keys)[:, None]
+        n_row = n[:, None].to(tl.int64)
+        k = tl.load(K + b * k_b + g * k_g + n_row * k_s + e[None, :], key & (e < E)[None, :], 0.0)
+        _, x = tile_scores(
+            q, k, m, n, b, h, rows, keys, offset, window, scale, softcap,
+            QSEG, KSEG, VALID, MASK, mask_b, mask_h, mask_c, mask_s,
+            CAUSAL, WINDOW, SOFTCAP, ADDITIVE, PRECISION,
+        )  # fmt: skip
+        new = tl.maximum(top, tl.max(x, 1))
+        base = tl.where(new == -float("inf"), 0.0, new)
+        p = tl.exp(x - base[:, None])
+        keep = tl.exp(top - base)
+        total = total * keep + tl.sum(p, 1)
+        v = tl.load(V + b * v_b + g * v_g + n_row * v_s + f[None, :], key & (f < F)[None, :], 0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+        top = new
+    if SINKS is not None:
+        sink = tl.load(SINKS + h).to(tl.float32)
+        new = tl.maximum(top, sink)
+        keep = tl.exp(top - new)
+        total = total * keep + tl.exp(sink - new)
+        acc = acc * keep[:, None]
+        top = new
+    alive = total > 0
+    out = acc / tl.where(alive, total, 1.0)[:, None]
+    lse = tl.where(alive, top + tl.log(tl.where(alive, total, 1.0)), 0.0)
+    row_at = (b * heads + h) * rows + m
+    tl.store(LSE + row_at, lse, mask=m < rows)
+    tl.store(OUT + row_at[:, None] * F + f[None, :], out, mask=row & (f < F)[None, :])
+
+
+CONFIGS = (
+    config(4, 2, M=64, N=64),
+    config(8, 2, M=128, N=64),
+    config(4, 3, M=64, N=32),
+    config(8, 1, M=128, N=32),
+    config(8, 1, M=64, N=32),
+    config(8, 1, M=32, N=32),
+    config(8, 1, M=16, N=16),
+)
+
+
+def choose(q: Tensor, f: int) -> Config:
+    """The default configuration for a head size and dtype: the widest that spills nothing."""
+    large = max(q.shape[-1], f) > 128
+    if q.dtype == torch.float32:
+        return CONFIGS[6] if large else CONFIGS[5]
+    if large:
+        return CONFIGS[4]
+    return CONFIGS[3] if on_amd() else CONFIGS[0]
+
+
+def mask_strides(mask: Tensor | None, q: Tensor, k: Tensor) -> dict[str, int]:
+    """Strides of a mask expanded to ``[B, H, C, S]``; a broadcast dimension has stride 0."""
+    names = ("mask_b", "mask_h", "mask_c", "mask_s")
+    if mask is None:
+        return dict.fromkeys(names, 0)
+    full = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return dict(zip(names, full.stride(), strict=True))
+
+
+def launcher(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    offset: int = 0,
+    causal: bool = True,
+    window: int = 0,
+    q_segment: Tensor | None = None,
+    k_segment: Tensor | None = None,
+    k_valid: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`reference`. Any strides but the last; the head sizes are at most 256."""
+    b, h, c, e = q.shape
+    f = v.shape[-1]
+    q, k, v = (rows_last(x) for x in (q, k, v))
+    out, lse = q.new_empty(b, h, c, f), q.new_empty(b, h, c, dtype=torch.float32)
+    config = config or choose(q, f)
+    launch(
+        _forward, (cdiv(c, config.blocks["BLOCK_M"]), b * h), config,
+        Q=q, K=k, V=v, OUT=out, LSE=lse, SINKS=sinks,
+        **structure(q, k, q_segment, k_segment, k_valid, mask, causal, window, softcap),
+        **dict(zip(("q_b", "q_h", "q_c"), q.stride(), strict=False)),
+        **dict(zip(("k_b", "k_g", "k_s"), k.stride(), strict=False)),
+        **dict(zip(("v_b", "v_g", "v_s"), v.stride(), strict=False)),
+        heads=h, per_group=h // k.shape[1], rows=c, keys=k.shape[2], offset=offset, scale=scale,
+        E=e, F=f, BLOCK_E=power_of_2(e, 16), BLOCK_F=power_of_2(f, 16),
+        PRECISION=dot_precision(q.dtype),
+    )  # fmt: skip
+    return out, lse
+
+
+def structure(q, k, q_segment, k_segment, k_valid, mask, causal, window, softcap):
+    """Kernel arguments that describe the mask; forward and backward share them."""
+    tables = {"QSEG": q_segment, "KSEG": k_segment, "VALID": k_valid}
+    return {
+        **{name: None if x is None else x.contiguous() for name, x in tables.items()},
+        "MASK": mask,
+        **mask_strides(mask, q, k),
+        "window": window,
+        "softcap": float(softcap),
+        "CAUSAL": bool(causal),
+        "WINDOW": window > 0,
+        "SOFTCAP": softcap > 0,
+        "ADDITIVE": mask is not None and mask.dtype != torch.bool,
+    }
+
+
+KERNELS = (
+    Kernel(
+        name="chunk_attention",
+        ops=("fxmem.attention.default",),
+        signature=signature(
+            "b h q e, b g k e, b g k f -> b h q f, b h q", "k e f h g", prefix=(1, 2)
+        ),
+        reference=reference,
+        launch=launcher,
+        configs=CONFIGS,
+        samples=sample(),
+        limits="head sizes up to 256; in float32 those above 128 spill a few registers",
+    ),
+)

@@ -1,0 +1,147 @@
+"""Simplify: the joint graph without work that changes no bit of its results.
+
+Autograd's formulas are written for any operand. On a known graph some of their steps do nothing
+(``x ** 1``, ``detach``), some run on a value after it was broadcast although they could run before,
+and a rotated half comes back as two zero-padded copies that are added. Every rule here gives the
+same floating-point numbers; the order of no sum changes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmem.joint import Joint
+
+_SCALAR = {
+    "aten.div.Scalar": torch.ops.aten.div.Scalar,
+    "aten.mul.Scalar": torch.ops.aten.mul.Scalar,
+}
+_PRODUCT = "aten.mul.Tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class Simplify:
+    """Apply the rules in graph order."""
+
+    name: str = "simplify"
+
+    def run(self, joint: Joint) -> Joint:
+        joint = joint.copy()
+        for node in list(joint.graph.nodes):
+            if node.op != "call_function" or not node.users:
+                continue
+            for rule in (_identity, _scale_before_broadcast, _power_of_two, _joined):
+                new = rule(joint, node)
+                if new is not None:
+                    _replace(joint, node, new)
+                    break
+        joint.graph.eliminate_dead_code()
+        return joint
+
+
+def _identity(joint: Joint, node: fx.Node) -> fx.Node | None:
+    """``detach(x)``, ``x ** 1`` -> ``x``."""
+    target = str(node.target)
+    if target in ("aten.detach.default", "aten.alias.default"):
+        return _tensor(node.args[0])
+    if target == "aten.pow.Tensor_Scalar" and node.args[1] == 1:
+        source = _tensor(node.args[0])
+        if source is not None and joint.info[source] == joint.info[node]:
+            return source
+    return None
+
+
+def _scale_before_broadcast(joint: Joint, node: fx.Node) -> fx.Node | None:
+    """``expand(x) / c`` -> ``expand(x / c)``."""
+    expand = _operand(node, "aten.expand.default") if str(node.target) in _SCALAR else None
+    if expand is None or len(expand.users) > 1:
+        return None
+    small = expand.args[0]
+    assert isinstance(small, fx.Node)
+    scaled = _new(joint, node, _SCALAR[str(node.target)], (small, node.args[1]), small)
+    return _new(joint, node, expand.target, (scaled, *expand.args[1:]), node)
+
+
+def _power_of_two(joint: Joint, node: fx.Node) -> fx.Node | None:
+    """``expand(x) * (y * 2)`` -> ``expand(x * 2) * y``: exact, and ``x`` is the smaller one."""
+    if str(node.target) != _PRODUCT:
+        return None
+    a, b = node.args[:2]
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return None
+    for wide, scaled in ((a, b), (b, a)):
+        if str(wide.target) != "aten.expand.default" or str(scaled.target) != "aten.mul.Scalar":
+            continue
+        factor = scaled.args[1]
+        if not isinstance(factor, (int, float)) or math.frexp(abs(factor))[0] != 0.5:
+            continue
+        if joint.info[scaled.args[0]] != joint.info[scaled]:
+            continue
+        small = wide.args[0]
+        first = _new(joint, node, torch.ops.aten.mul.Scalar, (small, factor), small)
+        again = _new(joint, node, wide.target, (first, *wide.args[1:]), wide)
+        return _new(joint, node, node.target, (again, scaled.args[0]), node)
+    return None
+
+
+def _joined(joint: Joint, node: fx.Node) -> fx.Node | None:
+    """The sum of two gradients of neighbouring slices -> their concatenation."""
+    if str(node.target) != "aten.add.Tensor" or node.kwargs:
+        return None
+    parts = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    if len(parts) != 2 or any(str(p.target) != "aten.slice_backward.default" for p in parts):
+        return None
+    places = [_slice(joint, p) for p in parts]
+    if any(p is None or p[0] != places[0][0] for p in places):
+        return None
+    (dim, a, b, size), (_, c, d, _) = places
+    ordered = [parts[0].args[0], parts[1].args[0]]
+    if (a, b, d) == (0, c, size):
+        return _new(joint, node, torch.ops.aten.cat.default, (ordered, dim), node)
+    if (c, d, b) == (0, a, size):
+        return _new(joint, node, torch.ops.aten.cat.default, (ordered[::-1], dim), node)
+    return None
+
+
+def _slice(joint: Joint, node: fx.Node) -> Any:
+    """``(dim, start, stop, size)`` of a slice with fixed numbers and step 1, else None."""
+    _, shape, dim, start, stop, step = node.args
+    size = shape[dim]
+    if step != 1 or not all(isinstance(x, int) for x in (size, start, stop)):
+        return None
+    whole = range(size)[start:stop]
+    return dim % len(shape), whole.start, whole.stop, size
+
+
+def _tensor(value: Any) -> fx.Node | None:
+    return value if isinstance(value, fx.Node) else None
+
+
+def _operand(node: fx.Node, target: str) -> fx.Node | None:
+    source = node.args[0]
+    return source if isinstance(source, fx.Node) and str(source.target) == target else None
+
+
+def _new(joint: Joint, at: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A call before ``at``, with shape and dtype of ``like``."""
+    with joint.graph.inserting_before(at):
+        new = joint.graph.call_function(target, args)
+    new.meta.update(like.meta)
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in at.meta:
+            new.meta[key] = at.meta[key]
+    joint.info[new] = joint.info[like]
+    if any(a in joint.learned for a in new.all_input_nodes):
+        joint.learned.add(new)
+    return new
+
+
+def _replace(joint: Joint, node: fx.Node, new: fx.Node) -> None:
+    node.replace_all_uses_with(new)
+    joint.outputs = [new if o is node else o for o in joint.outputs]
+    joint.grads = [new if g is node else g for g in joint.grads]
