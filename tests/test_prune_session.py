@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,40 +80,6 @@ def batches(count: int = 4) -> list[dict[str, Tensor]]:
     g = torch.Generator().manual_seed(1)
     ids = [torch.randint(50, (3, 11), generator=g) for _ in range(count)]
     return [{"input_ids": x, "labels": x} for x in ids]
-
-
-def own_text(model: nn.Module) -> list[dict[str, Tensor]]:
-    """Labels the dense model itself predicts: whatever it uses, a mask must keep."""
-    out = []
-    for batch in batches():
-        with torch.no_grad():
-            best = model(input_ids=batch["input_ids"]).logits.argmax(-1)
-        labels = torch.cat([batch["input_ids"][:, :1], best[:, :-1]], 1)
-        out.append({"input_ids": batch["input_ids"], "labels": labels})
-    return out
-
-
-def test_small_search_is_in_the_best_percent() -> None:
-    model, groups = llama(4), units(4)
-    instantiate, data = by_hooks(model, groups), own_text(model)[:1]
-    options = Prune(init="uniform", cost="units", steps=400, samples=8, age=4, lr=0.2, epsilon=0.02)
-    found = run(model, groups, instantiate, data, options)
-    names = [g.name for g in groups]
-
-    def value(bools: dict[str, Tensor]) -> float:
-        return instantiate(bools)(data[0])
-
-    mine = value(found.bools)
-    assert sum(int(x.sum()) for x in found.bools.values()) == 8
-    g = torch.Generator().manual_seed(2)
-    every = list(itertools.combinations(range(16), 8))
-    sample = torch.randperm(len(every), generator=g)[:1500].tolist()
-    better = 0
-    for index in sample:
-        mask = torch.zeros(16, dtype=torch.bool)
-        mask[list(every[index])] = True
-        better += value(dict(zip(names, mask.split(4), strict=True))) < mine
-    assert better <= len(sample) // 100
 
 
 def test_callback_checkpoint_and_resume(tmp_path: Any) -> None:
