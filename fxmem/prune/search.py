@@ -17,7 +17,7 @@ from fxmem.prune.loop import Loss
 from fxmem.prune.masks import Masks
 from fxmem.prune.materialize import materialize
 from fxmem.prune.options import Prune
-from fxmem.prune.scores import importance
+from fxmem.prune.scores import importance as measure
 from fxmem.prune.space import Space, standardise
 from fxmem.prune.units import Coupling
 
@@ -31,6 +31,8 @@ def search(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
     group: Any = None,
+    coupled: Coupling | None = None,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Find which units to keep; only sub-models run, forward only.
 
@@ -45,6 +47,8 @@ def search(
         checkpoint: file that holds the state after every step; resumed from where it exists.
         progress: show a progress bar.
         group: a `torch.distributed` group whose ranks share the masks; they exchange losses only.
+        coupled: ``fxmem.coupling(model)``, where it is at hand: tracing takes a while.
+        importance: values from `fxmem.score` to start from instead of measuring ``options.init``.
 
     Raises:
         BudgetError: the budget cannot be met, or there is nothing to prune or to measure on.
@@ -52,7 +56,7 @@ def search(
         DivergedError: ranks disagree.
     """
     options = options or Prune()
-    coupled = coupling(model)
+    coupled = coupled or coupling(model)
     found = session.run(
         model,
         _chosen(coupled, options),
@@ -63,6 +67,7 @@ def search(
         checkpoint=checkpoint,
         progress=progress,
         exchange=None if group is None else Ranks(group),
+        values=importance,
     )
     return Masks.from_bools(coupled, found.bools)
 
@@ -72,6 +77,8 @@ def score(
     batches: Sequence[Mapping[str, Any]],
     method: str,
     options: Prune | None = None,
+    *,
+    coupled: Coupling | None = None,
 ) -> tuple[dict[str, Tensor], Masks]:
     """A baseline's importance per unit, and the mask it gives at the budget of `options`.
 
@@ -81,14 +88,15 @@ def score(
         method: "magnitude", "wanda", "taylor" or "random"; see `fxmem.prune.scores`.
         options: `keep`, `kinds`, `cost`, `ranking`, `round_to` and `seed` are used. Units are
             single, `block` is not used.
+        coupled: ``fxmem.coupling(model)``, where it is at hand.
 
     Raises:
         PlanError: an unknown method or kind.
     """
     options = options or Prune()
-    coupled = coupling(model)
+    coupled = coupled or coupling(model)
     groups = _chosen(coupled, options)
-    values = importance(model, batches, groups, method, options.seed)
+    values = measure(model, batches, groups, method, options.seed)
     space = Space.build(groups, options, values, block=1)
     kept = space.final(space.pool(standardise(space, values, method)), options)
     return values, Masks.from_bools(coupled, space.bools(kept))

@@ -69,15 +69,15 @@ def run(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
     exchange: Exchange | None = None,
+    values: Mapping[str, Tensor] | None = None,
 ) -> Found:
     """Search the masks of `groups`; see `fxmem.search` for the arguments."""
     data = as_batches(batches, options.steps)
-    values = None
     file = Path(checkpoint) if checkpoint is not None else None
     saved = torch.load(file, weights_only=True) if file is not None and file.exists() else None
     if saved is not None:
         values = saved["importance"]
-    elif options.init != "uniform":
+    elif values is None and options.init != "uniform":
         some = data[: options.init_batches]
         values = importance(model, some, groups, options.init, options.seed)
     if values is None:
@@ -101,7 +101,7 @@ def run(
         if file is not None and writer:
             # Replaced whole: an interruption while writing leaves the previous one.
             part = file.with_name(file.name + ".part")
-            torch.save({"importance": values, "loop": loop.state()}, part)
+            torch.save({"importance": dict(values), "loop": loop.state()}, part)
             part.replace(file)
         if callback is not None:
             callback(Step(loop.done, loop.counts.losses[-1], loop.s, loop.counts))
