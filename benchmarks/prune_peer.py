@@ -24,7 +24,12 @@ def torch_pruning(folder: str, keep: float, held: Tensor, options: Any) -> dict[
         command = [sys.executable, "-m", "benchmarks.prune_peer", folder, str(keep), str(rows)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=options.peer_seconds, check=False
+                command,
+                capture_output=True,
+                text=True,
+                timeout=options.peer_seconds,
+                check=False,
+                cwd=Path(__file__).parent.parent,
             )
         except subprocess.TimeoutExpired:
             return {"status": f"no result in {options.peer_seconds} s"}

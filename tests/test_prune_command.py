@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import benchmarks_package  # noqa: F401
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.prune import Options, run
 from fxmem import cli
 
 
@@ -70,13 +72,12 @@ def test_prune_names_what_is_wrong(
 
 
 def test_benchmark_rows_on_a_tiny_model(folder: Path, tmp_path: Path) -> None:
-    from benchmarks.prune import Options, run
-
     pairs = tmp_path / "pairs.jsonl"
     some = [{"uid": "u", "good": "a dog barks", "bad": f"a dog bark {i}"} for i in range(3)]
     pairs.write_text("\n".join(json.dumps(pair) for pair in some))
     options = Options(
-        model=str(folder), keep=(0.5,), rows=("wanda", "fresh from wanda", "re-weighted from wanda"),
+        model=str(folder), keep=(0.5,),
+        rows=("wanda", "fresh from wanda", "re-weighted from wanda"),
         steps=4, samples=2, age=2, length=32, held=2, calibration=2, blimp=pairs, pairs=2,
         time_length=32, time_batch=1, repeats=1, peer_seconds=1, out=tmp_path / "out",
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -220,8 +221,20 @@ def test_many_units_stay_finite() -> None:
     s = s0 + step
     logs = est.log_ratio(masks, s, s0, block)
     assert bool(((logs + 70).abs() < 4 * 12).all())
-    mean = float(est.log_ratio(masks, s0 + 0.01, s0, block).abs().max())
-    assert mean < 7e3
+    # All steps of one sign: the two extreme masks are where exp overflows, clipped in log space.
+    extreme = torch.stack([torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)])
+    ends = est.log_ratio(extreme, s0 + 0.01, s0, block)[:, 0]
+    expected = torch.tensor([math.log(1.02), math.log(0.98)], dtype=torch.float64) * n
+    torch.testing.assert_close(ends, expected, rtol=1e-10, atol=0)
+    assert 6.9e3 < float(ends[0]) < 7.2e3
+    assert -7.2e3 < float(ends[1]) < -6.9e3
+    pair = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    steep = est.gradient(
+        extreme, pair, est.leave_one_out(pair), s0 + 0.01, s0, block, clip=2.0, alpha=0.5
+    )
+    assert bool(torch.isfinite(steep).all())
+    ordinary = est.log_ratio(masks, s0 + 0.01, s0, block)
+    assert bool(((ordinary + 70).abs() < 4 * 12).all())
     losses = torch.randn(4, generator=g, dtype=torch.float64)
     found = est.gradient(masks, losses, est.leave_one_out(losses), s, s0, block, clip=2.0)
     assert bool(torch.isfinite(found).all())
@@ -255,6 +268,25 @@ def test_projection_meets_the_optimality_conditions(low: float, seed: int) -> No
         check_kkt(s, cost, part * total, low)
     check_kkt(torch.zeros_like(s), cost, 0.5 * total, low)
     check_kkt(torch.ones_like(s), cost, 0.5 * total, low)
+
+
+def test_projection_of_many_units(capsys: pytest.CaptureFixture[str]) -> None:
+    """The time is printed, not asserted: it is the machine's as much as ours."""
+    n = 400_000
+    g = torch.Generator().manual_seed(1)
+    s = torch.rand(n, generator=g, dtype=torch.float64) * 1.4 - 0.2
+    cost = torch.where(torch.rand(n, generator=g) < 0.9, 96.0, 4096.0).double()
+    budget, seconds = 0.3 * float(cost.sum()), []
+    for _ in range(3):
+        start = time.perf_counter()
+        x = project(s, cost, budget, 0.01)
+        seconds.append(time.perf_counter() - start)
+    assert abs(float(cost @ x) - budget) <= 1e-9 * budget
+    v = ((s - x) / cost)[(x > 0.01) & (x < 0.99)]
+    assert len(v) > 0
+    assert float(v.max() - v.min()) <= TIGHT
+    with capsys.disabled():
+        print(f" [projection of {n:,} units: {min(seconds) * 1e3:.0f} ms]", end="")
 
 
 def test_projection_at_the_ends() -> None:

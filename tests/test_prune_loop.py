@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -180,10 +182,67 @@ def test_sparse_step_equals_masked_dense_gradients() -> None:
     assert bool((found["up"][never] == 0).all())
 
 
-def test_masks_are_the_same_for_every_world_size() -> None:
-    again = torch.stack([draw(HALF, 3, 2, k) for k in range(4)])
-    assert torch.equal(again, torch.stack([draw(HALF, 3, 2, k) for k in range(4)]))
-    assert len(torch.unique(again, dim=0)) == 4
+class Beside:
+    """One rank of several that run as threads of this process."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.world, self.slots, self.barrier = rank, len(slots), slots, barrier
+
+    def losses(self, local: Tensor) -> Tensor:
+        """Row k is the row k // world of rank k % world."""
+        return torch.stack(self._shared(local), 1).flatten(0, 1)
+
+    def agree(self, s: Tensor) -> None:
+        assert all(torch.equal(other, s) for other in self._shared(s))
+
+    def _shared(self, mine: Tensor) -> list[Tensor]:
+        self.slots[self.rank] = mine
+        self.barrier.wait()
+        everyone = list(self.slots)
+        # Nobody writes the next round's value before all have read this one's.
+        self.barrier.wait()
+        return everyone
+
+
+@pytest.mark.parametrize("resident", ["one", "all"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_masks_and_probabilities_are_the_same_for_every_world_size(
+    world: int, resident: str
+) -> None:
+    options = replace(BASE, resident=resident)
+
+    def rank(number: int, slots: list[Any], barrier: threading.Barrier) -> list[Tensor]:
+        loop = make(options, exchange=Beside(number, slots, barrier))
+        seen = []
+        try:
+            for _ in range(options.steps):
+                loop.step()
+                seen += [loop.masks.clone(), loop.s.clone()]
+        except BaseException:
+            barrier.abort()
+            raise
+        return seen
+
+    slots: list[Any] = [None] * world
+    barrier = threading.Barrier(world, timeout=60)
+    with ThreadPoolExecutor(world) as pool:
+        every = list(pool.map(lambda k: rank(k, slots, barrier), range(world)))
+    alone = make(options)
+    for t in range(options.steps):
+        alone.step()
+        for seen in every:
+            assert torch.equal(seen[2 * t], alone.masks)
+            assert float((seen[2 * t + 1] - alone.s).abs().max()) <= 1e-12
+    assert alone.counts.instantiations > 1
+
+
+def test_masks_follow_from_seed_snapshot_and_sample() -> None:
+    drawn = [
+        draw(HALF, seed, snapshot, k) for seed in (0, 1) for snapshot in (0, 1) for k in (0, 1)
+    ]
+    assert len(torch.unique(torch.stack(drawn), dim=0)) == len(drawn)
+    torch.manual_seed(123)  # The global generator has no say.
+    assert torch.equal(draw(HALF, 0, 0, 1), drawn[1])
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def _batches(tokenizer: Any, file: Path, length: int, batch: int) -> list[dict[s
 
 
 def _write(small: Any, tokenizer: Any, masks: str, out: Path) -> None:
-    """Weights, dense config, masks and tokenizer; `fxmem.materialize` on the dense model reads it."""
+    """Weights, dense config, tokenizer, and the masks that materialize the dense model to it."""
     from safetensors.torch import save_model
 
     out.mkdir(parents=True, exist_ok=True)
