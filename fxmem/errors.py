@@ -164,3 +164,7 @@ class FetchError(FxmemError):
 
 class FxmemWarning(UserWarning):
     """Something is exact but not as lean as asked for, such as an op that runs whole."""
+
+
+class MaskError(FxmemError, ValueError):
+    """Masks do not fit the model, or a smaller model would not equal the masked one."""

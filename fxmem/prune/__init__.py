@@ -1,0 +1,1 @@
+"""Structured pruning: coupled units of a model, masks over them, really smaller sub-models."""

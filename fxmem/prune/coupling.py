@@ -1,0 +1,136 @@
+"""Find the unit groups of a model from its captured forward."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxmem.errors import CaptureError
+from fxmem.experts import streamable
+from fxmem.prune.analysis import Walk
+from fxmem.prune.labels import Atom, fresh, leaves, path, resolve, root, width
+from fxmem.prune.units import Coupling, Member, UnitGroup, cost_of
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def coupling(model: nn.Module, example: Tensor | None = None) -> Coupling:
+    """Unit groups of a causal language model; ``example``: token ids ``[batch, length]``.
+
+    Raises:
+        CaptureError: where the forward cannot be exported.
+    """
+    device = next(model.parameters()).device
+    ids = torch.zeros(3, 11, dtype=torch.long, device=device) if example is None else example
+    was = model.training
+    try:
+        with streamable(model), warnings.catch_warnings(), contextlib.suppress():
+            warnings.simplefilter("ignore")
+            model.eval()
+            program = torch.export.export(_Logits(model), (ids,), strict=False)
+            program = program.run_decompositions()
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be exported", reason=str(error).split("\n")[0]
+        ) from error
+    finally:
+        model.train(was)
+    return _groups(model, program)
+
+
+def _groups(model: nn.Module, program: Any) -> Coupling:
+    canonical = {id(p): n for n, p in model.named_parameters()}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    labels = {n: [fresh(k) for k in shape] for n, shape in shapes.items()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    names = program.graph_signature.inputs_to_parameters
+    walk = Walk()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in names:
+                name = canonical[id(every[names[node.name].removeprefix("model.")])]
+                walk.parameter(node, name, labels[name])
+            else:
+                walk.source(node, "an input of the model")
+        elif node.op == "call_function":
+            walk.call(node)
+        elif node.op == "output":
+            for out in node.args[0]:
+                for axis in walk.axes.get(out) or []:
+                    _fix_output(axis)
+        else:
+            walk.source(node, f"{node.op} {node.name}")
+    walk.mark_heads()
+    return _collect(walk, labels, shapes)
+
+
+def _fix_output(axis: Any) -> None:
+    for atom in leaves(axis):
+        atom.fixed = atom.fixed or "an output of the model (vocabulary)"
+
+
+def _collect(walk: Walk, labels: dict[str, list[Any]], shapes: dict[str, Any]) -> Coupling:
+    contracted = {(n, root(a)) for n, a in walk.contracted}
+    consumers = {
+        (n, leaf) for n, a in contracted for leaf in leaves(((a,),))
+    }
+    found: dict[Atom, list[Member]] = {}
+    blocked: list[tuple[str, int, str]] = []
+    factors: dict[Atom, set[int]] = {}
+    for name, axes in labels.items():
+        for i, axis in enumerate(axes):
+            why = None
+            for segment in resolve(axis):
+                for j, atom in enumerate(segment):
+                    if atom.ref is not None or atom.fixed:
+                        why = why or atom.fixed or "cut into parts below a product"
+                        continue
+                    found.setdefault(atom, [])
+                    for p in path(axis, atom):
+                        if (name, i, p) not in found[atom]:
+                            found[atom].append((name, i, p))
+                    sizes = factors.setdefault(atom, {1})
+                    for k in range(j, len(segment)):
+                        sizes.add(width(segment[j : k + 1]) // atom.size)
+                    sizes.add(shapes[name][i] // atom.size)
+            if why:
+                blocked.append((name, i, why))
+    groups: list[UnitGroup] = []
+    taken: set[str] = set()
+    for atom, members in found.items():
+        inner = any(kind == "inner" for _, _, p in members for kind, _, _ in p)
+        consumer = tuple(m for m in members if (m[0], atom) in consumers)
+        if inner or not consumer or atom.size < 2 or len(consumer) == len(members):
+            why = "position inside a head" if inner else "no consumer contracts it"
+            blocked += [(n, i, why) for n, i, _ in members]
+            continue
+        kind = "kv_groups" if atom.attention else "mlp_channels"
+        shared = commonprefix([n.split(".") for n, _, _ in members])
+        base = ".".join([*shared, kind])
+        name, k = base, 1
+        while name in taken:
+            k += 1
+            name = f"{base}.{k}"
+        taken.add(name)
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", ".".join(shared))
+        groups.append(
+            UnitGroup(
+                name, kind, int(number[1]) if number else -1, atom.size,
+                cost_of(tuple(members), shapes, atom.size), tuple(members), consumer,
+                tuple(sorted(factors[atom])),
+            )
+        )  # fmt: skip
+    return Coupling(tuple(groups), tuple(dict.fromkeys(blocked)), tuple(shapes.items()))

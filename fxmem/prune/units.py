@@ -1,0 +1,119 @@
+"""Units of a model: the parameter slices that are kept or removed together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import networkx as nx
+import torch
+
+Path = tuple[tuple[str, int, int], ...]
+Member = tuple[str, int, Path]
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """One prunable dimension of the model.
+
+    Attributes:
+        name: module path and kind, ``"model.layers.3.mlp.mlp_channels"``.
+        kind: ``"kv_groups"`` (key/value heads with their query heads) or ``"mlp_channels"``.
+        layer: first number in the module path, -1 if none.
+        size: number of units. cost: parameters removed with one unit.
+        members: ``(parameter, axis, path)`` slices; see :func:`positions`.
+        consumer: members whose axis is contracted with the value the unit produces.
+        sizes: sizes that follow the unit count, as factors per unit (``size * factor``).
+    """
+
+    name: str
+    kind: str
+    layer: int
+    size: int
+    cost: int
+    members: tuple[Member, ...]
+    consumer: tuple[Member, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """All unit groups of one model, and the axes that cannot be pruned with the reason."""
+
+    groups: tuple[UnitGroup, ...]
+    blocked: tuple[tuple[str, int, str], ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def group(self, name: str) -> UnitGroup:
+        from fxmem.errors import MaskError
+
+        for g in self.groups:
+            if g.name == name:
+                return g
+        raise MaskError(f"the model has no unit group {name!r}")
+
+    @property
+    def graph(self) -> Any:
+        """Bipartite networkx graph: group names and the ``(parameter, axis)`` they slice."""
+        graph = nx.Graph()
+        for g in self.groups:
+            graph.add_node(g.name, kind=g.kind, size=g.size)
+            for name, axis, path in g.members:
+                graph.add_edge(g.name, (name, axis), path=path)
+        return graph
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.groups)} groups"]
+        for g in self.groups:
+            lines.append(f"{g.name}: {g.size} units of {g.cost:,} parameters")
+            lines += [
+                f"  {name} axis {axis} {'/'.join(f'{k}({a},{b})' for k, a, b in path)}"
+                for name, axis, path in g.members
+            ]
+        lines += [f"blocked: {name} axis {axis}: {why}" for name, axis, why in self.blocked]
+        return "\n".join(lines)
+
+    def draw(self, path: str) -> None:
+        """Write a picture of :attr:`graph` to ``path`` (PNG, SVG or PDF by suffix)."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, max(4, len(self.groups))))
+        axes = figure.add_subplot()
+        graph = self.graph
+        where = nx.bipartite_layout(graph, [g.name for g in self.groups])
+        label = {n: n if isinstance(n, str) else f"{n[0]}[{n[1]}]" for n in graph}
+        nx.draw_networkx(graph, where, ax=axes, labels=label, font_size=6, node_size=40)
+        figure.savefig(path)
+
+
+def positions(length: int, path: Path, size: int, kept: tuple[int, ...]) -> torch.Tensor:
+    """Boolean ``[length]``: the positions of an axis that stay when ``kept`` of ``size`` units do.
+
+    Steps narrow an index range: ``segment(offset, n)``, ``inner(outer size)`` views it ``(outer,
+    n)`` and keeps columns, ``outer(inner size)`` views it ``(n, inner)`` and keeps rows.
+    """
+    keep = torch.ones(length, dtype=torch.bool)
+    index = torch.arange(length)
+    before = after = 1
+    for kind, a, b in path:
+        if kind == "segment":
+            index = index[a : a + b]
+        elif kind == "inner":
+            before = a
+        else:
+            after = a
+    unit = torch.zeros(size, dtype=torch.bool)
+    unit[list(kept)] = True
+    keep[index] = unit.view(1, size, 1).expand(before, size, after).reshape(-1)
+    return keep
+
+
+def cost_of(members: tuple[Member, ...], shapes: dict[str, tuple[int, ...]], size: int) -> int:
+    """Parameters that one unit removes."""
+    total = 0
+    for name, axis, path in members:
+        shape = shapes[name]
+        n = int((~positions(shape[axis], path, size, tuple(range(1, size)))).sum())
+        total += n * prod(shape[:axis]) * prod(shape[axis + 1 :])
+    return total
