@@ -10,9 +10,16 @@ if importlib.util.find_spec("fxmem.passes") is None:
     __path__.append(str(Path(__file__).parent.parent))
 
 from fxmem.api import backend, restore, transform
-from fxmem.errors import FxmemError
+from fxmem.errors import FxmemError, MaskError
 from fxmem.explain import Report, explain
 from fxmem.plan import Plan, Stream
+from fxmem.prune.coupling import coupling
+from fxmem.prune.masks import Masks
+from fxmem.prune.materialize import masked, materialize
+from fxmem.prune.units import Coupling, UnitGroup
 
 __version__ = "0.1.0"
-__all__ = ["FxmemError", "Plan", "Report", "Stream", "backend", "explain", "restore", "transform"]
+__all__ = [
+    "Coupling", "FxmemError", "MaskError", "Masks", "Plan", "Report", "Stream", "UnitGroup",
+    "backend", "coupling", "explain", "masked", "materialize", "restore", "transform",
+]  # fmt: skip

@@ -27,9 +27,7 @@ class Walk:
         self.heads: list[Axis] = []
 
     def source(self, node: fx.Node, reason: str) -> None:
-        self.axes[node] = _map(
-            node.meta.get("val"), lambda t: [fresh(n, reason) for n in t.shape]
-        )
+        self.axes[node] = _map(node.meta.get("val"), lambda t: [fresh(n, reason) for n in t.shape])
 
     def parameter(self, node: fx.Node, name: str, axes: list[Axis]) -> None:
         self.axes[node] = axes
@@ -44,6 +42,9 @@ class Walk:
                 self.source(node, f"{source} has no labels")
             if source in self.origin:
                 self.origin[node] = self.origin[source]  # type: ignore[index]
+            return
+        if node.meta.get("val") is None:  # an assertion: nothing flows on from it
+            self.axes[node] = None
             return
         op = str(node.target)
         operands = [n for n in node.all_input_nodes if isinstance(self.axes.get(n), list)]
@@ -157,7 +158,12 @@ class Walk:
                     if n in self.origin:
                         self.contracted |= {(self.origin[n], a) for s in resolve(axis) for a in s}
             return [first]
-        if len(outs) == 1 and len(entries) > 1 and sum(sizes) == outs[0] and set(sizes) != {outs[0]}:
+        if (
+            len(outs) == 1
+            and len(entries) > 1
+            and sum(sizes) == outs[0]
+            and set(sizes) != {outs[0]}
+        ):
             return [tuple(s for a, _ in entries for s in resolve(a))]
         if len(set(sizes)) == 1 and sizes[0] == sum(outs) and len(outs) > 1:
             return pick(first, tuple(outs))

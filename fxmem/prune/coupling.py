@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
 from os.path import commonprefix
@@ -37,7 +36,7 @@ def coupling(model: nn.Module, example: Tensor | None = None) -> Coupling:
     ids = torch.zeros(3, 11, dtype=torch.long, device=device) if example is None else example
     was = model.training
     try:
-        with streamable(model), warnings.catch_warnings(), contextlib.suppress():
+        with streamable(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.eval()
             program = torch.export.export(_Logits(model), (ids,), strict=False)
@@ -84,9 +83,7 @@ def _fix_output(axis: Any) -> None:
 
 def _collect(walk: Walk, labels: dict[str, list[Any]], shapes: dict[str, Any]) -> Coupling:
     contracted = {(n, root(a)) for n, a in walk.contracted}
-    consumers = {
-        (n, leaf) for n, a in contracted for leaf in leaves(((a,),))
-    }
+    consumers = {(n, leaf) for n, a in contracted for leaf in leaves(((a,),))}
     found: dict[Atom, list[Member]] = {}
     blocked: list[tuple[str, int, str]] = []
     factors: dict[Atom, set[int]] = {}

@@ -59,9 +59,7 @@ def _open(segment: Segment) -> list[Segment]:
         if at.ref is None or (len(at.ref) > 1 and i > 0):
             continue
         return [
-            piece
-            for inner in at.ref
-            for piece in _open((*segment[:i], *inner, *segment[i + 1 :]))
+            piece for inner in at.ref for piece in _open((*segment[:i], *inner, *segment[i + 1 :]))
         ]
     return [tuple(root(a) for a in segment)]
 

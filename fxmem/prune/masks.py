@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-
 from torch import Tensor
 
 from fxmem.errors import MaskError
@@ -131,6 +130,3 @@ def consumer_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Te
     """As :func:`axis_keeps`, consumers only."""
     wanted = {(n, i) for g in coupling.groups for n, i, _ in g.consumer}
     return {k: v for k, v in axis_keeps(coupling, masks).items() if k in wanted}
-
-
-
