@@ -178,3 +178,9 @@ class FxmemWarning(UserWarning):
 
 class MaskError(FxmemError, ValueError):
     """Masks do not fit the model, or a smaller model would not equal the masked one."""
+
+
+class PruningFileError(FxmemError, ValueError):
+    """The files of a saved smaller model are missing, damaged or do not fit together."""
+
+    default_advice = "save the model again with fxmem.save_pretrained"

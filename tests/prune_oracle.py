@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fxmem.prune.coupling import coupling
+from fxmem.prune.materialize import coupling
 from fxmem.prune.units import UnitGroup
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import fxmem
 from benchmarks.prune import Options, run
 from fxmem import cli
 
@@ -47,6 +48,9 @@ def test_prune_writes_a_smaller_model(
     said = capsys.readouterr().out
     assert "of the prunable parameters removed" in said
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    again = fxmem.from_pretrained(out)
+    kept = sum(p.numel() for p in again.parameters())
+    assert f"-> {kept:,} parameters" in said
     assert 0 < written < sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

@@ -25,6 +25,7 @@ class Walk:
         self.origin: dict[fx.Node, str] = {}
         self.contracted: set[tuple[str, Atom]] = set()
         self.heads: list[Axis] = []
+        self.products: list[str] = []
 
     def source(self, node: fx.Node, reason: str) -> None:
         self.axes[node] = _map(node.meta.get("val"), lambda t: [fresh(n, reason) for n in t.shape])
@@ -156,6 +157,7 @@ class Walk:
             if len(entries) > 1:
                 for axis, n in entries:
                     if n in self.origin:
+                        self.products.append(self.origin[n])
                         self.contracted |= {(self.origin[n], a) for s in resolve(axis) for a in s}
             return [first]
         if (
@@ -177,7 +179,10 @@ class Walk:
         if start is not None and len(outs) == 1:
             lo, n = int(start), outs[0]
             parts = [x for x in (lo, n, sizes[0] - lo - n) if x]
-            return [pick(first, tuple(parts))[1 if lo else 0]]
+            try:
+                return [pick(first, tuple(parts))[1 if lo else 0]]
+            except IndexError:
+                raise IndexError((where, parts, lo, n, sizes)) from None
         fix(first, f"{where} changes the axis")
         return [fresh(outs[0], f"{where} changes the axis")]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from fxmem.errors import PlanError
-from fxmem.prune.coupling import coupling
-from fxmem.prune.materialize import materialize
+from fxmem.prune.materialize import coupling, materialize
 from fxmem.prune.options import Prune
+from fxmem.prune.saving import save_pretrained
 from fxmem.prune.search import search
 
 
@@ -39,7 +39,8 @@ def prune(options: Any) -> str:
     coupled = coupling(model)
     masks = search(model, data, how, progress=True, coupled=coupled)
     small = materialize(model, masks, coupled)
-    _write(small, tokenizer, masks.to_json(), options.out)
+    save_pretrained(small, options.out)
+    tokenizer.save_pretrained(options.out)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     return (
         f"{masks.sparsity(coupled)['prunable']:.1%} of the prunable parameters removed, "
@@ -60,14 +61,3 @@ def _batches(tokenizer: Any, file: Path, length: int, batch: int) -> list[dict[s
         )
     rows = torch.tensor(ids[: count * length * batch]).view(count, batch, length)
     return [{"input_ids": x, "labels": x} for x in rows]
-
-
-def _write(small: Any, tokenizer: Any, masks: str, out: Path) -> None:
-    """Weights, dense config, tokenizer, and the masks that materialize the dense model to it."""
-    from safetensors.torch import save_model
-
-    out.mkdir(parents=True, exist_ok=True)
-    small.config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    save_model(small, str(out / "model.safetensors"), metadata={"format": "pt"})
-    (out / "masks.json").write_text(masks + "\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
+from dataclasses import replace
 from os.path import commonprefix
 from typing import Any
 
@@ -73,7 +75,12 @@ def _groups(model: nn.Module, program: Any) -> Coupling:
         else:
             walk.source(node, f"{node.op} {node.name}")
     walk.mark_heads()
-    return _collect(walk, labels, shapes)
+    uses = Counter(name for name in walk.products)
+    return replace(
+        _collect(walk, labels, shapes),
+        item_sizes=tuple((n, p.element_size()) for n, p in model.named_parameters()),
+        products=tuple(uses.items()),
+    )
 
 
 def _fix_output(axis: Any) -> None:

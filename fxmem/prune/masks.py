@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from fxmem.errors import MaskError
-from fxmem.prune.units import Coupling, positions
+from fxmem.prune.units import Coupling, UnitGroup, positions
+
+KINDS = ("kv_groups", "mlp_channels", "experts")
 
 Groups = tuple[tuple[str, int, tuple[int, ...]], ...]
 
@@ -54,12 +56,16 @@ class Masks:
 
     @classmethod
     def from_bools(cls, coupling: Coupling, bools: Mapping[str, Tensor]) -> Masks:
+        """``bools``: group name -> ``[units]``; for KV groups also ``[query heads]``.
+
+        Raises:
+            MaskError: a wrong shape, or query heads of one KV group not all kept or removed.
+        """
+        kept: dict[str, tuple[int, ...]] = {}
         for name, b in bools.items():
-            if tuple(b.shape) != (coupling.group(name).size,):
-                raise MaskError(f"mask of {name} has shape {tuple(b.shape)}")
-        return cls.from_kept(
-            coupling, {n: tuple(b.bool().nonzero()[:, 0].tolist()) for n, b in bools.items()}
-        )
+            units = _per_unit(coupling.group(name), b.bool())
+            kept[name] = tuple(units.nonzero()[:, 0].tolist())
+        return cls.from_kept(coupling, kept)
 
     def check(self, coupling: Coupling) -> None:
         if self.model != fingerprint(coupling):
@@ -88,12 +94,53 @@ class Masks:
         return Masks(first.model, tuple(out))
 
     def sparsity(self, coupling: Coupling) -> dict[str, float]:
-        """Fractions removed: of prunable parameters, of all parameters."""
+        """Fractions removed, 0 to 1.
+
+        ``prunable``: of the parameters that units hold; ``parameters``: of all, a tied one counted
+        once; ``bytes``: of their storage; ``macs``: of the multiply-adds of matrix products with
+        parameters, per token (attention scores and values not counted, an expert counted whole).
+        """
+        before = {n: list(s) for n, s in coupling.shapes}
+        after = {n: list(s) for n, s in coupling.shapes}
+        for (name, axis), keep in axis_keeps(coupling, self).items():
+            after[name][axis] = int(keep.sum())
+        width = dict(coupling.item_sizes)
+        macs = dict(coupling.products)
+        held = {n for g in coupling.groups for n, _, _ in g.members}
+
+        def removed(weight: Mapping[str, int]) -> float:
+            whole = sum(w * prod(before[n]) for n, w in weight.items())
+            return 1 - sum(w * prod(after[n]) for n, w in weight.items()) / whole if whole else 0.0
+
+        return {
+            "prunable": removed(dict.fromkeys(held, 1)),
+            "parameters": removed(dict.fromkeys(before, 1)),
+            "bytes": removed(width),
+            "macs": removed(macs),
+        }
+
+    def rounded(self, coupling: Coupling, multiple: Mapping[str, int] | int) -> Masks:
+        """Counts raised to a multiple (per unit kind, or one for MLP channels), or left at zero.
+
+        The units put back are those of lowest index; a count never exceeds the group's size.
+
+        Raises:
+            MaskError: a multiple below 1 or an unknown unit kind.
+        """
+        table = {"mlp_channels": multiple} if isinstance(multiple, int) else dict(multiple)
+        for kind, m in table.items():
+            if kind not in KINDS:
+                raise MaskError(f"unknown unit kind {kind!r}", advice=f"one of {', '.join(KINDS)}")
+            if m < 1:
+                raise MaskError(f"multiple {m} of {kind} is below 1")
         self.check(coupling)
-        cost = sum(g.cost * g.size for g in coupling.groups)
-        gone = sum(g.cost * (g.size - len(self.kept(g.name))) for g in coupling.groups)
-        total = sum(prod(s) for _, s in coupling.shapes)
-        return {"prunable": gone / cost if cost else 0.0, "parameters": gone / total}
+        out: dict[str, tuple[int, ...]] = {}
+        for g in coupling.groups:
+            kept = self.kept(g.name)
+            wanted = min(g.size, -(-len(kept) // table.get(g.kind, 1)) * table.get(g.kind, 1))
+            spare = [i for i in range(g.size) if i not in set(kept)]
+            out[g.name] = tuple(sorted((*kept, *spare[: wanted - len(kept)])))
+        return Masks.from_kept(coupling, out)
 
     def to_dict(self) -> dict[str, Any]:
         return {"version": 1, "model": self.model, "entries": [list(e) for e in self.entries]}
@@ -101,13 +148,48 @@ class Masks:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Masks:
         try:
+            if data["version"] != 1:
+                raise MaskError(f"masks of version {data['version']!r}, this fxmem reads 1")
             entries = tuple((str(n), int(s), tuple(map(int, k))) for n, s, k in data["entries"])
             return cls(str(data["model"]), entries)
+        except MaskError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise MaskError(f"not a table of masks: {error}") from error
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict())
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Masks:
+        """Read masks from JSON.
+
+        Raises:
+            MaskError: the text is not JSON or not a table of masks.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise MaskError(f"masks are not valid JSON: {error}") from error
+
+
+def _per_unit(group: UnitGroup, mask: Tensor) -> Tensor:
+    """``[units]`` from a mask per unit or, for KV groups, per query head."""
+    if mask.dim() == 1 and len(mask) == group.size:
+        return mask
+    heads = {group.size * f for f in group.sizes}
+    if group.kind != "kv_groups" or mask.dim() != 1 or len(mask) not in heads:
+        raise MaskError(
+            f"the mask of {group.name} has shape {tuple(mask.shape)}, not ({group.size},)"
+        )
+    rows = mask.view(group.size, -1)
+    uneven = (rows != rows[:, :1]).any(1).nonzero()[:, 0].tolist()
+    if uneven:
+        raise MaskError(
+            f"{group.name}: KV group {uneven[0]} keeps some of its query heads and not others",
+            advice="keep or remove the query heads of one key/value head together",
+        )
+    return rows[:, 0]
 
 
 def axis_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor]:

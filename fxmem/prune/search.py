@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from fxmem.errors import PlanError
 from fxmem.prune import session
-from fxmem.prune.coupling import coupling
 from fxmem.prune.distributed import Ranks
 from fxmem.prune.loop import Loss
 from fxmem.prune.masks import Masks
-from fxmem.prune.materialize import materialize
+from fxmem.prune.materialize import coupling, materialize
 from fxmem.prune.options import Prune
 from fxmem.prune.scores import importance as measure
 from fxmem.prune.space import Space, standardise

@@ -44,6 +44,10 @@ class Coupling:
     groups: tuple[UnitGroup, ...]
     blocked: tuple[tuple[str, int, str], ...]
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    item_sizes: tuple[tuple[str, int], ...] = ()
+    """Bytes per element of every parameter."""
+    products: tuple[tuple[str, int], ...] = ()
+    """Parameters that are contracted in matrix products -> times each is used per token."""
 
     def group(self, name: str) -> UnitGroup:
         from fxmem.errors import MaskError
@@ -114,6 +118,8 @@ def cost_of(members: tuple[Member, ...], shapes: dict[str, tuple[int, ...]], siz
     total = 0
     for name, axis, path in members:
         shape = shapes[name]
+        if not size:
+            continue
         n = int((~positions(shape[axis], path, size, tuple(range(1, size)))).sum())
         total += n * prod(shape[:axis]) * prod(shape[axis + 1 :])
     return total

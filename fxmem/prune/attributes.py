@@ -1,0 +1,165 @@
+"""Integer attributes of modules that repeat a size, such as OPT's ``num_heads``.
+
+A sub-model whose parameters shrink needs them changed, and nothing in a module says which they are.
+They are found once per model by trial: the smallest set whose change makes a probe sub-model equal
+the masked model on two lengths. Later sub-models only look the set up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from fxmem.errors import MaskError
+from fxmem.experts import streamable
+from fxmem.prune.masks import Masks, fingerprint
+from fxmem.prune.oracle import masked
+from fxmem.prune.slicing import shell, slices
+from fxmem.prune.units import Coupling, UnitGroup
+
+
+@dataclass(frozen=True)
+class SizeAttribute:
+    """``module.attribute`` (of its config where ``in_config``) is ``factor`` x units of a group."""
+
+    module: str
+    attribute: str
+    in_config: bool
+    group: str
+    factor: int
+
+
+Attributes = tuple[SizeAttribute, ...]
+_FOUND: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Attributes]] = (
+    weakref.WeakKeyDictionary()
+)
+searches = 0
+"""Trial searches run in this process; a test counts them."""
+
+
+def remember(model: nn.Module, coupling: Coupling, found: Attributes) -> None:
+    _FOUND.setdefault(model, {})[_key(model, coupling)] = found
+
+
+def _key(model: nn.Module, coupling: Coupling) -> tuple[str, str]:
+    config = getattr(model, "config", None)
+    return fingerprint(coupling), str(getattr(config, "_attn_implementation", ""))
+
+
+def attributes(model: nn.Module, coupling: Coupling) -> Attributes:
+    """The size attributes of ``model``, found on the first call.
+
+    Raises:
+        MaskError: no choice of attributes makes a smaller model equal the masked one.
+    """
+    table = _FOUND.setdefault(model, {})
+    key = _key(model, coupling)
+    if key not in table:
+        found: Attributes = ()
+        for kind in dict.fromkeys(g.kind for g in coupling.groups):
+            found += _search(model, coupling, kind)
+        table[key] = found
+    return table[key]
+
+
+def assign(module: nn.Module, entry: SizeAttribute, value: int) -> None:
+    """Set one attribute; a config that other modules share is copied for this module first."""
+    if not entry.in_config:
+        setattr(module, entry.attribute, value)
+        return
+    own = copy.copy(module.config)
+    own.__dict__[entry.attribute] = value
+    module.__dict__["config"] = own
+
+
+def apply(small: nn.Module, found: Attributes, masks: Masks) -> None:
+    """Set every attribute of ``found`` to what ``masks`` leave."""
+    for entry in found:
+        units = len(masks.kept(entry.group))
+        assign(small.get_submodule(entry.module), entry, units * entry.factor)
+
+
+def _candidates(model: nn.Module, group: UnitGroup) -> Iterator[SizeAttribute]:
+    paths = [n.split(".")[:-1] for n, _, _ in group.members]
+    shared = 0
+    while all(len(p) > shared and p[shared] == paths[0][shared] for p in paths):
+        shared += 1
+    for path in sorted({".".join(p[:k]) for p in paths for k in range(shared, len(p) + 1)}):
+        module = model.get_submodule(path)
+        config = getattr(module, "config", None)
+        tables = [
+            (False, vars(module)),
+            (True, vars(config) if hasattr(config, "__dict__") else {}),
+        ]
+        for in_config, table in tables:
+            for key, value in table.items():
+                if type(value) is not int or key == "layer_idx" or value % group.size or not value:
+                    continue
+                if value // group.size in group.sizes:
+                    yield SizeAttribute(path, key, in_config, group.name, value // group.size)
+
+
+def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
+    """One set for all layers: attributes are chosen together by path without layer numbers."""
+    global searches
+    searches += 1
+    probe = {g.name: tuple(range(0, g.size, 2)) for g in coupling.groups if g.kind == kind}
+    masks = Masks.from_kept(coupling, probe)
+    choices: dict[tuple[bool, str, str], list[SizeAttribute]] = {}
+    for group in coupling.groups:
+        for entry in _candidates(model, group) if group.kind == kind else ():
+            role = re.sub(r"\d+", "*", entry.module)
+            choices.setdefault((entry.in_config, role, entry.attribute), []).append(entry)
+    keys = sorted(choices)
+    small = shell(model, slices(coupling, masks))
+    vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    device = next(model.parameters()).device
+    inputs = [torch.arange(2 * n, device=device).view(2, n) % vocabulary for n in (7, 8)]
+    before = {id(m): (m, dict(vars(m))) for m in small.modules()}
+    with torch.no_grad(), evaluating(model), evaluating(small):
+        with masked(model, masks, coupling), streamable(model):
+            wanted = [model(input_ids=x, use_cache=False).logits for x in inputs]
+        for count in range(min(len(keys), 4) + 1):
+            for chosen in combinations(keys, count):
+                found = tuple(e for k in chosen for e in choices[k])
+                apply(small, found, masks)
+                with streamable(small):
+                    good = _agrees(small, inputs, wanted)
+                for m, table in before.values():
+                    vars(m).update(table)
+                if good:
+                    return found
+    raise MaskError(f"no choice of size attributes makes a model with fewer {kind} run exactly")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the context; every module's own mode afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for m, was in modes:
+            m.training = was
+
+
+def _agrees(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor]) -> bool:
+    for x, want in zip(inputs, wanted, strict=True):
+        try:
+            got = small(input_ids=x, use_cache=False).logits
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        scale = want.abs().max().clamp_min(1e-30)
+        limit = torch.finfo(want.dtype).eps ** 0.75 * 10
+        if not bool((got - want).abs().max() / scale <= limit):
+            return False
+    return True
