@@ -36,7 +36,7 @@ def save(records: Sequence[Record], options: Any) -> None:
     """``prune.json``, ``prune.md`` and ``prune.png`` in the options' folder."""
     options.out.mkdir(parents=True, exist_ok=True)
     about = {
-        "options": {k: str(v) if k in ("out", "blimp") else v for k, v in asdict(options).items()},
+        "options": {k: v for k, v in asdict(options).items() if k != "out"},
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {options.threads} thread",
         "records": list(records),
