@@ -181,7 +181,8 @@ def _decide(
     is_cut = any(g.kind is Kind.CUT for g in given)
     flexible = any(g.kind is Kind.FLEX for g in given)
     if not is_cut and not flexible and not wide:
-        return _straight(labels, call, operands, given)
+        summed = _summed(labels, call, signature, operands, given)
+        return summed or _straight(labels, call, operands, given)
     if row is None or signature is None:
         return None
     options = _options(labels, call, signature, operands, given)
@@ -193,6 +194,26 @@ def _decide(
         result = _apply(labels, call, signature, operands, given, option)
         if result is not None:
             return result
+    return None
+
+
+def _summed(
+    labels: Labels, call: Call, signature: Signature | None, operands: list[fx.Node],
+    given: list[Label],
+) -> tuple[Any, tuple[Use, ...]] | None:  # fmt: skip
+    """A sum over a streamed input adds up chunk by chunk, and so can start from another sum: the
+    gradient of a tied embedding from that of the head.
+    """
+    infos = [labels.joint.info[o] for o in operands]
+    reads = any(
+        o in labels.joint.learned and i.dtype.is_floating_point and _streams(labels, o, i)
+        for o, i in zip(operands, infos, strict=True)
+    )
+    if not reads or signature is None:
+        return None
+    for option in _options(labels, call, signature, operands, given):
+        if option.contracts:
+            return _apply(labels, call, signature, operands, given, option)
     return None
 
 
