@@ -33,8 +33,10 @@ from fxmem.plan_blocks import SGD, Blocks, LowRank, SignSGD
 from fxmem.prune.instances import instantiate
 from fxmem.prune.masks import Masks
 from fxmem.prune.materialize import coupling, materialize
+from fxmem.prune.options import Prune
 from fxmem.prune.oracle import masked
 from fxmem.prune.saving import from_pretrained, save_pretrained
+from fxmem.prune.search import score, search
 from fxmem.prune.units import Coupling, UnitGroup
 
 __version__ = "0.1.0"
@@ -56,6 +58,7 @@ __all__ = [
     "NotTransformedError",
     "Plan",
     "PlanError",
+    "Prune",
     "Report",
     "RoleError",
     "SGD",
@@ -74,5 +77,7 @@ __all__ = [
     "merge_low_rank",
     "restore",
     "save_pretrained",
+    "score",
+    "search",
     "transform",
 ]

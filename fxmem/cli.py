@@ -1,4 +1,4 @@
-"""The command line: ``fxmem demo`` and ``fxmem explain``.
+"""The command line: ``fxmem demo``, ``fxmem explain`` and ``fxmem prune``.
 
 Exit codes: 0, or 2 with one line on the error stream when something in the request cannot work.
 """
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_explain(commands)
+    _add_prune(commands)
     return parser
 
 
@@ -74,6 +75,23 @@ def _add_explain(commands: Any) -> None:
     explain.set_defaults(run=_explain)
 
 
+def _add_prune(commands: Any) -> None:
+    summary = "find the heads and channels to keep, write a smaller model"
+    prune = commands.add_parser("prune", help=summary, description=summary)
+    add = prune.add_argument
+    add("model", help="folder of a Hugging Face model with its tokenizer")
+    add("--keep", type=float, default=0.5, help="part of the prunable parameters (default 0.5)")
+    add("--data", type=Path, required=True, help="a text file to calibrate on")
+    add("--out", type=Path, required=True, help="folder for the smaller model")
+    add("--steps", type=int, default=200, help="search steps (default 200)")
+    add("--samples", type=int, default=4, help="masks per snapshot (default 4)")
+    add("--length", type=int, default=128, help="tokens per sequence (default 128)")
+    add("--batch", type=int, default=4, help="sequences per batch (default 4)")
+    add("--init", choices=("wanda", "magnitude", "taylor", "random"), default="wanda")
+    add("--seed", type=int, default=0)
+    prune.set_defaults(run=_prune)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from fxmem.demo.models import TINY
     from fxmem.demo.run import Demo, run
@@ -111,6 +129,13 @@ def _explain(options: argparse.Namespace) -> int:
     # Programs exist once a step has run: capture needs real arguments.
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     print(fxmem.explain(model))
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from fxmem.prune.command import prune
+
+    print(prune(options))
     return 0
 
 

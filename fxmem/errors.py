@@ -136,6 +136,16 @@ class PlanError(FxmemError, ValueError):
     """A plan or an option has an unknown name or an impossible value."""
 
 
+class BudgetError(FxmemError, ValueError):
+    """A pruning budget cannot be met, or a search has nothing to measure it by."""
+
+
+class DivergedError(FxmemError):
+    """Ranks that must hold equal values do not."""
+
+    default_advice = "give every rank the same model, batches and options, in the same order"
+
+
 class RoleError(FxmemError):
     """A parameter has a role that the compiled step cannot honour."""
 

@@ -1,0 +1,280 @@
+"""The search loop, over any model that can be instantiated from a mask.
+
+Nothing here knows about networks: a factory turns a bool mask into a function from a batch to a
+loss. Building that sub-model is the expensive line; the loop builds K of them per snapshot and
+re-weights their losses until the likelihood ratios are used up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fxmem.errors import BudgetError
+from fxmem.prune import estimator
+from fxmem.prune.options import Prune
+from fxmem.prune.projection import project
+
+Loss = Callable[[Any], float]
+Factory = Callable[[Tensor], Loss]
+
+
+class Exchange(Protocol):
+    """How ranks share the losses of their masks; see `fxmem.prune.distributed`."""
+
+    rank: int
+    world: int
+
+    def losses(self, local: Tensor) -> Tensor:
+        """All ranks' rows of a (K / world, T) table, as (K, T), row k from rank k % world."""
+
+    def agree(self, s: Tensor) -> None:
+        """Raise where the ranks' probabilities differ."""
+
+
+class Alone:
+    """One process."""
+
+    rank, world = 0, 1
+
+    def losses(self, local: Tensor) -> Tensor:
+        """The table as it is."""
+        return local
+
+    def agree(self, s: Tensor) -> None:
+        """Nothing to compare with."""
+
+
+@dataclass
+class Counts:
+    """What a search spent.
+
+    Attributes:
+        instantiations: snapshots whose sub-models were built.
+        submodels: sub-models built, all ranks together.
+        forwards: losses measured, all ranks together.
+        used: losses that entered an update; an early refresh wastes some of a table.
+        skipped: steps without a finite loss.
+        ess: smallest effective sample fraction at each refresh.
+        clipped: fraction of ratios that the clip changed, per step.
+        losses: mean loss per step.
+        cap: largest log second moment reached after a step.
+    """
+
+    instantiations: int = 0
+    submodels: int = 0
+    forwards: int = 0
+    used: int = 0
+    skipped: int = 0
+    ess: list[float] = field(default_factory=list)
+    clipped: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    cap: float = 0.0
+
+
+def draw(s0: Tensor, seed: int, snapshot: int, sample: int) -> Tensor:
+    """Mask number `sample` of a snapshot, bool (n,): the same for every number of ranks."""
+    text = f"{seed}/{snapshot}/{sample}".encode()
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7]))
+    return torch.rand(len(s0), generator=generator, dtype=torch.float64) < s0
+
+
+class Loop:
+    """State of one search; `step` updates it once, `state` and `load` store and resume it.
+
+    Args:
+        start: importance-based probabilities, float64 (n,); projected here.
+        cost: (n,) per unit.
+        layer: int (n,), decoder layer of each unit.
+        budget: in the unit of `cost`.
+        options: the search's options.
+        factory: builds a sub-model from a mask.
+        batches: measured in turn, from the start again when they are used up.
+        exchange: how several ranks share their losses.
+
+    Raises:
+        BudgetError: no unit, no batch, a budget that cannot be met, or K not divisible over ranks.
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        cost: Tensor,
+        layer: Tensor,
+        budget: float,
+        options: Prune,
+        factory: Factory,
+        batches: Sequence[Any],
+        exchange: Exchange | None = None,
+    ) -> None:
+        if not len(start) or not len(batches):
+            raise BudgetError(
+                f"{len(start)} prunable units and {len(batches)} batches",
+                advice="a search needs at least one of each",
+            )
+        self.exchange = exchange or Alone()
+        if options.samples % self.exchange.world:
+            raise BudgetError(
+                f"{options.samples} masks over {self.exchange.world} ranks",
+                advice="Prune.samples must be a multiple of the number of ranks",
+            )
+        self.cost, self.budget, self.options = cost.double(), float(budget), options
+        self.factory, self.batches = factory, batches
+        self.block = estimator.scope_blocks(layer, options.scope)
+        self.s = project(start.double(), self.cost, self.budget, options.epsilon)
+        self.s0 = self.s.clone()
+        self.masks = torch.zeros(0, len(start), dtype=torch.bool)
+        self.done, self.snapshot, self.age = 0, 0, 0
+        self.average: float | None = None
+        self.counts = Counts()
+        self._table: Tensor | None = None
+        self._live: list[Loss] = []
+
+    # -- one step
+
+    def step(self) -> Tensor:
+        """One update of the probabilities; returns the K losses it used."""
+        if self._worn_out():
+            self._refresh()
+        losses = self._losses()
+        self.age += 1
+        self.done += 1
+        self.counts.used += len(losses)
+        alive = torch.isfinite(losses)
+        finite = losses[alive]
+        mean = float(finite.mean()) if len(finite) else math.nan
+        self.counts.losses.append(mean)
+        baseline = self._baseline(finite)
+        if baseline is None:
+            self.counts.skipped += 1
+        else:
+            self._update(self.masks[alive], finite, baseline)
+        if len(finite):
+            # After use: an average that holds the sample's own loss would shrink its gradient.
+            old = mean if self.average is None else self.average
+            self.average = 0.8 * old + 0.2 * mean
+        return losses
+
+    def _worn_out(self) -> bool:
+        if not len(self.masks) or self.age >= self.options.age:
+            return True
+        return estimator.effective_fraction(self.s, self.s0, self.block) < self.options.ess
+
+    def _refresh(self) -> None:
+        options, exchange = self.options, self.exchange
+        if len(self.masks):
+            self.counts.ess.append(estimator.effective_fraction(self.s, self.s0, self.block))
+        exchange.agree(self.s)
+        self.s0 = self.s.clamp(options.epsilon, 1 - options.epsilon)
+        self._draw(self.snapshot)
+        self.snapshot += 1
+        self.age = 0
+        self.counts.instantiations += 1
+        self.counts.submodels += options.samples
+        self._table, self._live = None, []
+        self._instantiate()
+
+    def _draw(self, snapshot: int) -> None:
+        seed, samples = self.options.seed, self.options.samples
+        self.masks = torch.stack([draw(self.s0, seed, snapshot, k) for k in range(samples)])
+
+    def _instantiate(self) -> None:
+        mine = self.masks[self.exchange.rank :: self.exchange.world]
+        if self.options.resident == "all":
+            self._live = [self.factory(mask) for mask in mine]
+            return
+        # Weights stand still, so losses do not depend on s: one sub-model at a time runs over all
+        # the batches of the snapshot, and only scalars stay.
+        last = min(self.options.age, self.options.steps - self.done)
+        rows = []
+        for mask in mine:
+            submodel = self.factory(mask)
+            rows.append([float(submodel(self._batch(t))) for t in range(last)])
+            del submodel
+        self._table = self.exchange.losses(torch.tensor(rows, dtype=torch.float64))
+        self.counts.forwards += self._table.numel()
+
+    def _batch(self, ahead: int) -> Any:
+        return self.batches[(self.done + ahead) % len(self.batches)]
+
+    def _losses(self) -> Tensor:
+        if self._table is not None:
+            return self._table[:, self.age]
+        batch = self._batch(0)
+        local = torch.tensor([[float(run(batch))] for run in self._live], dtype=torch.float64)
+        everything = self.exchange.losses(local)[:, 0]
+        self.counts.forwards += len(everything)
+        return everything
+
+    def _baseline(self, finite: Tensor) -> Tensor | None:
+        if len(finite) >= 2 and self.options.baseline == "loo":
+            return estimator.leave_one_out(finite)
+        if not len(finite) or self.average is None:
+            # One loss and no history: nothing says whether it is good or bad.
+            return None
+        return torch.full_like(finite, self.average)
+
+    def _update(self, masks: Tensor, losses: Tensor, baseline: Tensor) -> None:
+        options, s, s0, block = self.options, self.s, self.s0, self.block
+        logs = estimator.log_ratio(masks, s, s0, block)
+        self.counts.clipped.append(estimator.clipped_fraction(logs, options.clip))
+        slope = estimator.gradient(
+            masks, losses, baseline, s, s0, block, clip=options.clip, alpha=options.alpha
+        )
+        delta = project(s - self._rate() * slope, self.cost, self.budget, options.epsilon) - s
+        if options.trust == "strict":
+            scale = estimator.trust_strict(delta, s, s0, block, options.trust_cap)
+        else:
+            scale = estimator.trust(delta, s, block, options.trust_cap)
+        self.s = s + scale * delta
+        moment = float(estimator.log_second_moment(self.s, s0, block).max())
+        self.counts.cap = max(self.counts.cap, moment)
+
+    def _rate(self) -> float:
+        if self.options.decay == "none":
+            return self.options.lr
+        return (
+            self.options.lr * 0.5 * (1 + math.cos(math.pi * (self.done - 1) / self.options.steps))
+        )
+
+    # -- store and resume
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed search needs, as tensors and plain values."""
+        return {
+            "s": self.s.clone(),
+            "s0": self.s0.clone(),
+            "done": self.done,
+            "snapshot": self.snapshot,
+            "age": self.age,
+            "average": self.average,
+            "table": self._table,
+            "counts": asdict(self.counts),
+            "options": self.options.to_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state`: the same probabilities as without the interruption.
+
+        Raises:
+            BudgetError: the state is of another search.
+        """
+        if state["options"] != self.options.to_dict() or len(state["s"]) != len(self.s):
+            raise BudgetError(
+                "the checkpoint is of a search with other options or units",
+                advice="resume with the same options and model, or delete the checkpoint",
+            )
+        self.s, self.s0 = state["s"].clone(), state["s0"].clone()
+        self.done, self.snapshot, self.age = state["done"], state["snapshot"], state["age"]
+        self.average, self._table = state["average"], state["table"]
+        self.counts = Counts(**state["counts"])
+        if self.snapshot:
+            self._draw(self.snapshot - 1)
+            if self.options.resident == "all":
+                self._instantiate()

@@ -1,0 +1,122 @@
+"""``fxmem.search`` and ``fxmem.score``: the mask search on real models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxmem.errors import PlanError
+from fxmem.prune import session
+from fxmem.prune.distributed import Ranks
+from fxmem.prune.loop import Loss
+from fxmem.prune.masks import Masks
+from fxmem.prune.materialize import coupling, materialize
+from fxmem.prune.options import Prune
+from fxmem.prune.scores import importance as measure
+from fxmem.prune.space import Space, standardise
+from fxmem.prune.units import Coupling
+
+
+def search(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    options: Prune | None = None,
+    *,
+    callback: Callable[[session.Step], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    group: Any = None,
+    coupled: Coupling | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+) -> Masks:
+    """Find which units to keep; only sub-models run, forward only.
+
+    A formulation consistent with the abstract of "Computation and Memory-Efficient Model
+    Compression with Gradient Reweighting" (NeurIPS 2025); see `fxmem.prune.estimator`.
+
+    Args:
+        model: the dense model; unchanged.
+        batches: keyword arguments of the model, with labels; one per step, in turn.
+        options: defaults to ``Prune()``: half of the prunable parameters stay.
+        callback: called after every step.
+        checkpoint: file that holds the state after every step; resumed from where it exists.
+        progress: show a progress bar.
+        group: a `torch.distributed` group whose ranks share the masks; they exchange losses only.
+        coupled: ``fxmem.coupling(model)``, where it is at hand: tracing takes a while.
+        importance: values from `fxmem.score` to start from instead of measuring ``options.init``.
+
+    Raises:
+        BudgetError: the budget cannot be met, or there is nothing to prune or to measure on.
+        PlanError: a kind of unit that the model does not have.
+        DivergedError: ranks disagree.
+    """
+    options = options or Prune()
+    coupled = coupled or coupling(model)
+    found = session.run(
+        model,
+        _chosen(coupled, options),
+        lambda bools: _instantiate(model, coupled, Masks.from_bools(coupled, bools)),
+        batches,
+        options,
+        callback=callback,
+        checkpoint=checkpoint,
+        progress=progress,
+        exchange=None if group is None else Ranks(group),
+        values=importance,
+    )
+    return Masks.from_bools(coupled, found.bools)
+
+
+def score(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    method: str,
+    options: Prune | None = None,
+    *,
+    coupled: Coupling | None = None,
+) -> tuple[dict[str, Tensor], Masks]:
+    """A baseline's importance per unit, and the mask it gives at the budget of `options`.
+
+    Args:
+        model: the dense model; unchanged.
+        batches: keyword arguments of the model, with labels.
+        method: "magnitude", "wanda", "taylor" or "random"; see `fxmem.prune.scores`.
+        options: `keep`, `kinds`, `cost`, `ranking`, `round_to` and `seed` are used. Units are
+            single, `block` is not used.
+        coupled: ``fxmem.coupling(model)``, where it is at hand.
+
+    Raises:
+        PlanError: an unknown method or kind.
+    """
+    options = options or Prune()
+    coupled = coupled or coupling(model)
+    groups = _chosen(coupled, options)
+    values = measure(model, batches, groups, method, options.seed)
+    space = Space.build(groups, options, values, block=1)
+    kept = space.final(space.pool(standardise(space, values, method)), options)
+    return values, Masks.from_bools(coupled, space.bools(kept))
+
+
+def _chosen(coupled: Coupling, options: Prune) -> list[Any]:
+    """Groups of the wanted kinds; by default all that lie inside one layer."""
+    known = dict.fromkeys(group.kind for group in coupled.groups)
+    for kind in options.kinds:
+        if kind not in known:
+            raise PlanError(f"no unit of kind {kind!r}", advice=f"kinds: {', '.join(known)}")
+    return [
+        g for g in coupled.groups if (g.kind in options.kinds if options.kinds else g.layer >= 0)
+    ]
+
+
+def _instantiate(model: nn.Module, coupled: Coupling, masks: Masks) -> Loss:
+    small = materialize(model, masks, coupled).eval()
+
+    def loss(batch: Mapping[str, Any]) -> float:
+        with torch.no_grad():
+            return float(small(**batch).loss)
+
+    return loss

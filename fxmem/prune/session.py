@@ -1,0 +1,117 @@
+"""One search on a model: importance, start, loop, checkpoint, progress, final mask.
+
+What the model is stays behind two arguments: its groups, and how a sub-model is instantiated from
+one bool tensor per group.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxmem.prune.loop import Alone, Counts, Exchange, Loop, Loss
+from fxmem.prune.options import Prune
+from fxmem.prune.scores import importance
+from fxmem.prune.space import Group, Space, start
+
+Instantiate = Callable[[dict[str, Tensor]], Loss]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees after every step.
+
+    Attributes:
+        step: steps done, 1 to `steps`.
+        loss: mean loss of the sub-models in this step.
+        probabilities: keep probability of every search unit, float64 (n,).
+        counts: what the search spent so far.
+    """
+
+    step: int
+    loss: float
+    probabilities: Tensor
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Found:
+    """Result of a search: a mask per group, and how it was reached."""
+
+    bools: dict[str, Tensor]
+    probabilities: Tensor
+    counts: Counts
+    space: Space
+
+
+def as_batches(batches: Iterable[Any], steps: int) -> Sequence[Any]:
+    """A sequence that can be read again; of an endless iterable as much as the steps need."""
+    if isinstance(batches, Sequence):
+        return batches
+    return list(itertools.islice(batches, max(steps, 1)))
+
+
+def run(
+    model: nn.Module,
+    groups: Sequence[Group],
+    instantiate: Instantiate,
+    batches: Iterable[Mapping[str, Any]],
+    options: Prune,
+    *,
+    callback: Callable[[Step], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    exchange: Exchange | None = None,
+    values: Mapping[str, Tensor] | None = None,
+) -> Found:
+    """Search the masks of `groups`; see `fxmem.search` for the arguments."""
+    data = as_batches(batches, options.steps)
+    file = Path(checkpoint) if checkpoint is not None else None
+    saved = torch.load(file, weights_only=True) if file is not None and file.exists() else None
+    if saved is not None:
+        values = saved["importance"]
+    elif values is None and options.init != "uniform":
+        some = data[: options.init_batches]
+        values = importance(model, some, groups, options.init, options.seed)
+    if values is None:
+        values = {group.name: torch.ones(group.size) for group in groups}
+    space = Space.build(groups, options, values)
+    loop = Loop(
+        start(space, values, options),
+        space.cost,
+        space.layer,
+        options.keep * space.budget_base,
+        options,
+        lambda mask: instantiate(space.bools(mask)),
+        data,
+        exchange,
+    )
+    if saved is not None:
+        loop.load(saved["loop"])
+    writer = (exchange or Alone()).rank == 0
+    for _ in _bar(range(loop.done, options.steps), progress and writer):
+        loop.step()
+        if file is not None and writer:
+            # Replaced whole: an interruption while writing leaves the previous one.
+            part = file.with_name(file.name + ".part")
+            torch.save({"importance": dict(values), "loop": loop.state()}, part)
+            part.replace(file)
+        if callback is not None:
+            callback(Step(loop.done, loop.counts.losses[-1], loop.s, loop.counts))
+    mask = space.final(loop.s, options)
+    return Found(space.bools(mask), loop.s, loop.counts, space)
+
+
+def _bar(steps: range, shown: bool) -> Iterable[int]:
+    if not shown:
+        return steps
+    from rich.progress import track
+
+    return track(steps, description="searching masks")
