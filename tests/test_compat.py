@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -116,6 +117,43 @@ def test_fake_mode_of_a_capture() -> None:
     gm, _ = capture(lambda x: x * 2, torch.randn(3))
     assert isinstance(_compat.fake_mode_of(gm), _compat.FakeTensorMode)
     assert _compat.fake_mode_of(fx.symbolic_trace(nn.ReLU())) is None
+
+
+def test_a_checkpoint_in_a_capture() -> None:
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(body, x, use_reentrant=False)
+
+    gm, _ = capture(fn, torch.randn(3, requires_grad=True))
+    assert sum(map(_compat.is_checkpoint, gm.graph.nodes)) == 1
+
+
+def test_storage_key_tells_views_from_copies() -> None:
+    with _compat.FakeTensorMode():
+        x = torch.empty(4, 2)
+        assert _compat.storage_key(x.view(8)[2:]) == _compat.storage_key(x)
+        assert _compat.storage_key(x.clone()) != _compat.storage_key(x)
+
+
+def test_traced_nodes_know_their_origin_and_functional_keeps_it() -> None:
+    graph = fx.Graph()
+    source = graph.placeholder("x")
+    source.meta = {"nn_module_stack": {"a": ("inner", nn.Linear)}, "stack_trace": "here"}
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        with _compat.origin(source):
+            return x.clone().add_(1)
+
+    with _compat.FakeTensorMode() as mode:
+        gm = _compat.traced(fn, torch.empty(3))
+    assert "aten.add_.Tensor" in [str(n.target) for n in gm.graph.nodes]
+    result = _compat.functional(gm, mode)
+    calls = [n for n in result.graph.nodes if n.op == "call_function"]
+    assert not any(n.target._schema.is_mutable for n in calls)
+    assert all(n.meta["nn_module_stack"] == {"a": ("inner", nn.Linear)} for n in calls)
+    assert all(n.meta["stack_trace"] == "here" for n in calls)
 
 
 def test_capture_config_skips_loggers_and_keeps_floats_constant() -> None:

@@ -163,13 +163,12 @@ def test_broken_passes_over_joint_graphs_are_caught(
 
 
 def test_sizes_are_compared_as_expressions() -> None:
-    env = ShapeEnv()
-    with _compat.FakeTensorMode(shape_env=env) as mode:
-        x = mode.from_tensor(torch.ones(5, 3), symbolic_context=None)
-        n = x.shape[0]
-        assert not isinstance(n, int), "the size is not symbolic"
-        assert _agree(torch.empty(2 * n + 2, 3), torch.empty((n + 1) * 2, 3))
-        assert not _agree(torch.empty(2 * n + 2, 3), torch.empty(2 * n + 3, 3))
+    gm = _compat.make_fx(lambda x: x * 2, tracing_mode="symbolic")(torch.ones(5, 3))
+    (x,) = (n.meta["val"] for n in gm.graph.find_nodes(op="placeholder"))
+    n = x.shape[0]
+    assert isinstance(n, torch.SymInt)
+    assert _agree(x.new_empty(2 * n + 2, 3), x.new_empty((n + 1) * 2, 3))
+    assert not _agree(x.new_empty(2 * n + 2, 3), x.new_empty(2 * n + 3, 3))
 
 
 @pytest.mark.parametrize("name", traced.MODELS)
