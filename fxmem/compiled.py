@@ -23,15 +23,14 @@ from fxmem.blocks.roles import Adapter, RoleSource, RoleTable
 from fxmem.blocks.variants import Selection, select
 from fxmem.chunks import Chunker, fixed_bytes
 from fxmem.dropped import dropped
-from fxmem.emit import BodyPass
 from fxmem.executor import CallState, execute, run_region
 from fxmem.joint import Caller, Joint, trace
 from fxmem.labels import analyse
+from fxmem.lowering import Lowering
 from fxmem.passes.canonicalize import Canonicalize
 from fxmem.passes.drop_identities import DropIdentities
 from fxmem.passes.free_factories import FreeFactories
 from fxmem.passes.global_mean import GlobalMean
-from fxmem.passes.in_place import InPlace
 from fxmem.passes.lower import HANDLERS
 from fxmem.passes.share_kv_heads import ShareKvHeads
 from fxmem.passes.simplify import Simplify
@@ -66,8 +65,6 @@ GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (DropIdentities(), ShareKvHeads
 """Rewrites of the captured graph, in order."""
 JOINT_PASSES: tuple[Pass[Joint], ...] = (FreeFactories(), GlobalMean(), Simplify())
 """Rewrites of every traced region, in order."""
-BODY_PASSES: tuple[BodyPass, ...] = (InPlace(),)
-"""Rewrites of every finished chunk body, in order."""
 
 
 @dataclass(slots=True)
@@ -203,7 +200,8 @@ def compile_graph(
         _drop_outputs(capture)
     pre = pre_.lower(capture)
     parts = regions.split(capture, pre, _mixes)
-    calls = [_region_call(r, pre, i) for i, r in enumerate(parts)]
+    lowering = Lowering.of(plan)
+    calls = [_region_call(r, pre, lowering) for r in parts]
     COUNTER.captures += 1
     COUNTER.capture_seconds += time.perf_counter() - start
     chunker = _chunker(capture, calls, example_inputs, plan)
@@ -324,12 +322,12 @@ def _mixes(region: regions.Region) -> bool:
     return False
 
 
-def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> RegionCall:
-    key = f"{revision()} {region.key()}"
+def _region_call(region: regions.Region, pre: pre_.Preamble, lowering: Lowering) -> RegionCall:
+    key = f"{revision()} {lowering} {region.key()}"
     if key not in _CODES:
         name = f"region{len(_CODES)}"
         _CODES[key] = RegionCode(
-            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name, BODY_PASSES
+            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name, lowering
         )
     outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
     return RegionCall(_CODES[key], region.leaves, outputs, modules=_modules(region))
@@ -338,7 +336,7 @@ def _region_call(region: regions.Region, pre: pre_.Preamble, index: int) -> Regi
 def _adapted(code: RegionCode, adapters: Mapping[int, Adapter]) -> RegionCode:
     def make(region: regions.Region, caller: Callable[[], Caller], name: str) -> RegionCode:
         return RegionCode(
-            region, caller, _joint_passes, HANDLERS, execute, COUNTER, name, BODY_PASSES
+            region, caller, _joint_passes, HANDLERS, execute, COUNTER, name, code.lowering
         )
 
     return adapted(code, adapters, make)

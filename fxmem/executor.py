@@ -97,10 +97,11 @@ def _run_loop(
             tiles[name] = tile_map(mask, state, env, parts)
     ints = [state.sizes[i] for i in step.ints]
     tensors = [env[t] for t in step.tensors]
+    body = step.module if step.compiled is None else step.compiled.bind(tensors)
     order = range(len(parts) - 1, -1, -1) if step.descending else range(len(parts))
     for i in order:
         spans = [tiles[name].spans[i] for name in step.masks]
-        step.module(*ints, *parts[i], *spans, *tensors)
+        body(*ints, *parts[i], *spans, *tensors)
 
 
 def _result(program: Program, env: Mapping[str, Any], name: str) -> Tensor:

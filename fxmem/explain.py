@@ -15,6 +15,7 @@ from fxmem.capture import canonical_shape
 from fxmem.compiled import COUNTER, CompiledGraph, Dropped, RegionCall
 from fxmem.errors import NotTransformedError
 from fxmem.explain_text import render
+from fxmem.inductor import STATS
 from fxmem.memory import Prediction, predict
 from fxmem.program import Buffer, Loop, Program
 from fxmem.region_code import RegionCode
@@ -76,6 +77,27 @@ class Seconds:
 
 
 @dataclass(slots=True)
+class CompileReport:
+    """Chunk bodies that Inductor compiled in this process.
+
+    Attributes:
+        bodies: distinct bodies.
+        segments: graphs given to Inductor.
+        cached: of these, found compiled on disk.
+        seconds: spent on them, in the first step.
+        eager_calls: segments that ran as they stand, for sizes that were not compiled for.
+        failed: bodies that could not be compiled and run as they stand, with the reason.
+    """
+
+    bodies: int = 0
+    segments: int = 0
+    cached: int = 0
+    seconds: float = 0.0
+    eager_calls: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Report:
     """What was captured and how it runs. Counts of traces, bodies and seconds are the process's.
 
@@ -102,6 +124,7 @@ class Report:
     executed_bodies: int = 0
     whole_calls: int = 0
     seconds: Seconds = field(default_factory=Seconds)
+    compiled: CompileReport = field(default_factory=CompileReport)
 
     @property
     def loops(self) -> list[LoopReport]:
@@ -158,6 +181,7 @@ def _report(name: str, graphs: Sequence[CompiledGraph]) -> Report:
     inside = COUNTER.capture_seconds
     dynamo = max(0.0, _compat.compile_times() - inside)
     report.seconds = Seconds(inside, COUNTER.trace_seconds, COUNTER.lower_seconds, dynamo)
+    report.compiled = CompileReport(**asdict(STATS))
     ran = [g for g in graphs if g.sizes]
     latest = ran[-1] if ran else None
     if latest is not None:

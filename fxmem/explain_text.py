@@ -71,6 +71,16 @@ def _head(report: Report) -> str:
             f"Dynamo {s.dynamo:.1f}",
         )
     )
+    c = report.compiled
+    if c.bodies or c.failed:
+        rows.append(
+            (
+                "compiled",
+                f"{c.bodies} bodies in {c.segments} segments ({c.cached} found on disk), "
+                f"{c.seconds:.1f} s; {c.eager_calls} calls as they stand",
+            )
+        )
+        rows += [("not compiled", f"{body}: {why}") for body, why in c.failed.items()]
     if report.dropped:
         rows.append(("dropped outputs", ", ".join(report.dropped)))
     width = max(len(k) for k, _ in rows)

@@ -140,8 +140,10 @@ class Plan:
         stream: how to stream over the sequence; None leaves the sequence whole.
         blocks: block coordinate descent; not available in this version, must be None.
         prune: structured pruning; not available in this version, must be None.
-        lower: how chunk bodies run: ``"eager"`` calls PyTorch's own operators, ``"auto"`` takes
-            the best available way.
+        lower: how chunk bodies run. ``"eager"`` calls PyTorch's own operators; ``"inductor"``
+            compiles each distinct body once, for all lengths, at its first call; ``"triton"`` puts
+            fxmem's kernels where one fits and can run on the device, and PyTorch's operators
+            elsewhere; ``"auto"`` is ``"triton"`` on a GPU and ``"eager"`` on a CPU.
 
     Raises:
         PlanError: for an unknown option or an impossible value.
@@ -150,7 +152,7 @@ class Plan:
     stream: Stream | None = None
     blocks: None = None
     prune: None = None
-    lower: Literal["auto", "eager"] = "auto"
+    lower: Literal["auto", "eager", "inductor", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         if self.stream is not None and not isinstance(self.stream, Stream):
@@ -164,7 +166,7 @@ class Plan:
                     f"Plan.{name} is {value!r}, but {name} is not available in this version",
                     advice="leave it None",
                 )
-        _choice("Plan.lower", self.lower, ("auto", "eager"), ("inductor", "triton"))
+        _choice("Plan.lower", self.lower, ("auto", "eager", "inductor", "triton"), ())
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as nested dicts of plain values, every field present."""

@@ -8,9 +8,9 @@ it, ``str()`` prints it as readable Python.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -54,13 +54,19 @@ class Straight:
     results: list[str]
 
 
+class Compiled(Protocol):
+    """A body in another form."""
+
+    def bind(self, tensors: Sequence[Any], /) -> Callable[..., Any]:
+        """What takes the module's place for a loop over these tensors."""
+
+
 @dataclass(slots=True)
 class Loop:
     """``for [lo, hi) in chunks: module(*ints, lo, hi, *masks, *tensors)``; tensors include what it
     writes.
 
-    ``token_local``: nothing in the body reads another token, so rows may be packed (ignored rows
-    dropped).
+    ``compiled``: what runs the body instead of ``module``, by :meth:`Compiled.bind`.
     """
 
     module: fx.GraphModule
@@ -70,6 +76,7 @@ class Loop:
     descending: bool
     allocate: list[Buffer]
     finish: list[Buffer]
+    compiled: Compiled | None = None
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,18 +31,28 @@ HALF_UNIT = 2.0**15
 """Tangent used instead of 1 where float16 values would underflow; divided out again afterwards."""
 
 
+class Lowering(Protocol):
+    """How the bodies of loops run."""
+
+    def body_passes(self, device: torch.device) -> Sequence[BodyPass]:
+        """Rewrites of every finished body, in order."""
+
+    def finish(self, program: Program) -> None:
+        """Give the loops of a finished program their compiled form, if they have one."""
+
+
 class RegionCode:
     """Programs of a region; ``rewrite`` runs the joint passes, ``counter`` counts what is done."""
 
     def __init__(
         self, region: Region, caller: Callable[[], Caller], rewrite: Callable[[Joint], Joint],
         handlers: dict[str, Handler], run: Callable[..., list[Tensor | None]],
-        counter: Any, name: str, body_passes: Sequence[BodyPass] = (),
+        counter: Any, name: str, lowering: Lowering,
     ) -> None:  # fmt: skip
         self.region = region
         self.name = name
         self._caller, self._rewrite, self._handlers, self._run = caller, rewrite, handlers, run
-        self.counter, self._body_passes = counter, body_passes
+        self.counter, self.lowering = counter, lowering
         self.values = list(region.values)
         self.needs_grad = region.needs_grad
         self.learns = any(self.needs_grad)
@@ -58,6 +68,11 @@ class RegionCode:
         self.footprint = footprint(self.joint)
         self.programs: dict[tuple[str, bool], Program] = {}
         self.half = any(v.dtype == torch.float16 for v in self.values) and self.is_loss
+
+    @property
+    def device(self) -> torch.device:
+        """Where the region runs."""
+        return next((v.device for v in self.values if v.dim()), torch.device("cpu"))
 
     @property
     def loss_joint(self) -> Joint:
@@ -96,7 +111,9 @@ class RegionCode:
             roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
             plan = schedule(joint, roots, causal=causal)
             label = f"{self.name}_{kind}".replace(":", "_")
-            program = Emitter(plan, label, causal, self._handlers, self._body_passes).run()
+            passes = self.lowering.body_passes(self.device)
+            program = Emitter(plan, label, causal, self._handlers, passes).run()
+            self.lowering.finish(program)
             names = dict(zip(roots, program.outputs, strict=True))
             program.outputs = [names[n] if isinstance(n, torch.fx.Node) else None for n in wanted]
             self.programs[key] = program

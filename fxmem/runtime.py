@@ -51,6 +51,20 @@ def contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def laid_out(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """``x`` with its dimensions dense in memory in this order, the outermost first."""
+    moved = x.permute(order)
+    if moved.is_contiguous():
+        return x
+    back = sorted(range(x.dim()), key=order.__getitem__)
+    return moved.contiguous().permute(back)
+
+
+def box(*values: object) -> list[object]:
+    """Arguments in a list that their receiver may empty."""
+    return list(values)
+
+
 def pad_rows(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     """Zero rows before and after, along ``dim``."""
     if before == 0 and after == 0:

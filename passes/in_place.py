@@ -50,7 +50,7 @@ class InPlace:
         new = fx.Graph()
         new.output(new.graph_copy(graph, {}))
         order = {n: i for i, n in enumerate(new.nodes)}
-        storage = _storages(new)
+        storage = storages(new)
         last: dict[fx.Node, int] = {}
         for n in new.nodes:
             for root in map(storage.get, n.all_input_nodes):
@@ -109,7 +109,7 @@ def _merge(storage: dict[fx.Node, fx.Node | None], node: fx.Node, root: fx.Node)
             storage[n] = root
 
 
-def _storages(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
+def storages(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
     """Value -> the node of this body that made its storage; None where it is not the body's own or
     may have aliases that are not followed.
     """

@@ -13,13 +13,22 @@ from sources import ROOT, imports, package_files
 # Lowest first. A name is a file or folder of fxmem/, or the root folders passes and kernels. Every
 # file must be listed; put a new one as low as its imports allow.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "runtime", "_compat", "_compat_measure", "_compat_memory", "explain_text"),
+    (
+        "errors",
+        "sizes",
+        "runtime",
+        "_compat",
+        "_compat_measure",
+        "_compat_memory",
+        "_compat_inductor",
+        "explain_text",
+    ),
     ("plan", "axes", "rules", "measure"),
     ("capture", "preamble", "dropped"),
     ("regions", "joint"),
     ("labels", "schedule", "program", "emit", "chunks", "packing", "region_code"),
     ("pipeline", "verify", "passes", "kernels", "masks", "profile", "experts"),
-    ("executor", "blocks", "compiled", "memory", "explain", "api"),
+    ("inductor", "lowering", "executor", "blocks", "compiled", "memory", "explain", "api"),
     ("__init__",),
     ("isolate", "trial", "demo", "cli"),
 )
