@@ -210,7 +210,8 @@ class SegmentCall(torch.nn.Module):
         }
         found |= {s for e in self._sizes.values() for s in e.free_symbols}
         self.ints = sorted(map(str, found))
-        self._known: dict[tuple[int, ...], bool] = {}
+        self._strides = [stride for _, stride, *_ in metas]
+        self._known: dict[tuple[int, ...], list[tuple[int, ...]] | None] = {}
         own = Symbolic.of({name: outer.hints[name] for name in self.ints})
         given = [*own.ints.values(), *(own.tensor(*meta) for meta in metas)]
         free = [
@@ -234,20 +235,34 @@ class SegmentCall(torch.nn.Module):
 
     def forward(self, held: list[Any]) -> Sequence[Tensor]:
         count = len(self.ints)
-        if self._holds(tuple(held[:count])) and all(x.numel() for x in held[count:]):
+        wanted = self._wanted(tuple(held[:count]))
+        if wanted is not None and all(map(_lies_as, held[count:], wanted)):
             return self._compiled(held)
         STATS.eager_calls += 1
         return self.plain(*held)
 
-    def _holds(self, ints: tuple[int, ...]) -> bool:
-        """What was assumed about the sizes is true of these."""
+    def _wanted(self, ints: tuple[int, ...]) -> list[tuple[int, ...]] | None:
+        """Strides that were compiled for; None where sizes were assumed that these are not."""
         if ints not in self._known:
-            values = dict(zip(self.ints, ints, strict=True))
-            self._known[ints] = all(
-                bool(g.xreplace({s: sympy.Integer(values[str(s)]) for s in g.free_symbols}))
-                for g in self._guards
+            values = {
+                sympy.Symbol(n, integer=True): sympy.Integer(v)
+                for n, v in zip(self.ints, ints, strict=True)
+            }
+            holds = all(bool(g.xreplace(values)) for g in self._guards)
+            self._known[ints] = (
+                [tuple(int(e.xreplace(values)) for e in s) for s in self._strides]
+                if holds
+                else None
             )
         return self._known[ints]
+
+
+def _lies_as(x: Tensor, strides: tuple[int, ...]) -> bool:
+    """``x`` has elements, and these strides wherever it has more than one row."""
+    return x.numel() > 0 and (
+        x.stride() == strides
+        or all(a == b or n == 1 for a, b, n in zip(x.stride(), strides, x.shape, strict=True))
+    )
 
 
 def evaluate_size(expr: Size, values: Mapping[str, Any]) -> Any:
