@@ -148,6 +148,9 @@ class Body:
             return self.chunks[node, None]
         value: Any = self.input(self.names[node])
         info = self.joint.info[node]
+        value.meta["joint"] = node
+        if self.labels.of(node).kind is not Kind.PARTIAL:
+            value.meta["info"] = info
         if self.labels.of(node).kind is Kind.PARTIAL and _accumulator(info.dtype) != info.dtype:
             value = self.call(torch.ops.aten._to_copy.default, value, dtype=info.dtype)
         return value
@@ -168,6 +171,8 @@ class Body:
             source = self.input(self.names[node])
             value = self.call(runtime.take, source, cut.dim, start, rows, *extra)
             info = self.joint.info[node]
+            count = sympy.Symbol(f"rows({cut.offset},{cut.length})")
+            value.meta["info"] = TensorInfo(cut.shape(info.shape, count), info.dtype)
             if self.labels.of(node).kind is Kind.PARTIAL and _accumulator(info.dtype) != info.dtype:
                 value = self.call(torch.ops.aten._to_copy.default, value, dtype=info.dtype)
         self.chunks[node, cut] = value

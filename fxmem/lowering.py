@@ -2,30 +2,70 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fxmem.emit import BodyPass
+from fxmem.errors import PlanError
+from fxmem.kernels.registry import kernels
 from fxmem.passes.in_place import InPlace
+from fxmem.passes.lower_kernels import LowerKernels, Record
 from fxmem.plan import Plan
 from fxmem.program import Program
+
+FUEL, OFF = "FXMEM_KERNEL_FUEL", "FXMEM_KERNELS_OFF"
+_RECORDS: dict[Lowering, Record] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """One way; regions that are lowered in different ways share no program."""
+    """One way; regions that are lowered in different ways share no program.
+
+    Attributes:
+        mode: the plan's ``lower``.
+        off: kernels that are not used (``FXMEM_KERNELS_OFF=norm,rotary``).
+        fuel: how many matches are replaced by kernels at most (``FXMEM_KERNEL_FUEL=3``); None for
+            all.
+    """
 
     mode: str
+    off: frozenset[str] = frozenset()
+    fuel: int | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Lowering:
-        return cls(plan.lower)
+        """The plan's way, with the switches of the environment.
+
+        Raises:
+            PlanError: a switch names no kernel, or the fuel is no number.
+        """
+        off = frozenset(filter(None, os.environ.get(OFF, "").split(",")))
+        known = {k.name for k in kernels()}
+        if off - known:
+            raise PlanError(
+                f"{OFF} names {', '.join(sorted(off - known))}",
+                advice=f"kernels: {', '.join(sorted(known))}",
+            )
+        fuel = os.environ.get(FUEL, "")
+        if fuel and not fuel.isdigit():
+            raise PlanError(f"{FUEL} is {fuel!r}", advice="give a whole number")
+        return cls(plan.lower, off, int(fuel) if fuel else None)
+
+    @property
+    def record(self) -> Record:
+        """What was matched so far in this way."""
+        return _RECORDS.setdefault(self, Record(fuel=self.fuel))
 
     def body_passes(self, device: torch.device) -> Sequence[BodyPass]:
         """Rewrites of every finished chunk body, in order. Inductor writes in place by itself."""
-        return () if self.mode == "inductor" else (InPlace(),)
+        if self.mode == "inductor":
+            return ()
+        if self.mode == "triton" or (self.mode == "auto" and device.type != "cpu"):
+            return (LowerKernels(device, self.record, self.off), InPlace())
+        return (InPlace(),)
 
     def finish(self, program: Program) -> None:
         """With Inductor, loops are compiled at their first call."""

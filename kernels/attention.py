@@ -78,7 +78,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
-def _visible(mask: Tensor) -> Tensor:
+def visible_rows(mask: Tensor) -> Tensor:
+    """Which rows see any key."""
     return mask.any(-1) if mask.dtype == torch.bool else (mask > -math.inf).any(-1)
 
 
@@ -144,7 +145,7 @@ def _forward_span(
         out = (scores - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp().to(v.dtype) @ v
     out, lse = out.reshape(b, h, c, -1), lse.reshape(b, h, c)
     if mask is not None:
-        lse = lse.masked_fill(~_visible(mask), -math.inf)
+        lse = lse.masked_fill(~visible_rows(mask), -math.inf)
     return out, lse
 
 
@@ -164,6 +165,11 @@ def forward(
     if not parts:
         wide = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(b, h, c, v.shape[-1]), q.new_zeros(b, h, c, dtype=wide)
+    return merge(parts, q.dtype)
+
+
+def merge(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attention over all keys from that over parts of them; empties the list."""
     if len(parts) == 1:
         out, lse = parts[0]
         return out, lse.masked_fill(lse == -math.inf, 0.0)
@@ -175,7 +181,7 @@ def forward(
         weighted = out * (part - lse).exp_().unsqueeze(-1)
         total = weighted if total is None else total.add_(weighted)
     assert total is not None
-    return total.to(q.dtype), lse
+    return total.to(dtype), lse
 
 
 def _backward_span(

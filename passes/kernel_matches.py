@@ -1,0 +1,247 @@
+"""Which subgraphs of a chunk body a kernel computes, found by data flow.
+
+A matcher looks at one node and what it is made of. It returns a :class:`Match`: the operator that
+the subgraph amounts to, with its axis signature, and how to put a call in its place. Names of
+modules, models or variables play no part.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmem.axes import Signature
+from fxmem.kernels import calls
+from fxmem.kernels.registry import signature
+
+_ACTIVATIONS = {"aten.silu.default": "silu", "aten.gelu.default": "gelu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """``replace()`` rewrites the graph; ``dtype`` is that of the main operands."""
+
+    kernel: str
+    op: str
+    signature: Signature
+    dtype: torch.dtype
+    replace: Callable[[], None]
+
+
+def is_op(node: Any, *names: str) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and str(node.target) in names
+
+
+def info(node: Any) -> Any:
+    return node.meta.get("info") if isinstance(node, fx.Node) else None
+
+
+def _split(node: fx.Node, accept: Callable[[Any], bool]) -> tuple[Any, Any] | None:
+    """``(accepted, other)`` of the two operands of a commutative op."""
+    a, b = node.args[:2]
+    if accept(a):
+        return a, b
+    return (b, a) if accept(b) else None
+
+
+def mul(node: Any, accept: Callable[[Any], bool]) -> tuple[Any, Any] | None:
+    return _split(node, accept) if is_op(node, "aten.mul.Tensor") else None
+
+
+def before(node: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+    with node.graph.inserting_before(node):
+        return node.graph.call_function(target, args)
+
+
+def item(node: fx.Node, source: fx.Node, index: int) -> fx.Node:
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(operator.getitem, (source, index))
+    return new
+
+
+def swap(old: fx.Node, new: fx.Node) -> None:
+    new.meta.update({k: v for k, v in old.meta.items() if k == "info"})
+    old.replace_all_uses_with(new)
+
+
+def rsqrt_of(r: Any) -> tuple[fx.Node, float] | None:
+    """``(x, eps)`` where ``r`` is ``rsqrt(mean(x^2, -1) + eps)``."""
+    if not is_op(r, "aten.rsqrt.default"):
+        return None
+    total = r.args[0]
+    if not is_op(total, "aten.add.Tensor", "aten.add.Scalar") or isinstance(total.args[1], fx.Node):
+        return None
+    mean, eps = total.args[:2]
+    if not is_op(mean, "aten.mean.dim") or mean.args[2:3] != (True,):
+        return None
+    square = mean.args[0]
+    if not is_op(square, "aten.pow.Tensor_Scalar") or square.args[1] != 2:
+        return None
+    x = square.args[0]
+    rank = len(info(mean).shape)
+    return (x, float(eps)) if list(mean.args[1]) in ([-1], [rank - 1]) else None
+
+
+def is_rsqrt(node: Any) -> bool:
+    return rsqrt_of(node) is not None
+
+
+def uncast(node: Any) -> Any:
+    """What a change of dtype was made from."""
+    return node.args[0] if is_op(node, "aten._to_copy.default") else node
+
+
+def norm(node: fx.Node) -> Match | None:
+    """``w * (x * rsqrt(mean(x^2) + eps))``; in half precision with the inside in float32."""
+    normed = mul(node, lambda a: mul(uncast(a), is_rsqrt) is not None)
+    if normed is None:
+        return None
+    inner, weight = uncast(normed[0]), normed[1]
+    r, wide = mul(inner, is_rsqrt)  # type: ignore[misc]
+    source, eps = rsqrt_of(r)  # type: ignore[misc]
+    x = uncast(wide)
+    if source is not wide or not is_vector(weight, node) or info(x) is None:
+        return None
+    if info(x).dtype != info(node).dtype:
+        return None
+
+    def replace() -> None:
+        made = before(r, calls.norm, x, weight, eps)
+        y, rstd = item(r, made, 0), item(r, made, 1)
+        swap(r, rstd)
+        swap(node, y)
+
+    sig = signature("r d, d, d -> r d, r, r", "d")
+    return Match("norm", "aten._fused_rms_norm.default", sig, info(node).dtype, replace)
+
+
+def is_vector(weight: Any, like: Any) -> bool:
+    """A value of the last dimension's size alone that enters the body whole."""
+    own, other = info(weight), info(like)
+    if own is None or other is None or weight.op != "placeholder":
+        return False
+    return own.shape[-1:] == other.shape[-1:] and all(d == 1 for d in own.shape[:-1])
+
+
+def gated(node: fx.Node) -> Match | None:
+    """``act(gate) * up``, the activation's value as it is."""
+    found = mul(node, lambda a: is_op(a, *_ACTIVATIONS))
+    if found is None:
+        return None
+    active, up = found
+    act = _ACTIVATIONS[str(active.target)]
+    if active.kwargs.get("approximate") == "tanh":
+        act = "gelu_tanh"
+    gate = active.args[0]
+    if info(up) != info(node) or info(gate) != info(node):
+        return None
+
+    def replace() -> None:
+        swap(node, before(node, calls.gated, gate, up, act))
+
+    sig = signature("n i, n i -> n i")
+    return Match("gated", "aten.mul.Tensor", sig, info(node).dtype, replace)
+
+
+def gated_backward(node: fx.Node) -> Match | None:
+    """``silu_backward(dout * up, gate)`` with ``dout * silu(gate)`` beside it."""
+    if not is_op(node, "aten.silu_backward.default"):
+        return None
+    product, gate = node.args[:2]
+    actives = [u for u in gate.users if is_op(u, "aten.silu.default")]
+    if not is_op(product, "aten.mul.Tensor") or len(product.users) != 1 or not actives:
+        return None
+    for dout, up in (product.args[:2], product.args[1::-1]):
+        for other in actives[0].users:
+            if other is not product and is_op(other, "aten.mul.Tensor") and dout in other.args:
+                first = min(other, product)
+
+                def replace(
+                    dout: Any = dout, up: Any = up, other: Any = other, first: Any = first
+                ) -> None:
+                    made = before(first, calls.gated_backward, dout, gate, up, "silu")
+                    dgate, dup = item(first, made, 0), item(first, made, 1)
+                    swap(node, dgate)
+                    swap(other, dup)
+
+                if max(dout, up) < first:
+                    sig = signature("n i, n i, n i -> n i, n i")
+                    kind = info(node).dtype
+                    return Match("gated_backward", "aten.mul.Tensor", sig, kind, replace)
+    return None
+
+
+def _half(cat: Any, source: Any, negated: int) -> bool:
+    """``cat`` is the halves of ``source`` exchanged, the given one of the two results negated."""
+    if not is_op(cat, "aten.cat.default") or len(cat.args[0]) != 2 or info(source) is None:
+        return False
+    rank = len(info(source).shape)
+    width = info(source).shape[-1]
+    parts = list(cat.args[0])
+    if rank != 4 or (cat.args[1] if len(cat.args) > 1 else 0) not in (-1, 3) or width % 2:
+        return False
+    if not is_op(parts[negated], "aten.neg.default") or is_op(
+        parts[1 - negated], "aten.neg.default"
+    ):
+        return False
+    parts[negated] = parts[negated].args[0]
+    bounds = ((width // 2, width), (0, width // 2))
+    return all(
+        is_op(p, "aten.slice.Tensor") and p.args[0] is source and p.args[1] in (3, -1)
+        and p.args[2] == lo and min(p.args[3], width) == hi
+        for p, (lo, hi) in zip(parts, bounds, strict=True)
+    )  # fmt: skip
+
+
+def rotary(node: fx.Node) -> Match | None:
+    """``x cos + rotate(x) sin``, or its transpose ``g cos + rotate^T(g sin)``."""
+    if not is_op(node, "aten.add.Tensor") or "alpha" in node.kwargs:
+        return None
+    for direct, turned in (node.args[:2], node.args[1::-1]):
+        if not is_op(direct, "aten.mul.Tensor"):
+            continue
+        for x, cos in (direct.args[:2], direct.args[1::-1]):
+            sin = _forward_sin(turned, x)
+            transposed = sin is None
+            if transposed:
+                sin = _transposed_sin(turned, x)
+            if sin is None or not all(_table(t, x) for t in (cos, sin)):
+                continue
+
+            def replace(
+                x: Any = x, cos: Any = cos, sin: Any = sin, back: bool = transposed
+            ) -> None:
+                swap(node, before(node, calls.rotary, x, cos, sin, back))
+
+            sig = signature("b h t e, b t r, b t r -> b h t e", "e r")
+            return Match("rotary", "aten.add.Tensor", sig, info(node).dtype, replace)
+    return None
+
+
+def _table(value: Any, x: Any) -> bool:
+    """``[B|1, 1, T, E]`` for ``x [B, H, T, E]``."""
+    own, other = info(value), info(x)
+    if own is None or other is None or len(own.shape) != 4 or len(other.shape) != 4:
+        return False
+    return own.shape[1] == 1 and own.shape[2:] == other.shape[2:]
+
+
+def _forward_sin(turned: Any, x: Any) -> fx.Node | None:
+    found = mul(turned, lambda a: _half(a, x, 0))
+    return found[1] if found is not None else None
+
+
+def _transposed_sin(turned: Any, g: Any) -> fx.Node | None:
+    if not is_op(turned, "aten.cat.default") or len(turned.args[0]) != 2:
+        return None
+    first = turned.args[0][0]
+    product = first.args[0] if is_op(first, "aten.slice.Tensor") else None
+    if not _half(turned, product, 1):
+        return None
+    found = mul(product, lambda a: a is g)
+    return found[1] if found is not None else None
