@@ -17,6 +17,7 @@ from fxmem.compiled import COUNTER, CompiledGraph, Dropped, RegionCall
 from fxmem.errors import NotTransformedError
 from fxmem.explain_text import render
 from fxmem.inductor import STATS
+from fxmem.lowering import matches
 from fxmem.memory import Prediction, predict
 from fxmem.program import Buffer, Loop, Program
 from fxmem.region_code import RegionCode
@@ -98,6 +99,18 @@ class CompileReport:
     failed: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """Matches of a kernel in chunk bodies of this process; ``reason``: why they were not lowered,
+    empty where they were.
+    """
+
+    kernel: str
+    lower: str
+    matches: int
+    reason: str
+
+
 @dataclass(slots=True)
 class Report:
     """What was captured and how it runs. Counts of traces, bodies and seconds are the process's.
@@ -128,6 +141,7 @@ class Report:
     whole_calls: int = 0
     seconds: Seconds = field(default_factory=Seconds)
     compiled: CompileReport = field(default_factory=CompileReport)
+    kernels: list[KernelReport] = field(default_factory=list)
 
     @property
     def loops(self) -> list[LoopReport]:
@@ -190,6 +204,10 @@ def _report(name: str, graphs: Sequence[CompiledGraph]) -> Report:
     dynamo = max(0.0, _compat.compile_times() - inside)
     report.seconds = Seconds(inside, COUNTER.trace_seconds, COUNTER.lower_seconds, dynamo)
     report.compiled = CompileReport(**asdict(STATS))
+    report.kernels = [
+        KernelReport(kernel, lower, count, reason)
+        for (lower, kernel, reason), count in matches().items()
+    ]
     ran = [g for g in graphs if g.sizes]
     latest = ran[-1] if ran else None
     if latest is not None:

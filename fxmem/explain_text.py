@@ -26,6 +26,10 @@ def render(report: Report) -> str:
         parts.append(f"bytes of block training, by formula\n{report.block_bytes}")
     if report.steps:
         parts.append("\n".join(["regions of the latest step", *map(str, report.steps)]))
+    if report.kernels:
+        rows = [["kernel", "lower", "matches", "lowered"]]
+        rows += [[k.kernel, k.lower, str(k.matches), k.reason or "yes"] for k in report.kernels]
+        parts.append(table(rows, right=(2,)))
     parts.append(_barriers(report))
     return "\n\n".join(parts)
 

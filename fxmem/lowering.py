@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,3 +74,12 @@ class Lowering:
             from fxmem import inductor
 
             inductor.attach(program)
+
+
+def matches() -> Counter[tuple[str, str, str]]:
+    """How often each ``(plan's lower, kernel, reason against it)`` was found in this process."""
+    return Counter(
+        (way.mode, found.kernel, found.reason)
+        for way, record in _RECORDS.items()
+        for found in record.found
+    )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fxmem.errors import PlanError
-from fxmem.plan import _choice, _mapping, _refuse_unknown
+from fxmem.plan_checks import choice, mapping, refuse_unknown
 
 
 def _number(field: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
@@ -27,7 +27,7 @@ def _count(field: str, value: object, least: int) -> None:
     raise PlanError(f"{field} is {value!r}", advice=f"allowed values: integers of at least {least}")
 
 
-@_refuse_unknown
+@refuse_unknown
 @dataclass(frozen=True, slots=True)
 class Prune:
     """How `fxmem.search` finds which units to keep.
@@ -108,7 +108,7 @@ class Prune:
         _number("Prune.ess", self.ess, 0, 1)
         _number("Prune.epsilon", self.epsilon, 0, 0.4)
         for field, words in _WORDS.items():
-            _choice(f"Prune.{field}", getattr(self, field), words, ())
+            choice(f"Prune.{field}", getattr(self, field), words, ())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict of plain values."""
@@ -121,7 +121,7 @@ class Prune:
         Raises:
             PlanError: `data` is no mapping, or has an unknown name or an impossible value.
         """
-        values = _mapping(cls, data)
+        values = mapping(cls, data)
         if "kinds" in values:
             values["kinds"] = tuple(values["kinds"])
         return cls(**values)
