@@ -139,6 +139,8 @@ class PlanError(FxmemError, ValueError):
 class BudgetError(FxmemError, ValueError):
     """A pruning budget cannot be met, or a search has nothing to measure it by."""
 
+    default_advice = "choose another keep rate, or give batches with labels"
+
 
 class DivergedError(FxmemError):
     """Ranks that must hold equal values do not."""
@@ -154,6 +156,8 @@ class RoleError(FxmemError):
 
 class BlockStateError(FxmemError):
     """Block training was asked for something its state does not allow."""
+
+    default_advice = "go on with the options and the partition that the state was made with"
 
 
 class NotTransformedError(FxmemError):
@@ -182,6 +186,8 @@ class FxmemWarning(UserWarning):
 
 class MaskError(FxmemError, ValueError):
     """Masks do not fit the model, or a smaller model would not equal the masked one."""
+
+    default_advice = "make masks for this model with fxmem.coupling(model)"
 
 
 class PruningFileError(FxmemError, ValueError):

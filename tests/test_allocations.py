@@ -113,7 +113,7 @@ def _sized() -> Iterator[Any]:
             yield pytest.param(case, size, marks=marks)
 
 
-@pytest.mark.parametrize(("case", "size"), _sized())
+@pytest.mark.parametrize(("case", "size"), list(_sized()))
 def test_nothing_wide_is_allocated(case: str, size: int) -> None:
     name, make = CASES[case]
     model, inputs = net(name), make(size)
