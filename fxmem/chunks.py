@@ -87,12 +87,12 @@ class Chunker:
         batch = _batch(sizes)
         saved = self.fixed.saved_per_token * batch * sizes.get("T", 1)
         budget = max(FLOOR_BYTES, (2 * self.fixed.weights + saved) / FIXED_SHARE)
-        live = 1.5 if code.is_loss else 4.0
+        live = 2.0 if code.is_loss else 4.0
         tokens = budget / max(1.0, live * code.footprint.widest)
         cap = CAP_TOKENS.get(self.fixed.device, CAP_TOKENS_DEVICE)
         tokens = min(cap, max(FLOOR_TOKENS, tokens))
         rows = max(1, int(tokens) // batch)
-        return 1 << (rows.bit_length() - 1)
+        return rows - rows % 64 if rows >= FLOOR_TOKENS else 1 << (rows.bit_length() - 1)
 
     def whole(self, sizes: Mapping[str, int]) -> bool:
         """The call is small enough to run without streaming."""

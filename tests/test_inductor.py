@@ -58,6 +58,7 @@ def test_exact_for_every_length_and_compiled_once() -> None:
     assert "compiled" in str(fxmem.explain(net))
 
 
+@pytest.mark.slow
 def test_depth_compiles_nothing() -> None:
     net = transformed("inductor", num_hidden_layers=2)
     tiny.step(net, tiny.batch(2, 23))
