@@ -38,30 +38,31 @@ PANELS: list[Panel] = [
         ],
     ),
     (
-        "2", "Backward", "one ascending loop", 1,
+        "2", "K, V again", "one loop", -1,
+        [
+            ("h in", BLUE, "########", "kept"),
+            ("K, V", GREEN, "...@####", "buffer"),
+        ],
+        ["norm and projections", "of the chunk"],
+    ),
+    (
+        "3", "Backward", "one descending loop", -1,
         [
             ("h in", BLUE, "########", "kept"),
             ("dh out", BLUE, "########", "given"),
-            ("K, V", GREEN, "####@...", "buffer"),
-            ("q, MLP, dq", ORANGE, "....@...", "one chunk"),
-            ("dK, dV", VIOLET, "----@...", "sums"),
-            ("dh so far", BLUE, "####@...", "buffer"),
+            ("K, V", GREEN, "########", "complete"),
+            ("q, MLP, dq", ORANGE, "...@....", "one chunk"),
+            ("dK, dV", VIOLET, "---@####", "sums"),
+            ("dh in", BLUE, "...@####", "result"),
         ],
         [
             "recompute the chunk,",
             "backward down to dq;",
-            "dK, dV of all keys so far",
-            "add up; dW += dYᵀX",
+            "dK, dV of earlier keys add up;",
+            "those of the chunk are complete:",
+            "through their projections",
+            "into dh; dW += dYᵀX",
         ],
-    ),
-    (
-        "3", "Backward of K, V", "one loop", 1,
-        [
-            ("dK, dV", VIOLET, "########", "complete"),
-            ("dh so far", BLUE, "########", "buffer"),
-            ("dh in", BLUE, "####@...", "result"),
-        ],
-        ["dK, dV of the chunk", "through their projections", "into dh and dW"],
     ),
 ]  # fmt: skip
 
