@@ -135,6 +135,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": platform.machine(),
         "cores": os.cpu_count(),
+        # Threads that sleep while they wait cost programs of many operators more than others.
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }
 
 

@@ -27,12 +27,6 @@ Job = Callable[[Message, Callable[[Message], None]], Message]
 
 OK, FAILED, OUT_OF_MEMORY = "ok", "failed", "out of memory"
 
-_DEFAULTS = {
-    # Threads that spin while they wait make a step several times slower as soon as anything else
-    # runs on the machine, and the more so the more operators it has.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-"""Environment of every job, the same for all setups; a variable the user has set wins."""
 _TAIL_CHARACTERS = 2000
 _SIGNAL_KILL = -9
 
@@ -105,7 +99,7 @@ def _result(code: int, answered: Path, detail: str) -> Message:
 
 
 def _environment(threads: int | None) -> dict[str, str]:
-    env = {**_DEFAULTS, **os.environ}
+    env = dict(os.environ)
     # The child finds what the parent finds, in the same order.
     env["PYTHONPATH"] = os.pathsep.join(str(Path(path or ".").absolute()) for path in sys.path)
     if threads is not None:
