@@ -1,4 +1,4 @@
-"""Test session setup: no bare folder names on the path, two threads, fixed seeds."""
+"""Test session setup: no bare folder names on the path, few threads, fixed seeds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-torch.set_num_threads(2)
+# The processes of pytest-xdist share the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 settings.register_profile("fxmem", derandomize=True, deadline=None)
 settings.load_profile("fxmem")
 
