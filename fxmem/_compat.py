@@ -120,12 +120,14 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
 
 
 def capture_config() -> contextlib.AbstractContextManager[Any]:
-    """How Dynamo captures a model: logger calls are skipped, and Python floats stay constants."""
+    """How Dynamo captures a model: logger calls are skipped, Python floats stay constants, and a
+    model inside DistributedDataParallel is not split at its buckets.
+    """
     levels = ("debug", "info", "warning", "warning_once", "info_once", "warning_advice", "error")
     methods = {getattr(logging.Logger, n) for n in levels if hasattr(logging.Logger, n)}
     known = torch._dynamo.config.ignore_logging_functions
     return torch._dynamo.config.patch(
-        ignore_logging_functions={*known, *methods}, specialize_float=True
+        ignore_logging_functions={*known, *methods}, specialize_float=True, optimize_ddp=False
     )
 
 

@@ -122,10 +122,13 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
         plan = replace(plan, prune=None)
         if plan.stream is None and plan.blocks is None:
             return model
-    if plan.blocks is not None and isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel):
         raise PlanError(
-            "DistributedDataParallel averages gradients after blocks have used them",
-            advice="give the wrapped model and Blocks(average=True)",
+            "the model is wrapped by DistributedDataParallel already",
+            advice="transform the model itself, then wrap it"
+            if plan.blocks is None
+            else "transform the model itself and give Blocks(average=True) instead of the wrapper, "
+            "which averages gradients after blocks have used them",
         )
     state = BlockState(model, plan.blocks) if plan.blocks is not None else None
     engine = Backend(plan)

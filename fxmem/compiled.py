@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter as Tally
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,8 @@ class RegionCall:
     release: list[pre_.Leaf] = field(default_factory=list)
     modules: str = ""
     shared: dict[int, tuple[pre_.Leaf, bool]] = field(default_factory=dict)
+    sole: list[bool] = field(default_factory=list)
+    """Which outputs have one reader, a later region."""
 
 
 class CompiledGraph:
@@ -102,6 +105,12 @@ class CompiledGraph:
         self.capture, self.pre, self.calls, self.plan = capture, pre, calls, plan
         self.chunker, self.plain = chunker, plain
         self.whole_calls = 0
+        # Now: Dynamo takes the origins of inputs away after the compilation.
+        self._parameters = [
+            (i, _compat.input_name(n))
+            for i, n in enumerate(capture.inputs)
+            if n in capture.parameters
+        ]
         _link_shared(capture, calls)
         self._plan_releases()
         self.sizes: dict[str, int] = {}
@@ -112,6 +121,9 @@ class CompiledGraph:
             for leaf in (*call.leaves, *call.outputs):
                 last[leaf] = i
         final = {_leaf(self.pre, o) for o in self.capture.outputs if isinstance(o, fx.Node)}
+        readers = Tally(leaf for call in self.calls for leaf in call.leaves)
+        for call in self.calls:
+            call.sole = [readers[leaf] == 1 and leaf not in final for leaf in call.outputs]
         for leaf, i in last.items():
             if leaf not in final and leaf[0] != "input":
                 self.calls[i].release.append(leaf)
@@ -127,14 +139,16 @@ class CompiledGraph:
         by_node = dict(zip(self.capture.inputs, args, strict=True))
         env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
-        del by_node, args
         state = CallState(sizes)
+        for i, name in self._parameters:
+            state.watch(name, args[i])
+        del by_node, args
         step = self._step(table, env) if table is not None else None
         for i, call in enumerate(self.calls):
             chunk = self.chunk(call)
             tensors = [env[leaf] for leaf in call.leaves]
             if step is None:
-                outputs = run_region(call.code, state, chunk, tensors, call.shared)
+                outputs = run_region(call.code, state, chunk, tensors, call.shared, call.sole)
             else:
                 seed = call.code.draw_seed(tensors[0].device)
                 run = Run(self.selected[i], step, state, chunk, seed, call.shared)

@@ -9,6 +9,7 @@ twice.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,29 @@ class CallState:
     sizes: dict[str, int]
     tiles: dict[tuple[Any, ...], masks.TileMap] = field(default_factory=dict)
     parts: dict[Any, Tensor] = field(default_factory=dict)
+    watched: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    fresh: set[int] = field(default_factory=set)
+    """Storages of gradients between regions that nothing else holds."""
+
+    def watch(self, name: str, parameter: Tensor) -> None:
+        """Remember a parameter's version; ``name`` is for the error."""
+        self.watched.append((name, parameter, parameter._version))
+
+    def begin_backward(self) -> None:
+        """Before the first region's backward, so that an error comes before any gradient.
+
+        Afterwards each region only checks what it saved: a hook may step a parameter as soon as
+        its gradient is there.
+
+        Raises:
+            ModifiedParameterError: a parameter was changed in place since the forward.
+        """
+        for name, parameter, version in self.watched:
+            if parameter._version != version:
+                raise ModifiedParameterError(
+                    f"parameter `{name}` was changed in place between forward and backward"
+                )
+        self.watched.clear()
 
 
 def chunks(length: int, chunk: int) -> list[tuple[int, int]]:
@@ -123,7 +147,7 @@ def tile_map(
 
 
 class RegionFunction(torch.autograd.Function):
-    """``apply(code, state, chunk, seed, shared, *tensors) -> outputs``; see the module."""
+    """``apply(code, state, chunk, seed, shared, sole, *tensors) -> outputs``; see the module."""
 
     @staticmethod
     def forward(
@@ -133,6 +157,7 @@ class RegionFunction(torch.autograd.Function):
         chunk: int,
         seed: Tensor | None,
         shared: Shared,
+        sole: Sequence[bool],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         outputs, grads = code.forward(state, chunk, tensors, seed, learn=True)
@@ -140,6 +165,7 @@ class RegionFunction(torch.autograd.Function):
         ctx.save_for_backward(*(t if k else None for t, k in zip(tensors, kept, strict=True)))
         ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
         ctx.shared = shared
+        ctx.sole = [s for s, d in zip(sole, code.differentiable, strict=True) if d]
         ctx.shapes = [(o.shape, o.dtype, o.device) for o in outputs]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
@@ -151,6 +177,7 @@ class RegionFunction(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise DoubleBackwardError("backward with create_graph=True through a streamed region")
+        ctx.state.begin_backward()
         saved = _saved(ctx)
         grads, ctx.grads = ctx.grads, None
         code: RegionCode = ctx.code
@@ -166,9 +193,29 @@ class RegionFunction(torch.autograd.Function):
             ]
             parts = ctx.state.parts
             owned = {i: parts.pop(k) for i, (k, o) in ctx.shared.items() if o and k in parts}
-            out = code.backward(ctx.state, ctx.chunk, saved, ctx.seed, full, owned)
+            free = [t is not None and f and _storage(t) in ctx.state.fresh
+                    for t, f in zip(given, ctx.sole, strict=True)]  # fmt: skip
+            out = code.backward(ctx.state, ctx.chunk, saved, ctx.seed, full, owned, free=free)
+        _tell_fresh(ctx.state, out, [*saved, *tangents])
         _hand_on(ctx.shared, ctx.state.parts, out)
-        return (None, None, None, None, None, *out)
+        return (None, None, None, None, None, None, *out)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tell_fresh(
+    state: CallState, grads: Sequence[Tensor | None], others: Sequence[Tensor | None]
+) -> None:
+    """Which of these gradients have a storage of their own, which the next backward may reuse."""
+    held = {_storage(t) for t in others if t is not None} - state.fresh
+    counts = Counter(_storage(g) for g in grads if g is not None)
+    for storage, count in counts.items():
+        if count == 1 and storage not in held:
+            state.fresh.add(storage)
+        else:
+            state.fresh.discard(storage)
 
 
 def _hand_on(shared: Shared, parts: dict[Any, Tensor], grads: list[Tensor | None]) -> None:
@@ -198,10 +245,16 @@ def run_region(
     chunk: int,
     tensors: Sequence[Tensor],
     shared: Shared | None = None,
+    sole: Sequence[bool] | None = None,
 ) -> Sequence[Tensor]:
-    """Outputs of a region, with autograd where any input wants a gradient."""
+    """Outputs of a region, with autograd where any input wants a gradient.
+
+    ``sole``: which outputs have one reader, another region, so that their gradient comes as that
+    region made it.
+    """
     seed = code.draw_seed(tensors[0].device)
     if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):
-        return RegionFunction.apply(code, state, chunk, seed, shared or {}, *tensors)
+        sole = sole or [False] * len(code.differentiable)
+        return RegionFunction.apply(code, state, chunk, seed, shared or {}, sole, *tensors)
     with torch.no_grad():
         return code.forward(state, chunk, tensors, seed, learn=False)[0]

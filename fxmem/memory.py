@@ -189,11 +189,12 @@ class _Step:
                 if d
             ]
             if entry.gradients is None:
-                begin = self._started(entry.call)
+                over = self._overwritten(entry.call, tangents)
+                begin = [*self._started(entry.call), *over]
                 run = profile(code, "backward", self.sizes, entry.chunk, begin)
                 self._masks(entry.call, run)
                 self.ledger.mark(f"backward {entry.call.modules}", run.peak)
-                gradients = self._results(("backward", index), run)
+                gradients = self._results(("backward", index), run, over)
             else:
                 gradients = entry.gradients
             for i, (leaf, gradient) in enumerate(zip(entry.call.leaves, gradients, strict=True)):
@@ -213,6 +214,14 @@ class _Step:
         names = [(program.outputs[i], call.code.values[i].dtype) for i in owned]
         return [name for name, dtype in names if name is not None and sums.get(name) == dtype]
 
+    def _overwritten(self, call: RegionCall, tangents: list[Any]) -> dict[str, Any]:
+        """Buffers that take a tangent's place, and its storage."""
+        program = call.code.program("backward")
+        sole = [s for s, d in zip(call.sole, call.code.differentiable, strict=True) if d]
+        names = call.code.tangents(program)
+        free = {n: t for n, t, s in zip(names, tangents, sole, strict=False) if s and t is not None}
+        return {b: free[name] for b, name in program.overwrites.items() if name in free}
+
     def _accumulate(self, leaf: Leaf, storage: Any, output: Output, shared: bool) -> None:
         """A first gradient of odd layout is copied; autograd adds a second one out of place."""
         if leaf in self.gradients:
@@ -230,14 +239,16 @@ class _Step:
         storages = {s for leaf, s in self.gradients.items() if leaf[0] == "input"}
         return sum(self.ledger.sizes[s] for s in storages)
 
-    def _results(self, owner: Any, run: Profile) -> list[Any]:
-        """Hold every output once; :meth:`_drop` lets go again."""
+    def _results(
+        self, owner: Any, run: Profile, given: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Hold every output once; :meth:`_drop` lets go again. ``given``: storages by buffer."""
         out: list[Any] = []
-        for output in run.outputs:
+        for output, name in zip(run.outputs, run.names, strict=True):
             if output is None:
                 out.append(None)
                 continue
-            storage = (owner, output.storage)
+            storage = (given or {}).get(name or "", (owner, output.storage))
             self.ledger.hold(storage, output.bytes)
             out.append((storage, output))
         return out

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmem import _compat
+from fxmem import _compat, runtime
 from fxmem._compat_memory import StorageWatch
 from fxmem.kernels import attention, token_nll
 from fxmem.program import Free, Loop, Mask, Program, Straight
@@ -49,6 +49,7 @@ class Profile:
 
     peak: int
     outputs: tuple[Output | None, ...]
+    names: tuple[str | None, ...]
     nodes: tuple[tuple[int, ...], ...]
     masks: tuple[MaskProfile, ...]
 
@@ -140,7 +141,7 @@ def _run(
         outputs = tuple(
             None if r is None else Output(*watch.owner(r), r.is_contiguous()) for r in results
         )
-    return Profile(watch.peak, outputs, tuple(nodes), masks)
+    return Profile(watch.peak, outputs, tuple(program.outputs), tuple(nodes), masks)
 
 
 def _result(program: Program, env: Mapping[str, Any], name: str) -> Tensor:
@@ -165,6 +166,19 @@ class _Body(fx.Interpreter):
         result = super().run_node(n)
         self.used.append(self.watch.peak - self.base)
         return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(_STAND_INS.get(target, target), args, kwargs)
+
+
+def _even_expert_weight(acc: Tensor, grad: Tensor, x: Tensor, index: Tensor) -> None:
+    """One expert with its even share of the rows: how many it gets is known at run time only."""
+    rows = index.new_empty(math.ceil(index.shape[0] / acc.shape[0]))
+    acc[0].addmm_(grad[rows].t().to(acc.dtype), x[rows].to(acc.dtype))
+
+
+_STAND_INS: dict[Any, Any] = {runtime.add_expert_weight: _even_expert_weight}
+"""For functions whose shapes depend on data."""
 
 
 def _loop(

@@ -102,6 +102,8 @@ class Program:
     causal: bool
     barriers: list[Barrier] = field(default_factory=list)
     shapes: dict[str, tuple[tuple[Size, ...], torch.dtype]] = field(default_factory=dict)
+    overwrites: dict[str, str] = field(default_factory=dict)
+    """Buffer -> the tangent whose place it may take; see :mod:`fxmem.overwrite`."""
 
     @property
     def loops(self) -> list[Loop]:

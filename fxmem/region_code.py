@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fxmem import joint as joint_trace
 from fxmem.chunks import footprint
-from fxmem.emit import BodyPass, Emitter, Handler
+from fxmem.emit import BodyPass, Emitter
 from fxmem.errors import FxmemWarning
 from fxmem.joint import Caller, Joint
 from fxmem.labels import Barrier
+from fxmem.loop_body import Handler
+from fxmem.overwrite import overwrites
 from fxmem.packing import Packing, pack, packing, unpack
 from fxmem.program import Loop, Program, Straight
 from fxmem.regions import Region
@@ -116,11 +118,17 @@ class RegionCode:
             self.lowering.finish(program)
             names = dict(zip(roots, program.outputs, strict=True))
             program.outputs = [names[n] if isinstance(n, torch.fx.Node) else None for n in wanted]
+            if base == "backward":
+                program.overwrites = overwrites(program, self.tangents(program))
             self.programs[key] = program
             self._warn(program)
             self.counter.programs += 1
             self.counter.lower_seconds += time.perf_counter() - start
         return self.programs[key]
+
+    def tangents(self, program: Program) -> list[str]:
+        """Names of the program's inputs that are gradients of the region's outputs."""
+        return program.inputs[len(self.values) + 1 :]
 
     def variant(self, wanted: Sequence[bool]) -> str:
         """Suffix of the programs that make these gradients alone; empty where that is all."""
@@ -211,15 +219,24 @@ class RegionCode:
         tangents: Sequence[Tensor],
         start: dict[int, Tensor] | None = None,
         variant: str = "",
+        free: Sequence[bool] = (),
     ) -> list[Tensor | None]:
         """Gradients of the inputs that want one, ``None`` for the others.
 
         ``start``: by input position, a gradient to add this one to (in place where it can be).
+        ``free``: which tangents nobody reads afterwards, so that a result may take their place.
         """
         given = [*saved, seed, *tangents]
         begin: dict[str, Tensor] = {}
-        if start:
-            begin = _accumulators(self.choose("backward" + variant, state, chunk, given), start)
+        if start or any(free):
+            program = self.choose("backward" + variant, state, chunk, given)
+            begin = _accumulators(program, start or {})
+            open_ = {
+                name: tangent
+                for name, tangent, f in zip(self.tangents(program), tangents, free, strict=False)
+                if f and tangent.is_contiguous()
+            }
+            begin |= {b: open_[name] for b, name in program.overwrites.items() if name in open_}
         grads = self._execute("backward" + variant, state, chunk, given, begin)
         for i, part in (start or {}).items():
             own = grads[i]

@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from fxmem import runtime
-from fxmem.emit import Body, Handler
 from fxmem.kernels import attention, dropout, token_nll
 from fxmem.labels import ATTENTION, Kind, Label
+from fxmem.loop_body import Body, Handler
 from fxmem.sizes import HI, LO
 
 _VIEWS = frozenset(

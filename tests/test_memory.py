@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import fxmem
 from fxmem import api, measure
@@ -64,6 +64,17 @@ def test_predicted_peak_is_the_measured_one(tied: bool, chunk: int) -> None:
 
 def test_a_ragged_tail_and_a_batch() -> None:
     compare(build(), 1100, batch=2)
+
+
+def test_a_mixture_of_experts() -> None:
+    config = MixtralConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=16384, max_position_embeddings=8192,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=128, loss_chunk=128)))
+    compare(model, 2048)
 
 
 def test_a_call_that_is_too_small_to_stream() -> None:

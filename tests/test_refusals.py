@@ -172,14 +172,34 @@ def test_misuse_of_backward(case: str) -> None:
         misuse(net, net(ids))
 
 
-def test_a_parameter_changed_before_the_backward() -> None:
+@pytest.mark.parametrize("which", ["embed.weight", "block.mix.weight", "head.weight"])
+def test_a_parameter_changed_before_the_backward(which: str) -> None:
     net, ids = Net(lambda block, x: x * 2), torch.randint(11, (2, 13))
     fxmem.transform(net, PLAN)
     loss = net(ids)
     with torch.no_grad():
-        net.block.mix.weight.mul_(2)
-    with unchanged(net, ids), pytest.raises(fxmem.ModifiedParameterError, match="after backward"):
-        torch.autograd.grad(loss, list(net.parameters()))
+        net.get_parameter(which).mul_(2)
+    # No region has added to a gradient before the error, whichever reads the parameter.
+    with unchanged(net, ids), pytest.raises(fxmem.ModifiedParameterError, match=which) as caught:
+        loss.backward()
+    assert "after backward" in caught.value.advice
+
+
+def test_a_hook_may_step_a_parameter_as_soon_as_its_gradient_is_there() -> None:
+    net, ids = Net(lambda block, x: x * 2), torch.randint(11, (2, 13))
+    plain = copy.deepcopy(net)
+    fxmem.transform(net, PLAN)
+
+    def step(parameter: Tensor) -> None:
+        with torch.no_grad():
+            parameter.sub_(parameter.grad)
+
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    net(ids).backward()
+    plain(ids).backward()
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q - q.grad)
 
 
 USES = (

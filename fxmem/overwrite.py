@@ -1,0 +1,78 @@
+"""Buffers that may take the place of an input that is read for the last time.
+
+The gradient that leaves a region of equal layers is as large as the one that comes in. A loop that
+reads a tangent by chunks and writes the same rows of a buffer later in the same body may write them
+over the tangent, so that one tensor serves the backward of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx
+
+from fxmem import _compat, runtime
+from fxmem.program import Buffer, Loop, Program
+
+
+def overwrites(program: Program, inputs: Collection[str]) -> dict[str, str]:
+    """Buffer -> the input among ``inputs`` that it may replace, each of them at most once."""
+    found: dict[str, str] = {}
+    for loop in program.loops:
+        for buffer in loop.allocate:
+            for name in inputs:
+                if name not in found.values() and _may_replace(program, loop, buffer, name):
+                    found[buffer.name] = name
+                    break
+    return found
+
+
+def _may_replace(program: Program, loop: Loop, buffer: Buffer, name: str) -> bool:
+    if buffer.zero or buffer.dtype != buffer.result or loop.compiled is not None:
+        return False
+    if program.shapes[name] != (buffer.shape, buffer.dtype) or name in program.outputs:
+        return False
+    readers = [s for s in (*program.steps, *program.masks) if name in getattr(s, "tensors", ())]
+    return readers == [loop] and _read_before_written(loop, name, buffer.name)
+
+
+def _read_before_written(loop: Loop, read: str, written: str) -> bool:
+    """Both are used by whole chunks only, and no alias of the chunk read is used after the write.
+
+    Each iteration then touches rows that no other one does, in whatever order they run.
+    """
+    nodes = list(loop.module.graph.nodes)
+    places = [n for n in nodes if n.op == "placeholder"]
+    tensors = dict(zip(loop.tensors, places[len(places) - len(loop.tensors) :], strict=True))
+    writes, takes = list(tensors[written].users), list(tensors[read].users)
+    if len(writes) != 1 or writes[0].target is not runtime.put or len(writes[0].args) != 4:
+        return False
+    write = writes[0]
+    buffer, _, dim, start = write.args
+    low = places[len(loop.ints)]
+    if buffer is not tensors[written] or start is not low:
+        return False
+    if any(t.target is not runtime.take or t.args[1:3] != (dim, low) or len(t.args) != 4
+           for t in takes):  # fmt: skip
+        return False
+    order = {n: i for i, n in enumerate(nodes)}
+    return all(order[n] <= order[write] for n in _readers(takes))
+
+
+def _readers(values: list[fx.Node]) -> set[fx.Node]:
+    """All nodes that read these values or what may share their storage."""
+    found: set[fx.Node] = set()
+    todo = list(values)
+    while todo:
+        for user in todo.pop().users:
+            if user not in found:
+                found.add(user)
+                if _may_alias(user):
+                    todo.append(user)
+    return found
+
+
+def _may_alias(node: fx.Node) -> bool:
+    if not isinstance(node.target, _compat.OpOverload):
+        return True
+    return any(r.alias_info is not None for r in node.target._schema.returns)
