@@ -11,8 +11,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 import torch._dynamo
+import torch._guards
 from torch import fx
 from torch._dynamo.exc import (
     BackendCompilerFailed,
@@ -28,8 +30,9 @@ __all__ = [
     "BackendCompilerFailed",
     "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDynamoException",
     "ambient_autocast", "call_impl", "compile_times", "dynamic_inputs", "fake_mode_of",
-    "functional", "input_name", "is_checkpoint", "is_control_node", "make_fx", "mark_axis_dynamic",
-    "mark_dynamic", "origin", "restart_capture", "set_compiled_call", "storage_key", "traced",
+    "fixed_sizes", "functional", "input_name", "is_checkpoint", "is_control_node", "make_fx",
+    "mark_axis_dynamic", "mark_dynamic", "origin", "restart_capture",
+    "set_compiled_call", "storage_key", "traced",
     "tree_leaves", "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
 
@@ -157,6 +160,19 @@ def is_checkpoint(node: fx.Node) -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share a storage, fake ones too, as long as one of them lives."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def fixed_sizes() -> list[str]:
+    """Source lines at which the capture under way gave up a symbolic size for a number."""
+    context = torch._guards.TracingContext.try_get()
+    env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
+    places = [
+        str(guard.sloc.maybe_user_loc)
+        for guard in ([] if env is None else env.guards)
+        if isinstance(guard.expr, sympy.Eq) and guard.expr.rhs.is_Integer
+        and guard.sloc.maybe_user_loc is not None
+    ]  # fmt: skip
+    return list(dict.fromkeys(place.strip() for place in places))
 
 
 def input_name(node: fx.Node) -> str:

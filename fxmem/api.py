@@ -53,10 +53,15 @@ class Backend:
         ):
             _compat.restart_capture("fxmem streams a symbolic length")
         if not has_varying_size(gm) and self.roles is not None:
-            return _raiser(RoleError(NOT_STREAMED.replace("streamed", "split into regions")))
+            return _raiser(RoleError(_not_streamed("split into regions")))
         if not has_varying_size(gm):
-            warnings.warn(NOT_STREAMED, FxmemWarning, stacklevel=2)
+            warnings.warn(_not_streamed("streamed"), FxmemWarning, stacklevel=2)
             return gm.forward
+        if place := _fixed():
+            warnings.warn(
+                f"a size of the inputs is constant, so nothing is cut along it{place}",
+                FxmemWarning, stacklevel=2,
+            )  # fmt: skip
         try:
             graph = compile_graph(gm, example_inputs, self.plan, self.roles)
         except FxmemError as error:
@@ -64,6 +69,19 @@ class Backend:
             return _raiser(error)
         self.graphs.append(graph)
         return graph
+
+
+def _not_streamed(done: str) -> str:
+    return (
+        f"no input has a length that may vary, so nothing is {done}: the model fixes its sizes "
+        f"(constants of the input's length, or one token only){_fixed()}"
+    )
+
+
+def _fixed() -> str:
+    """Where the capture under way gave up a symbolic size; empty where it did not."""
+    places = _compat.fixed_sizes()
+    return f"; fixed at {'; '.join(places)}" if places else ""
 
 
 def _raiser(error: FxmemError) -> Callable[..., Any]:
@@ -98,10 +116,6 @@ def _plan_of(options: Any) -> Plan:
     return plan
 
 
-NOT_STREAMED = (
-    "no input has a length that may vary, so nothing is streamed: the model fixes its sizes "
-    "(constants of the input's length, or one token only)"
-)
 RECAPTURES = 64
 """Captures per model (train and eval, with and without a mask, autocast states) before an error."""
 

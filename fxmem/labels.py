@@ -161,7 +161,8 @@ def _streams(labels: Labels, node: fx.Node, info: TensorInfo) -> bool:
 
 def _attention_call(labels: Labels, node: fx.Node, call: Call, causal: bool) -> Call:
     mask, flag = ATTENTION[call.op]
-    if node.args[mask] is None:
+    queries = labels.joint.info[node.args[0]].shape[-2]
+    if node.args[mask] is None or not has_axis(queries):  # chunks of the batch read it as it is
         return call
     if labels.of(node.args[mask]).kind in (Kind.STRAIGHT, Kind.FLEX):
         labels.masked.append(node)

@@ -16,7 +16,7 @@ from torch import fx
 
 from fxmem import runtime
 from fxmem.kernels import attention, dropout, token_nll
-from fxmem.labels import ATTENTION, Kind, Label
+from fxmem.labels import ATTENTION, Label
 from fxmem.loop_body import Body, Handler
 from fxmem.sizes import HI, LO
 
@@ -103,9 +103,16 @@ def _attention_backward(body: Body, node: fx.Node) -> Any:
     return (dq, None, None)
 
 
+_QUERIES = 2
+"""Axis of the query tokens in q ``[B, H, Q, E]``."""
+
+
 def _streams(body: Body, node: fx.Node) -> bool:
+    """Chunks are of queries, which see other chunks' keys; a chunk of the batch is whole."""
     label = body.labels.label[node]
-    return isinstance(label, tuple) and isinstance(label[0], Label) and label[0].kind is Kind.CUT
+    if not isinstance(label, tuple) or not isinstance(label[0], Label):
+        return False
+    return label[0].cut is not None and label[0].cut.dim == _QUERIES
 
 
 def _token_nll(body: Body, node: fx.Node) -> Any:
