@@ -249,7 +249,7 @@ def _region(uses: list[tuple[CompiledGraph, RegionCall]]) -> RegionReport:
         for loop in program.loops
     ]  # fmt: skip
     modules = list(dict.fromkeys(c.modules for _, c in uses if c.modules))
-    return RegionReport(code.name, kind, len(uses), modules, chunk, loops, _barriers(code))
+    return RegionReport(code.name, kind, len(uses), modules, chunk, loops, _barriers(code, modules))
 
 
 def _programs(code: RegionCode) -> list[tuple[str, Program]]:
@@ -279,9 +279,12 @@ def _buffer(buffer: Buffer, sizes: dict[str, int]) -> BufferReport:
     return BufferReport(buffer.name, kind, _shape(buffer.shape), dtype, count)
 
 
-def _barriers(code: RegionCode) -> list[BarrierReport]:
+def _barriers(code: RegionCode, modules: Sequence[str]) -> list[BarrierReport]:
+    """An op that autograd made has no module of its own; the region's says where to look."""
+    derived = f"backward of {modules[0]}" if modules else "backward"
     found = {
-        BarrierReport(b.op, b.reason, b.module or "", b.source or ""): None for b in code.barriers
+        BarrierReport(b.op, b.reason, b.module or derived, b.source or ""): None
+        for b in code.barriers
     }
     return list(found)
 

@@ -140,7 +140,7 @@ class RegionCode:
         """Say once per program what did not stream; ``explain`` has it in full."""
         if program.barriers:
             ops = sorted(
-                {f"{b.op} ({b.module or b.source or 'no module'})" for b in program.barriers}
+                {f"{b.op} ({b.module or b.source or 'in its backward'})" for b in program.barriers}
             )
             text = f"{program.name}: run whole, exact but not streamed: {', '.join(ops)}"
             warnings.warn(text, FxmemWarning, stacklevel=2)
