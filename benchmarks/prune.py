@@ -48,7 +48,7 @@ class Options:
     held: int = 16
     calibration: int = 8
     blimp: Path | None = None
-    pairs: int = 201
+    pairs: int = 134
     time_length: int = 512
     time_batch: int = 4
     repeats: int = 3

@@ -79,19 +79,19 @@ def save(records: Sequence[Record], options: Any) -> list[Record]:
     options.out.mkdir(parents=True, exist_ok=True)
     mine = {(r["keep"], r["row"]): r for r in records}
     there = {(r["keep"], r["row"]): r for r in load(options)}
-    records = sorted((there | mine).values(), key=lambda r: (-r["keep"], ORDER.index(r["row"])))
+    every = sorted((there | mine).values(), key=lambda r: (-r["keep"], ORDER.index(r["row"])))
     about = {
         "options": _asked(options),
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {options.threads} thread",
-        "records": records,
+        "records": every,
     }
     part = options.out / "prune.json.part"
     part.write_text(json.dumps(about, indent=1) + "\n")
     part.replace(options.out / "prune.json")
-    (options.out / "prune.md").write_text(table(records, options))
-    draw(records, options)
-    return records
+    (options.out / "prune.md").write_text(table(every, options))
+    draw(every, options)
+    return every
 
 
 def table(records: Sequence[Record], options: Any) -> str:
