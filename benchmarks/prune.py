@@ -2,8 +2,11 @@
 
 Every row keeps the same part of the prunable parameters. Calibration and held-out text come from
 disjoint topics of Python's reference. The search is a formulation consistent with the abstract of
-"Computation and Memory-Efficient Model Compression with Gradient Reweighting" (NeurIPS 2025); its
-rows say how few steps were run. Results are on disk after every row.
+"Computation and Memory-Efficient Model Compression with Gradient Reweighting" (NeurIPS 2025).
+
+Every row is on disk as soon as it is measured, and an interrupted run goes on where it stopped, in
+the middle of a search too. Forward times are measured last, all rows in turn; ``--times later``
+leaves them to another run, for a quiet machine, with ``--times only``.
 """
 
 from __future__ import annotations
@@ -22,13 +25,10 @@ from torch import Tensor, nn
 import fxmem
 from benchmarks import prune_measure as measure
 from benchmarks.prune_peer import torch_pruning
-from benchmarks.prune_report import save
+from benchmarks.prune_report import BASELINES, PEERS, ROWS, load, save
+from benchmarks.prune_search import search, variant
 from fxmem.demo.fetch import smollm2
 from fxmem.demo.models import SMOLLM2
-
-SEARCHES = ("fresh", "stale", "re-weighted")
-BASELINES = ("random", "magnitude", "wanda", "taylor")
-ROWS = (*BASELINES, *(f"{s} from {b}" for b in ("wanda", "taylor") for s in SEARCHES))
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,32 @@ class Options:
     """What to run; lengths are tokens per sequence."""
 
     model: str = SMOLLM2
-    keep: tuple[float, ...] = (0.8, 0.7, 0.5)
+    keep: tuple[float, ...] = (0.5,)
     rows: tuple[str, ...] = ROWS
-    steps: int = 200
-    samples: int = 4
-    age: int = 8
-    lr: float = 0.02
+    steps: int = 60
+    samples: int = 8
+    age: int = 4
+    lr: float = 0.5
+    search_length: int = 128
     batch: int = 2
-    length: int = 128
-    held: int = 64
+    length: int = 256
+    held: int = 16
     calibration: int = 8
     blimp: Path | None = None
-    pairs: int = 670
+    pairs: int = 134
     time_length: int = 512
     time_batch: int = 4
     repeats: int = 3
-    peer_seconds: int = 60
+    peer_seconds: int = 120
     threads: int = 1
     seed: int = 0
+    times: str = "now"
     out: Path = field(default=Path("benchmarks/results/prune"))
+
+    @property
+    def state(self) -> Path:
+        """Folder of masks and unfinished searches."""
+        return self.out / "state"
 
 
 class Bench:
@@ -71,143 +78,165 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         rows, held = measure.texts(self.tokenizer, options.length, options.seed)
         self.held = held[: options.held]
-        self.batches = [
+        first = options.calibration * options.batch
+        self.batches = [{"input_ids": x, "labels": x} for x in rows[:first].split(options.batch)]
+        short = rows[first:, : options.length // options.search_length * options.search_length]
+        self.steps = [
             {"input_ids": x, "labels": x}
-            for x in rows.split(options.batch)
-            if len(x) == options.batch
+            for x in short.reshape(-1, 1, options.search_length).unbind()
         ]
         self.pairs = measure.pairs(options.blimp, options.pairs) if options.blimp else []
         self.coupled = fxmem.coupling(self.model)
         self.scores: dict[str, dict[str, Tensor]] = {}
 
-    def measured(self, model: nn.Module) -> dict[str, Any]:
-        """Quality, speed and size of one model; the dense one is timed in turn with it."""
+    def quality(self, model: nn.Module) -> dict[str, Any]:
+        """Perplexity, minimal pairs and bytes of one model."""
         o = self.options
-        peak = measure.memory(model, o.time_length, o.time_batch)
-        mine, dense = [], []
-        for _ in range(o.repeats):
-            mine.append(measure.speed(model, o.time_length, o.time_batch))
-            dense.append(measure.speed(self.model, o.time_length, o.time_batch))
-        best = [min(column) for column in zip(*mine, strict=True)]
-        reference = [min(column) for column in zip(*dense, strict=True)]
+        pairs = self.pairs
         return {
             "perplexity": measure.perplexity(model, self.held),
-            "blimp": measure.accuracy(model, self.tokenizer, self.pairs) if self.pairs else None,
-            "stack_ms": best[0] * 1e3,
-            "whole_ms": best[1] * 1e3,
-            "stack_speedup": reference[0] / best[0],
-            "whole_speedup": reference[1] / best[1],
-            "peak_bytes": peak,
+            "blimp": measure.accuracy(model, self.tokenizer, pairs) if pairs else None,
+            "peak_bytes": measure.memory(model, o.time_length, o.time_batch),
             "parameter_bytes": measure.parameter_bytes(model),
         }
 
-    def masks(self, row: str, keep: float) -> tuple[fxmem.Masks, dict[str, Any]]:
+    def small(self, masks: fxmem.Masks) -> nn.Module:
+        """The model that the masks leave."""
+        return fxmem.materialize(self.model, masks, self.coupled).eval()
+
+    def masks(self, row: str, keep: float, say: Any) -> tuple[fxmem.Masks, dict[str, Any]]:
         """The row's masks, and what finding them cost."""
         o, start = self.options, time.perf_counter()
         how = fxmem.Prune(
             keep=keep, steps=o.steps, samples=o.samples, age=o.age, lr=o.lr, seed=o.seed,
             init_batches=o.calibration,
         )  # fmt: skip
-        some = self.batches[: o.calibration]
+        some = self.batches
         scored = o.calibration * o.batch * o.length
         if row in BASELINES:
             values, masks = fxmem.score(self.model, some, row, how, coupled=self.coupled)
             self.scores[row] = values
             used = row in ("wanda", "taylor")
             spent = {"instantiations": 0, "forwards": o.calibration * used, "tokens": scored * used}
-        else:
-            kind, _, begin = row.partition(" from ")
-            if begin not in self.scores:
-                self.scores[begin] = fxmem.score(
-                    self.model, some, begin, how, coupled=self.coupled
-                )[0]
-            masks, spent = self._search(kind, begin, how)
-            spent["tokens"] += scored
-        return masks, {**spent, "find_seconds": time.perf_counter() - start}
-
-    def _search(
-        self, kind: str, begin: str, how: fxmem.Prune
-    ) -> tuple[fxmem.Masks, dict[str, Any]]:
-        from dataclasses import replace
-
-        changes: dict[str, Any] = {"init": begin}
-        if kind == "fresh":
-            changes["age"] = 1
-        elif kind == "stale":
-            changes["scope"] = "none"
-        seen: list[Any] = []
-        masks = fxmem.search(
-            self.model, self.batches[how.init_batches :], replace(how, **changes),
-            callback=seen.append, coupled=self.coupled, importance=self.scores[begin],
+            return masks, {**spent, "find_seconds": time.perf_counter() - start}
+        kind, _, begin = row.partition(" from ")
+        if begin not in self.scores:
+            self.scores[begin] = fxmem.score(self.model, some, begin, how, coupled=self.coupled)[0]
+        aside = time.perf_counter() - start
+        o.state.mkdir(parents=True, exist_ok=True)
+        masks, spent = search(
+            self.model, self.coupled, self.steps,
+            variant(kind, _begin(how, begin)), self.scores[begin],
+            state=o.state / f"{keep:g} {row}.pt", say=say,
+            judge=lambda masks: measure.mean_loss(self.small(masks), self.held),
         )  # fmt: skip
-        counts = seen[-1].counts
-        per = self.options.batch * self.options.length
-        return masks, {
-            "instantiations": counts.instantiations,
-            "submodels": counts.submodels,
-            "forwards": counts.forwards,
-            "tokens": counts.forwards * per,
-            "steps": seen[-1].step,
-            "ess": counts.ess,
-            "clipped": sum(counts.clipped) / max(1, len(counts.clipped)),
-        }
+        spent["tokens"] += scored
+        spent["find_seconds"] += aside
+        return masks, spent
+
+
+def _begin(how: fxmem.Prune, begin: str) -> fxmem.Prune:
+    from dataclasses import replace
+
+    return replace(how, init=begin)  # type: ignore[arg-type]
 
 
 def work(options: Options) -> Iterator[tuple[float, str]]:
     """Kept part and row name; the smallest models first, where pruners differ most."""
     yield 1.0, "dense"
     for keep in sorted(options.keep):
-        for row in (*options.rows, "torch-pruning"):
+        for row in options.rows:
             yield keep, row
 
 
 def run(options: Options) -> list[dict[str, Any]]:
-    """Measure all rows; what fails is a row with its reason."""
+    """Measure all rows that are not on disk yet; what fails is a row with its reason."""
     from rich.progress import Progress
 
     torch.set_num_threads(options.threads)
-    bench, records = Bench(options), []
-    todo = list(work(options))
+    records = load(options)
+    there = {(r["keep"], r["row"]) for r in records}
+    todo = [pair for pair in work(options) if pair not in there and options.times != "only"]
+    if not todo and options.times == "later":
+        return records
+    bench = Bench(options)
     with Progress() as bar:
         task = bar.add_task("pruning", total=len(todo))
         for keep, row in todo:
             bar.update(task, description=f"{row}, keep {keep:g}")
-            records.append({"keep": keep, "row": row, **_row(bench, row, keep)})
-            save(records, options)
+            start = time.perf_counter()
+            record = {"keep": keep, "row": row, **_row(bench, row, keep, bar.console.print)}
+            records = save([*records, record], options)
+            found = f"perplexity {record['perplexity']:.2f}" if "perplexity" in record else ""
+            took = time.perf_counter() - start
+            bar.console.print(f"{keep:g} {row}: {record['status']} {found} ({took:.0f} s)")
             bar.advance(task)
+    if options.times != "later":
+        _times(bench, records)
+        records = save(records, options)
     return records
 
 
-def _row(bench: Bench, row: str, keep: float) -> dict[str, Any]:
+def _masks_file(options: Options, keep: float, row: str) -> Path:
+    return options.state / f"{keep:g} {row}.json"
+
+
+def _row(bench: Bench, row: str, keep: float, say: Any) -> dict[str, Any]:
     if row == "dense":
-        return {"status": "ok", **bench.measured(bench.model)}
-    if row == "torch-pruning":
-        return torch_pruning(bench.folder, keep, bench.held, bench.options)
+        return {"status": "ok", **bench.quality(bench.model)}
+    if row in PEERS:
+        return torch_pruning(bench.folder, keep, row == PEERS[1], bench.held, bench.options)
     try:
-        masks, spent = bench.masks(row, keep)
-        small = fxmem.materialize(bench.model, masks, bench.coupled).eval()
+        masks, spent = bench.masks(row, keep, say)
+        file = _masks_file(bench.options, keep, row)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(masks.to_json())
+        gone = masks.sparsity(bench.coupled)
         return {
             "status": "ok",
             **spent,
-            **bench.measured(small),
-            "removed": masks.sparsity(bench.coupled)["prunable"],
-            "removed_of_all": masks.sparsity(bench.coupled)["parameters"],
+            **bench.quality(bench.small(masks)),
+            "removed": gone["prunable"],
+            "removed_of_all": gone["parameters"],
+            "removed_macs": gone["macs"],
         }
     except fxmem.FxmemError as error:
         return {"status": " ".join(str(error).split())}
 
 
+def _times(bench: Bench, records: list[dict[str, Any]]) -> None:
+    """Forward times of all rows with masks: each round measures every row once, dense first."""
+    o = bench.options
+    timed: list[tuple[dict[str, Any], nn.Module]] = []
+    for record in records:
+        file = _masks_file(o, record["keep"], record["row"])
+        if record["row"] == "dense":
+            timed.insert(0, (record, bench.model))
+        elif record["status"] == "ok" and file.exists():
+            timed.append((record, bench.small(fxmem.Masks.from_json(file.read_text()))))
+    rounds = [
+        [measure.speed(model, o.time_length, o.time_batch) for _, model in timed]
+        for _ in range(o.repeats)
+    ]
+    best = [tuple(min(x) for x in zip(*row, strict=True)) for row in zip(*rounds, strict=True)]
+    for (record, _), (stack, whole) in zip(timed, best, strict=True):
+        record["stack_ms"], record["whole_ms"] = stack * 1e3, whole * 1e3
+        record["stack_speedup"] = best[0][0] / stack
+        record["whole_speedup"] = best[0][1] / whole
+
+
 def _options(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prune", description=__doc__)
     default = Options()
-    for name in ("model", "steps", "samples", "age", "lr", "batch", "length", "held", "calibration",
-                 "pairs", "time_length", "time_batch", "repeats", "peer_seconds", "threads", "seed",
-                 "out"):  # fmt: skip
+    for name in ("model", "steps", "samples", "age", "lr", "search_length", "batch", "length",
+                 "held", "calibration", "pairs", "time_length", "time_batch", "repeats",
+                 "peer_seconds", "threads", "seed", "out"):  # fmt: skip
         value = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--blimp", type=Path, help="JSON lines of minimal pairs: good, bad, uid")
     parser.add_argument("--keep", type=_numbers, default=default.keep, help="such as 0.8,0.7,0.5")
     parser.add_argument("--rows", type=_names, default=default.rows, help=f"some of {ROWS}")
+    parser.add_argument("--times", choices=("now", "later", "only"), default="now")
     values = vars(parser.parse_args(arguments))
     values["out"] = Path(values["out"])
     if wrong := [row for row in values["rows"] if row not in ROWS]:

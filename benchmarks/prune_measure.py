@@ -31,13 +31,18 @@ def texts(tokenizer: Any, length: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, rows: Tensor, batch: int = 4) -> float:
-    """exp of the mean loss per predicted token."""
+def mean_loss(model: nn.Module, rows: Tensor, batch: int = 4) -> float:
+    """Mean loss per predicted token."""
     losses = [
         float(model(input_ids=ids, labels=ids, use_cache=False).loss) * len(ids)
         for ids in rows.split(batch)
     ]
-    return math.exp(min(700.0, sum(losses) / len(rows)))
+    return sum(losses) / len(rows)
+
+
+def perplexity(model: nn.Module, rows: Tensor) -> float:
+    """exp of the mean loss per predicted token."""
+    return math.exp(min(700.0, mean_loss(model, rows)))
 
 
 def pairs(path: Path, count: int) -> list[dict[str, str]]:

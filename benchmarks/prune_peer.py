@@ -14,14 +14,21 @@ import torch
 from torch import Tensor
 
 
-def torch_pruning(folder: str, keep: float, held: Tensor, options: Any) -> dict[str, Any]:
-    """Perplexity and bytes after its magnitude pruner, or why there is none."""
+def torch_pruning(
+    folder: str, keep: float, mlps: bool, held: Tensor, options: Any
+) -> dict[str, Any]:
+    """Perplexity and bytes after its magnitude pruner, or why there is none.
+
+    Args:
+        mlps: cut channels of the MLPs alone, as many as the budget of all units asks for.
+    """
     if importlib.util.find_spec("torch_pruning") is None:
         return {"status": "torch-pruning is not installed"}
     with tempfile.TemporaryDirectory(prefix="fxmem-peer-") as scratch:
         rows = Path(scratch) / "held.pt"
         torch.save(held, rows)
         command = [sys.executable, "-m", "benchmarks.prune_peer", folder, str(keep), str(rows)]
+        command += ["mlps"] * mlps
         try:
             done = subprocess.run(
                 command,
@@ -39,7 +46,7 @@ def torch_pruning(folder: str, keep: float, held: Tensor, options: Any) -> dict[
     return {"status": "ok", **json.loads(done.stdout.strip().splitlines()[-1])}
 
 
-def main(folder: str, keep: float, rows: Path) -> None:
+def main(folder: str, keep: float, rows: Path, mlps: bool) -> None:
     """Prune heads and channels by group magnitude at the ratio that leaves `keep` of them."""
     import torch_pruning as tp
     from transformers import AutoModelForCausalLM
@@ -59,7 +66,14 @@ def main(folder: str, keep: float, rows: Path) -> None:
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
     }
     roots = {layer.mlp.gate_proj: 1 - keep for layer in model.model.layers}
-    roots |= {layer.self_attn.q_proj: 1 - keep for layer in model.model.layers}
+    if mlps:
+        parts = [
+            sum(p.numel() for name, p in model.model.layers.named_parameters() if part in name)
+            for part in (".mlp.", ".self_attn.")
+        ]
+        roots = {layer: (1 - keep) * sum(parts) / parts[0] for layer in roots}
+    else:
+        roots |= {layer.self_attn.q_proj: 1 - keep for layer in model.model.layers}
     pruner = tp.pruner.BasePruner(
         model,
         example_inputs=ids,
@@ -67,8 +81,8 @@ def main(folder: str, keep: float, rows: Path) -> None:
         pruning_ratio=0.0,
         pruning_ratio_dict=roots,
         ignored_layers=[model.lm_head],
-        num_heads=heads,
-        prune_num_heads=True,
+        num_heads={} if mlps else heads,
+        prune_num_heads=not mlps,
         output_transform=lambda out: out.logits.sum(),
     )
     pruner.step()
@@ -84,4 +98,4 @@ def main(folder: str, keep: float, rows: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], float(sys.argv[2]), Path(sys.argv[3]), "mlps" in sys.argv)

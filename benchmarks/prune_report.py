@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fxmem.errors import PlanError
+
 MIB = 2**20
 Record = dict[str, Any]
 COLUMNS: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
@@ -26,26 +28,70 @@ COLUMNS: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
      "{:.0f}"),
     ("steps", lambda r: r.get("steps"), "{}"),
     ("snapshots", lambda r: r.get("instantiations"), "{}"),
+    ("sub-models", lambda r: r.get("submodels"), "{}"),
+    ("ms to build one", lambda r: r.get("instantiate_ms"), "{:.0f}"),
+    ("ms per forward", lambda r: r.get("forward_ms"), "{:.0f}"),
     ("forwards", lambda r: r.get("forwards"), "{}"),
     ("tokens", lambda r: r.get("tokens"), "{:,}"),
     ("s to find", lambda r: r.get("find_seconds"), "{:.0f}"),
 )  # fmt: skip
+STARTS, KINDS = ("wanda", "taylor"), ("fresh", "stale", "re-weighted")
+BASELINES = ("random", "magnitude", "wanda", "taylor")
+PEERS = ("torch-pruning", "torch-pruning of MLPs")
+ROWS = (*BASELINES, *PEERS, *(f"{kind} from {start}" for start in STARTS for kind in KINDS))
+ORDER = ("dense", *ROWS)
+LATER = ("keep", "rows", "repeats", "times", "out", "peer_seconds", "time_length", "time_batch")
+"""Options that may differ when a run goes on: the rows on disk do not depend on them."""
 
 
-def save(records: Sequence[Record], options: Any) -> None:
-    """``prune.json``, ``prune.md`` and ``prune.png`` in the options' folder."""
+def _asked(options: Any) -> dict[str, Any]:
+    asked = {k: v for k, v in asdict(options).items() if k != "out"}
+    asked["model"] = str(options.model).rstrip("/").rpartition("/")[2]
+    asked["blimp"] = options.blimp is not None
+    return json.loads(json.dumps(asked))  # type: ignore[no-any-return]
+
+
+def load(options: Any) -> list[Record]:
+    """The rows that an earlier run with the same options left in the options' folder.
+
+    Raises:
+        PlanError: the folder holds rows of other options.
+    """
+    file = options.out / "prune.json"
+    if not file.exists():
+        return []
+    there = json.loads(file.read_text())
+    now = _asked(options)
+    other = [k for k in now if k not in LATER and there["options"].get(k) != now[k]]
+    if other:
+        raise PlanError(
+            f"{options.out} holds rows of other options: {', '.join(other)}",
+            advice="name another --out, or remove that folder",
+        )
+    return list(there["records"])
+
+
+def save(records: Sequence[Record], options: Any) -> list[Record]:
+    """``prune.json``, ``prune.md`` and ``prune.png`` in the options' folder.
+
+    Rows that another process put there stay; returns all, in the order of the picture.
+    """
     options.out.mkdir(parents=True, exist_ok=True)
+    mine = {(r["keep"], r["row"]): r for r in records}
+    there = {(r["keep"], r["row"]): r for r in load(options)}
+    every = sorted((there | mine).values(), key=lambda r: (-r["keep"], ORDER.index(r["row"])))
     about = {
-        "options": {k: v for k, v in asdict(options).items() if k != "out"},
+        "options": _asked(options),
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {options.threads} thread",
-        "records": list(records),
+        "records": every,
     }
-    about["options"]["model"] = str(options.model).rstrip("/").rpartition("/")[2]
-    about["options"]["blimp"] = options.blimp is not None
-    (options.out / "prune.json").write_text(json.dumps(about, indent=1) + "\n")
-    (options.out / "prune.md").write_text(table(records, options))
-    draw(records, options)
+    part = options.out / "prune.json.part"
+    part.write_text(json.dumps(about, indent=1) + "\n")
+    part.replace(options.out / "prune.json")
+    (options.out / "prune.md").write_text(table(every, options))
+    draw(every, options)
+    return every
 
 
 def table(records: Sequence[Record], options: Any) -> str:
@@ -56,12 +102,14 @@ def table(records: Sequence[Record], options: Any) -> str:
         f"{o.threads} CPU thread(s).",
         "",
         f"Searches ran **{o.steps} steps** with {o.samples} masks per snapshot, at most {o.age} "
-        "steps per snapshot (1 in fresh); a full search takes hundreds to thousands. "
-        f"Calibration: {o.calibration} batches of {o.batch} x {o.length} tokens; held out: "
+        "steps per snapshot (1 in fresh), "
+        f"{o.search_length} tokens per step. "
+        f"Importance: {o.calibration} batches of {o.batch} x {o.length} tokens; held out: "
         f"{o.held} x {o.length} tokens of other topics, perplexity at length {o.length}"
         + (f"; {o.pairs} BLiMP pairs" if o.blimp else "")
         + f". Forward at {o.time_batch} x {o.time_length} tokens, best of {o.repeats}; speedups "
-        "against the dense model timed in turn. Snapshots: times that sub-models were built. "
+        "against the dense model timed in turn; peak: live tensors above the weights in that "
+        "forward. Snapshots: times that sub-models were built. "
         "The search is a formulation consistent with the abstract of Gradient Reweighting "
         "(NeurIPS 2025).",
         "",
@@ -82,23 +130,35 @@ def _cell(value: Any, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
+PALETTE = ("#00798c", "#d1495b", "#e0a030", "#7a6fac", "#4f6d3a", "#333333")
+
+
 def draw(records: Sequence[Record], options: Any) -> None:
-    """Perplexity and forward time of the rows, one colour per kept part."""
+    """Perplexity of the rows, one colour per kept part, and the searches' way there."""
     from matplotlib.figure import Figure
 
-    worked = [r for r in records if r["status"] == "ok" and "whole_ms" in r]
-    if not worked:
-        return
-    figure = Figure(figsize=(11, 1.5 + 0.28 * len(worked)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    worked = [r for r in records if r["status"] == "ok"]
+    searched = [r for r in worked if r.get("curve")]
+    figure = Figure(figsize=(12, 1.8 + 0.3 * max(len(worked), 8)), layout="constrained")
+    left, right = figure.subplots(1, 2)
     names = [f"{r['row']} ({r['keep']:g})" for r in worked]
-    palette = ("#00798c", "#d1495b", "#e0a030", "#7a6fac")
     keeps = sorted({r["keep"] for r in worked})
-    colours = [palette[keeps.index(r["keep"]) % len(palette)] for r in worked]
-    left.barh(names, [r["perplexity"] for r in worked], color=colours)
+    colours = [PALETTE[keeps.index(r["keep"]) % len(PALETTE)] for r in worked]
+    bars = left.barh(names, [r["perplexity"] for r in worked], color=colours)
+    left.bar_label(bars, fmt="%.1f", padding=3)
     left.set_xscale("log")
-    left.set_xlabel(f"held-out perplexity; {options.steps} search steps")
+    left.margins(x=0.15)
+    left.set_xlabel(f"held-out perplexity at length {options.length}")
     left.invert_yaxis()
-    right.barh(names, [r["whole_ms"] for r in worked], color=colours)
-    right.set_xlabel(f"ms per forward, {options.time_batch} x {options.time_length} tokens")
+    for number, record in enumerate(searched):
+        _, snapshots, losses = zip(*record["curve"], strict=True)
+        right.plot(
+            snapshots, losses, marker="o", color=PALETTE[number % len(PALETTE)],
+            label=f"{record['row']} ({record['keep']:g})",
+        )  # fmt: skip
+    if searched:
+        right.legend(fontsize=8)
+        right.set_xscale("log")
+    right.set_xlabel("snapshots: times that sub-models were built")
+    right.set_ylabel("held-out loss of the mask so far, nats per token")
     figure.savefig(options.out / "prune.png", dpi=120)

@@ -19,7 +19,17 @@ N = 12
 COST = torch.ones(N, dtype=torch.float64)
 LAYER = torch.arange(N) // 4
 HALF = torch.full((N,), 0.5, dtype=torch.float64)
-BASE = Prune(steps=24, lr=0.05, age=4, epsilon=0.02, decay="none")
+BASE = Prune(
+    steps=24,
+    lr=0.05,
+    age=4,
+    epsilon=0.02,
+    decay="none",
+    history=0,
+    standardise=False,
+    alpha=0.5,
+    metric="euclidean",
+)
 
 
 class Toy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +82,27 @@ def test_benchmark_rows_on_a_tiny_model(folder: Path, tmp_path: Path) -> None:
     pairs.write_text("\n".join(json.dumps(pair) for pair in some))
     options = Options(
         model=str(folder), keep=(0.5,),
-        rows=("wanda", "fresh from wanda", "re-weighted from wanda"),
-        steps=4, samples=2, age=2, length=32, held=2, calibration=2, blimp=pairs, pairs=2,
+        rows=("wanda", "torch-pruning", "fresh from wanda", "re-weighted from wanda"),
+        steps=4, samples=2, age=2, length=32, search_length=16, held=2, calibration=2,
+        blimp=pairs, pairs=2,
         time_length=32, time_batch=1, repeats=1, peer_seconds=1, out=tmp_path / "out",
     )  # fmt: skip
+    first = run(replace(options, rows=("wanda",), times="later"))
+    assert [r["row"] for r in first] == ["dense", "wanda"] and "whole_ms" not in first[0]
     records: dict[str, Any] = {record["row"]: record for record in run(options)}
-    assert list(records) == ["dense", *options.rows, "torch-pruning"]
-    assert all(records[row]["status"] == "ok" for row in ("dense", *options.rows))
+    assert list(records) == ["dense", *options.rows]
+    mine = [row for row in records if row != "torch-pruning"]
+    assert all(records[row]["status"] == "ok" and records[row]["whole_ms"] > 0 for row in mine)
+    assert records["wanda"]["find_seconds"] == first[1]["find_seconds"], "measured twice"
+    why = ("ok", "no result in 1 s", "torch-pruning is not installed")
+    assert records["torch-pruning"]["status"] in why
+    with pytest.raises(fxmem.FxmemError, match="steps"):
+        run(replace(options, steps=5))
     assert records["fresh from wanda"]["instantiations"] == 4
     assert records["re-weighted from wanda"]["instantiations"] == 2
     assert records["re-weighted from wanda"]["submodels"] == 4
     assert records["re-weighted from wanda"]["forwards"] == 8
-    for row in options.rows:
+    for row in mine[1:]:
         assert records[row]["parameter_bytes"] < records["dense"]["parameter_bytes"]
         assert 0.5 <= records[row]["removed"] < 0.75
     table = (options.out / "prune.md").read_text()

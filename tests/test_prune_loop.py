@@ -136,7 +136,7 @@ def test_only_a_clamped_unit_returns(epsilon: float, returns: bool) -> None:
 @pytest.mark.parametrize("resident", ["one", "all"])
 @pytest.mark.parametrize("stop", [3, 10])
 def test_resuming_changes_nothing(resident: str, stop: int) -> None:
-    options = replace(BASE, resident=resident)
+    options = replace(BASE, resident=resident, history=20)
     whole, first = make(options), make(options)
     run(whole)
     run(first, stop)

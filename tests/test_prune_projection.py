@@ -46,6 +46,19 @@ def test_projection_meets_the_optimality_conditions(low: float, seed: int) -> No
     check_kkt(torch.ones_like(s), cost, 0.5 * total, low)
 
 
+def test_projection_in_another_metric() -> None:
+    g = torch.Generator().manual_seed(2)
+    cost = 1 + 9 * torch.rand(50, generator=g, dtype=torch.float64)
+    s = torch.rand(50, generator=g, dtype=torch.float64) * 2 - 0.5
+    weight = 0.01 + torch.rand(50, generator=g, dtype=torch.float64)
+    x = project(s, cost, 0.4 * float(cost.sum()), 0.01, weight)
+    assert abs(float(cost @ x) - 0.4 * float(cost.sum())) <= 1e-9
+    v = ((s - x) / (cost * weight))[(x > 0.01) & (x < 0.99)]
+    assert float(v.max() - v.min()) <= TIGHT and float(v.min()) > 0
+    close(project(s, cost, 0.4 * float(cost.sum()), 0.01, torch.ones_like(s)),
+          project(s, cost, 0.4 * float(cost.sum()), 0.01))  # fmt: skip
+
+
 def test_projection_of_many_units(capsys: pytest.CaptureFixture[str]) -> None:
     """The time is printed, not asserted: it is the machine's as much as ours."""
     n = 400_000

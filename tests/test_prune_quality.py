@@ -14,10 +14,10 @@ from fxmem.prune.session import run
 
 PLANTED = Prune(
     init="uniform", block=8, order="index", ranking="kind", decay="none",
-    steps=300, samples=16, age=1, lr=0.05,
+    steps=150, samples=16, age=1, lr=0.3, epsilon=0.01,
 )  # fmt: skip
 SMALL = Prune(
-    init="uniform", cost="units", steps=300, samples=8, age=2, lr=0.1, epsilon=0.02
+    init="uniform", cost="units", steps=150, samples=8, age=2, lr=0.3, epsilon=0.02
 )  # fmt: skip
 
 

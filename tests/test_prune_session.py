@@ -152,12 +152,22 @@ def test_bad_requests_are_named() -> None:
         Space.build([], Prune(), {})
 
 
-def test_search_on_the_public_interface() -> None:
+def test_search_on_the_public_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     import fxmem
+    from fxmem.prune import instances
 
-    model, data = llama(), batches()
+    model, data, modules = llama(), batches(), []
+    hollow = instances._hollow
+    monkeypatch.setattr(instances, "_hollow", lambda m: modules.append(hollow(m)) or modules[-1])
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    masks = fxmem.search(model, data, Prune(steps=4, samples=2, age=2, block=2))
+    seen: list[Step] = []
+    options = Prune(steps=4, samples=2, age=2, block=2)
+    masks = fxmem.search(model, data, options, callback=seen.append)
+    # All sub-models are slices under one module, whose own parameters have no storage.
+    assert seen[-1].counts.submodels == 4 and len(modules) == 1
+    assert all(p.is_meta for p in modules[0].parameters())
+    last = fxmem.Masks.from_bools(fxmem.coupling(model), seen[-1].bools())
+    assert last == masks
     small = fxmem.materialize(model, masks)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     assert bool(torch.isfinite(small(**data[0]).loss))

@@ -162,18 +162,9 @@ def _try_empty(
             _NONZERO[model] = _NONZERO.get(model, frozenset()) | {kind}
 
 
-def check_empty(model: nn.Module, coupling: Coupling, masks: Masks) -> None:
-    """Refuse masks that leave a layer no unit of a kind without which its forward fails.
-
-    Raises:
-        MaskError: naming the group.
-    """
-    for g in coupling.groups:
-        if g.kind in _NONZERO.get(model, ()) and not masks.kept(g.name):
-            raise MaskError(
-                f"{type(model).__name__} does not run with no unit of {g.name}",
-                advice="keep at least one unit of it",
-            )
+def nonzero(model: nn.Module) -> frozenset[str]:
+    """Kinds of which every layer of ``model`` needs a unit to run; known after `attributes`."""
+    return _NONZERO.get(model, frozenset())
 
 
 @contextlib.contextmanager

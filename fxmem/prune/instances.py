@@ -18,6 +18,7 @@ from torch.func import functional_call
 from fxmem import _compat
 from fxmem.errors import MaskError
 from fxmem.prune.attributes import Attributes, apply, attributes
+from fxmem.prune.inert import padded, silence
 from fxmem.prune.masks import Masks
 from fxmem.prune.materialize import coupling as couple
 from fxmem.prune.slicing import cut, slices
@@ -60,15 +61,19 @@ class Instances:
         model = self.model()
         if model is None:
             raise MaskError("the dense model of these sub-models no longer exists")
+        masks, bare = padded(model, self.coupling, masks)
+        silent = {name for g in bare for name, _, _ in g.consumer}
         parts = slices(self.coupling, masks)
         values: dict[str, Tensor] = dict(self.buffers)
         for name, p in model.named_parameters():
             t = cut(p.detach(), parts[name]) if name in parts else p.detach()
-            t = t.to(self.device)
+            t = t.to(self.device, copy=name in silent)
             for axis in range(t.dim()):
                 if (name, axis) in self.cut_axes and t.shape[axis] > 1:
                     _compat.mark_axis_dynamic(t, axis)
             values[name] = t
+        if bare:
+            silence(values, self.coupling, masks, bare)
         self.instantiations += 1
 
         def call(batch: Batch) -> Any:

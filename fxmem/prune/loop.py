@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from fxmem.errors import BudgetError
 from fxmem.prune import estimator
+from fxmem.prune.control import History
+from fxmem.prune.counts import Counts
 from fxmem.prune.options import Prune
 from fxmem.prune.projection import project
 
@@ -49,33 +52,6 @@ class Alone:
 
     def agree(self, s: Tensor) -> None:
         """Nothing to compare with."""
-
-
-@dataclass
-class Counts:
-    """What a search spent.
-
-    Attributes:
-        instantiations: snapshots whose sub-models were built.
-        submodels: sub-models built, all ranks together.
-        forwards: losses measured, all ranks together.
-        used: losses that entered an update; an early refresh wastes some of a table.
-        skipped: steps without a finite loss.
-        ess: smallest effective sample fraction at each refresh.
-        clipped: fraction of ratios that the clip changed, per step.
-        losses: mean loss per step.
-        cap: largest log second moment reached after a step.
-    """
-
-    instantiations: int = 0
-    submodels: int = 0
-    forwards: int = 0
-    used: int = 0
-    skipped: int = 0
-    ess: list[float] = field(default_factory=list)
-    clipped: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    cap: float = 0.0
 
 
 def draw(s0: Tensor, seed: int, snapshot: int, sample: int) -> Tensor:
@@ -132,6 +108,9 @@ class Loop:
         self.masks = torch.zeros(0, len(start), dtype=torch.bool)
         self.done, self.snapshot, self.age = 0, 0, 0
         self.average: float | None = None
+        self.spread: float | None = None
+        self.history = History(len(start), options.history)
+        self.slopes = torch.zeros_like(self.s)
         self.counts = Counts()
         self._table: Tensor | None = None
         self._live: list[Loss] = []
@@ -147,18 +126,26 @@ class Loop:
         self.done += 1
         self.counts.used += len(losses)
         alive = torch.isfinite(losses)
-        finite = losses[alive]
-        mean = float(finite.mean()) if len(finite) else math.nan
-        self.counts.losses.append(mean)
-        baseline = self._baseline(finite)
+        masks, finite = self.masks[alive], losses[alive]
+        self.counts.losses.append(float(finite.mean()) if len(finite) else math.nan)
+        rest = finite - (masks.double() - self.s0) @ self.slopes
+        baseline = self._baseline(rest)
+        own = float(rest.var()) if len(rest) >= 2 else 0.0
+        if self.spread is None and own > 0:
+            self.spread = own
         if baseline is None:
             self.counts.skipped += 1
         else:
-            self._update(self.masks[alive], finite, baseline)
+            self._update(masks, rest, baseline)
         if len(finite):
             # After use: an average that holds the sample's own loss would shrink its gradient.
+            mean = float(rest.mean())
             old = mean if self.average is None else self.average
             self.average = 0.8 * old + 0.2 * mean
+            if self.spread is not None and len(rest) >= 2:
+                self.spread = 0.8 * self.spread + 0.2 * own
+            if self.options.history:
+                self.history.add(masks, finite, self.done)
         return losses
 
     def _worn_out(self) -> bool:
@@ -177,6 +164,8 @@ class Loop:
         self.age = 0
         self.counts.instantiations += 1
         self.counts.submodels += options.samples
+        if options.history:
+            self.slopes = self.history.fit()
         self._table, self._live = None, []
         self._instantiate()
 
@@ -187,27 +176,37 @@ class Loop:
     def _instantiate(self) -> None:
         mine = self.masks[self.exchange.rank :: self.exchange.world]
         if self.options.resident == "all":
-            self._live = [self.factory(mask) for mask in mine]
+            self._live = [self._build(mask) for mask in mine]
             return
         # Weights stand still, so losses do not depend on s: one sub-model at a time runs over all
         # the batches of the snapshot, and only scalars stay.
         last = min(self.options.age, self.options.steps - self.done)
         rows = []
         for mask in mine:
-            submodel = self.factory(mask)
-            rows.append([float(submodel(self._batch(t))) for t in range(last)])
+            submodel = self._build(mask)
+            rows.append([self._measure(submodel, t) for t in range(last)])
             del submodel
         self._table = self.exchange.losses(torch.tensor(rows, dtype=torch.float64))
         self.counts.forwards += self._table.numel()
 
-    def _batch(self, ahead: int) -> Any:
-        return self.batches[(self.done + ahead) % len(self.batches)]
+    def _build(self, mask: Tensor) -> Loss:
+        begin = time.perf_counter()
+        submodel = self.factory(mask)
+        self.counts.building += time.perf_counter() - begin
+        return submodel
+
+    def _measure(self, submodel: Loss, ahead: int) -> float:
+        begin = time.perf_counter()
+        loss = float(submodel(self.batches[(self.done + ahead) % len(self.batches)]))
+        self.counts.running += time.perf_counter() - begin
+        return loss
 
     def _losses(self) -> Tensor:
         if self._table is not None:
             return self._table[:, self.age]
-        batch = self._batch(0)
-        local = torch.tensor([[float(run(batch))] for run in self._live], dtype=torch.float64)
+        local = torch.tensor(
+            [[self._measure(submodel, 0)] for submodel in self._live], dtype=torch.float64
+        )
         everything = self.exchange.losses(local)[:, 0]
         self.counts.forwards += len(everything)
         return everything
@@ -227,7 +226,12 @@ class Loop:
         slope = estimator.gradient(
             masks, losses, baseline, s, s0, block, clip=options.clip, alpha=options.alpha
         )
-        delta = project(s - self._rate() * slope, self.cost, self.budget, options.epsilon) - s
+        slope += self.slopes * estimator.variance(s) ** options.alpha
+        weight = None if options.metric == "euclidean" else estimator.variance(s) ** options.alpha
+        if options.standardise and self.spread:
+            slope /= math.sqrt(self.spread)
+        moved = s - self._rate() * slope
+        delta = project(moved, self.cost, self.budget, options.epsilon, weight) - s
         if options.trust == "strict":
             scale = estimator.trust_strict(delta, s, s0, block, options.trust_cap)
         else:
@@ -254,6 +258,9 @@ class Loop:
             "snapshot": self.snapshot,
             "age": self.age,
             "average": self.average,
+            "spread": self.spread,
+            "history": self.history.state(),
+            "slopes": self.slopes,
             "table": self._table,
             "counts": asdict(self.counts),
             "options": self.options.to_dict(),
@@ -272,7 +279,10 @@ class Loop:
             )
         self.s, self.s0 = state["s"].clone(), state["s0"].clone()
         self.done, self.snapshot, self.age = state["done"], state["snapshot"], state["age"]
-        self.average, self._table = state["average"], state["table"]
+        self.average, self.spread = state["average"], state["spread"]
+        self._table = state["table"]
+        self.history.load(state["history"])
+        self.slopes = state["slopes"].clone()
         self.counts = Counts(**state["counts"])
         if self.snapshot:
             self._draw(self.snapshot - 1)

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from fxmem.prune.attributes import apply, attributes, check_empty, remember
+from fxmem.prune.attributes import apply, attributes, remember
 from fxmem.prune.coupling import coupling as trace
+from fxmem.prune.inert import padded, silence
 from fxmem.prune.masks import Masks, axis_keeps
 from fxmem.prune.slicing import shell, slices
 from fxmem.prune.units import Coupling, Member, cost_of
@@ -77,7 +78,8 @@ def materialize(model: nn.Module, masks: Masks, coupling: Coupling | None = None
     """A smaller model with its own contiguous storage; ``model`` is untouched.
 
     Peak memory is the dense model, the smaller one and one parameter. Attributes that hold a size
-    are found by trial once per model; a further sub-model costs its slices only.
+    are found by trial once per model; a further sub-model costs its slices only. Where a layer
+    cannot run with no unit (GPT-2, OPT), one stays whose output weights are zero.
 
     Raises:
         MaskError: masks of another model, or no consistent sizes.
@@ -87,8 +89,9 @@ def materialize(model: nn.Module, masks: Masks, coupling: Coupling | None = None
         coupling = trace(model) if made is None else reduced(*made)
     masks.check(coupling)
     found = attributes(model, coupling)
-    check_empty(model, coupling, masks)
+    masks, bare = padded(model, coupling, masks)
     small = shell(model, slices(coupling, masks))
+    silence(dict(small.named_parameters()), coupling, masks, bare)
     apply(small, found, masks)
     mark(small, *((coupling, masks) if made is None else (made[0], masks.after(made[1]))))
     remember(small, reduced(coupling, masks), found, model)

@@ -43,13 +43,20 @@ class Prune:
         steps: updates of the probabilities; one batch each.
         samples: masks per snapshot, K.
         lr: step size of the preconditioned gradient, at the first step.
+        standardise: losses are divided by their spread over past steps, so that `lr` means the
+            same for every model and budget.
         decay: ``"cosine"`` lets lr fall to zero over the steps, ``"none"`` keeps it.
         scope: over which units likelihood ratios multiply; see `fxmem.prune.estimator`.
         clip: limit of a ratio and of its inverse.
-        alpha: exponent of the preconditioner, 1/2 to 1.
+        alpha: exponent of the preconditioner, 1/2 to 1. At 1/2 a step is as noisy for a unit that
+            is nearly decided as for an open one; at 1 decided units stand still.
+        metric: of the projection onto the budget: ``"preconditioned"``, the step's own, takes a
+            step's excess from the open units; ``"euclidean"`` from all alike.
         trust: log second moment of the ratios that one step may add (``"step"``) or that all steps
             since the snapshot may reach (``"strict"``); the size is `trust_cap`.
         baseline: ``"loo"``, mean of the other samples' losses, or ``"ema"`` of past losses.
+        history: latest losses that a linear control variate is fitted to, 0 for none; see
+            `fxmem.prune.control`. Fitting takes a time cubic in it, or in the units if fewer.
         ess: a block's effective sample fraction below which new masks are drawn.
         age: steps after which new masks are drawn whatever the ESS; 1 is plain policy gradient.
         resident: ``"all"`` keeps the K sub-models, ``"one"`` one at a time over all `age` batches.
@@ -68,25 +75,28 @@ class Prune:
 
     keep: float = 0.5
     kinds: tuple[str, ...] = ()
-    block: int = 64
+    block: int = 128
     order: Literal["importance", "index"] = "importance"
     steps: int = 200
     samples: int = 4
-    lr: float = 0.02
+    lr: float = 0.5
+    standardise: bool = True
     decay: Literal["cosine", "none"] = "cosine"
     scope: Literal["full", "layer", "none"] = "layer"
     clip: float = 2.0
-    alpha: float = 0.5
+    alpha: float = 1.0
+    metric: Literal["euclidean", "preconditioned"] = "preconditioned"
     trust: Literal["step", "strict"] = "step"
     trust_cap: float = 0.4
     baseline: Literal["loo", "ema"] = "loo"
+    history: int = 512
     ess: float = 0.5
     age: int = 8
     resident: Literal["all", "one"] = "one"
     init: Literal["wanda", "magnitude", "taylor", "random", "uniform"] = "wanda"
     init_batches: int = 8
-    init_scale: float = 4.0
-    epsilon: float = 0.01
+    init_scale: float = 12.0
+    epsilon: float = 0.002
     cost: Literal["parameters", "units"] = "parameters"
     ranking: Literal["joint", "kind"] = "joint"
     round_to: int = 1
@@ -99,7 +109,7 @@ class Prune:
         object.__setattr__(self, "kinds", tuple(self.kinds))
         for field in ("block", "samples", "age", "init_batches", "round_to"):
             _count(f"Prune.{field}", getattr(self, field), 1)
-        for field in ("steps", "seed"):
+        for field in ("steps", "seed", "history"):
             _count(f"Prune.{field}", getattr(self, field), 0)
         for field, high in (("lr", math.inf), ("trust_cap", math.inf), ("init_scale", math.inf)):
             _number(f"Prune.{field}", getattr(self, field), 0, high, open_low=True)
@@ -107,6 +117,8 @@ class Prune:
         _number("Prune.alpha", self.alpha, 0.5, 1)
         _number("Prune.ess", self.ess, 0, 1)
         _number("Prune.epsilon", self.epsilon, 0, 0.4)
+        if not isinstance(self.standardise, bool):
+            raise PlanError(f"Prune.standardise is {self.standardise!r}", advice="True or False")
         for field, words in _WORDS.items():
             choice(f"Prune.{field}", getattr(self, field), words, ())
 
@@ -131,6 +143,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "order": ("importance", "index"),
     "decay": ("cosine", "none"),
     "scope": ("full", "layer", "none"),
+    "metric": ("euclidean", "preconditioned"),
     "trust": ("step", "strict"),
     "baseline": ("loo", "ema"),
     "resident": ("all", "one"),

@@ -1,9 +1,10 @@
 """The budget: exact projection of keep probabilities, and the final mask.
 
-The feasible set is ``sum(c * s) <= budget`` and ``low <= s <= 1 - low``. Its Euclidean projection
-is ``clip(s - v * c, low, 1 - low)`` with one multiplier v >= 0: the residual
-``sum(c * clip(s - v * c)) - budget`` falls monotonically in v, piecewise linear, so a safeguarded
-Newton iteration ends after a handful of passes.
+The feasible set is ``sum(c * s) <= budget`` and ``low <= s <= 1 - low``. Its projection in the
+metric ``sum((x - s)^2 / w)`` is ``clip(s - v * w * c, low, 1 - low)`` with one multiplier v >= 0;
+w = 1 is the Euclidean one. The residual ``sum(c * clip(s - v * w * c)) - budget`` falls
+monotonically in v, piecewise linear, so a safeguarded Newton iteration ends after a handful of
+passes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 from fxmem.errors import BudgetError
 
 
-def project(s: Tensor, cost: Tensor, budget: float, low: float) -> Tensor:
+def project(
+    s: Tensor, cost: Tensor, budget: float, low: float, weight: Tensor | None = None
+) -> Tensor:
     """Nearest probabilities that keep the budget.
 
     Args:
@@ -22,6 +25,7 @@ def project(s: Tensor, cost: Tensor, budget: float, low: float) -> Tensor:
         cost: float64 (n,), positive, in the unit of `budget` (parameters).
         budget: largest allowed sum of ``cost * s``.
         low: every probability stays in [low, 1 - low].
+        weight: (n,), positive, the inverse of the metric's diagonal; None for the Euclidean one.
 
     Raises:
         BudgetError: even the lowest probabilities cost more than the budget.
@@ -33,9 +37,10 @@ def project(s: Tensor, cost: Tensor, budget: float, low: float) -> Tensor:
             advice="a smaller epsilon, or a larger keep",
         )
     high = 1.0 - low
+    normal = cost if weight is None else cost * weight
 
     def at(v: float) -> Tensor:
-        return (s - v * cost).clamp(low, high)
+        return (s - v * normal).clamp(low, high)
 
     def excess(x: Tensor) -> float:
         return float(cost @ x) - budget
@@ -43,12 +48,12 @@ def project(s: Tensor, cost: Tensor, budget: float, low: float) -> Tensor:
     found = at(0.0)
     if (over := excess(found)) <= 0:
         return found
-    left, right = 0.0, float(((s - low) / cost).max())
+    left, right = 0.0, float(((s - low) / normal).max())
     v = 0.0
     for _ in range(100):
-        moved = s - v * cost
+        moved = s - v * normal
         inside = (moved > low) & (moved < high)
-        slope = float((cost[inside] ** 2).sum())
+        slope = float((cost * normal)[inside].sum())
         v = v + over / slope if slope > 0 else 0.5 * (left + right)
         if not left <= v <= right:
             v = 0.5 * (left + right)

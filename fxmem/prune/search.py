@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fxmem.errors import PlanError
 from fxmem.prune import session
 from fxmem.prune.distributed import Ranks
+from fxmem.prune.instances import Instances
 from fxmem.prune.loop import Loss
 from fxmem.prune.masks import Masks
-from fxmem.prune.materialize import coupling, materialize
+from fxmem.prune.materialize import coupling
 from fxmem.prune.options import Prune
 from fxmem.prune.scores import importance as measure
 from fxmem.prune.space import Space, standardise
@@ -59,7 +60,7 @@ def search(
     found = session.run(
         model,
         _chosen(coupled, options),
-        lambda bools: _instantiate(model, coupled, Masks.from_bools(coupled, bools)),
+        _factory(model, coupled),
         batches,
         options,
         callback=callback,
@@ -112,11 +113,18 @@ def _chosen(coupled: Coupling, options: Prune) -> list[Any]:
     ]
 
 
-def _instantiate(model: nn.Module, coupled: Coupling, masks: Masks) -> Loss:
-    small = materialize(model, masks, coupled).eval()
+def _factory(model: nn.Module, coupled: Coupling) -> session.Instantiate:
+    """Sub-models that share one module: a new one costs its slices, no module is copied."""
+    instances = Instances(model, coupled, compile=False)
+    instances.skeleton.eval()
 
-    def loss(batch: Mapping[str, Any]) -> float:
-        with torch.no_grad():
-            return float(small(**batch).loss)
+    def instantiate(bools: Mapping[str, Tensor]) -> Loss:
+        small = instances(Masks.from_bools(coupled, bools))
 
-    return loss
+        def loss(batch: Mapping[str, Any]) -> float:
+            with torch.no_grad():
+                return float(small({"use_cache": False, **batch}).loss)
+
+        return loss
+
+    return instantiate

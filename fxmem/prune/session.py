@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxmem.prune.loop import Alone, Counts, Exchange, Loop, Loss
+from fxmem.prune.counts import Counts
+from fxmem.prune.loop import Alone, Exchange, Loop, Loss
 from fxmem.prune.options import Prune
 from fxmem.prune.scores import importance
 from fxmem.prune.space import Group, Space, start
@@ -33,12 +34,20 @@ class Step:
         loss: mean loss of the sub-models in this step.
         probabilities: keep probability of every search unit, float64 (n,).
         counts: what the search spent so far.
+        space: the search units.
+        options: the search's options.
     """
 
     step: int
     loss: float
     probabilities: Tensor
     counts: Counts
+    space: Space
+    options: Prune
+
+    def bools(self) -> dict[str, Tensor]:
+        """The mask that the search would end with now; bool (size,) per group."""
+        return self.space.bools(self.space.final(self.probabilities, self.options))
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,8 @@ def run(
             torch.save({"importance": dict(values), "loop": loop.state()}, part)
             part.replace(file)
         if callback is not None:
-            callback(Step(loop.done, loop.counts.losses[-1], loop.s, loop.counts))
+            seen = (loop.done, loop.counts.losses[-1], loop.s, loop.counts)
+            callback(Step(*seen, space, options))
     mask = space.final(loop.s, options)
     return Found(space.bools(mask), loop.s, loop.counts, space)
 
