@@ -210,6 +210,6 @@ KERNELS = (
         launch=launcher,
         configs=CONFIGS,
         samples=sample(),
-        limits="head sizes up to 256; in float32 those above 128 spill a few registers",
+        limits="head sizes up to 256",
     ),
 )

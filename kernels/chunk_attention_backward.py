@@ -283,6 +283,6 @@ KERNELS = (
         configs=CONFIGS,
         samples=sample(arguments),
         accumulators=("dk", "dv"),
-        limits="head sizes up to 256 (float32 above 128: registers spill); dk and dv in float32",
+        limits="head sizes up to 256; dk and dv in float32",
     ),
 )

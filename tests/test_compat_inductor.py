@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from torch import Tensor
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
@@ -71,15 +70,14 @@ def test_what_tracing_assumes_is_a_guard_over_the_names() -> None:
 
 
 def compiled(donated: tuple[int, ...] = ()) -> Any:
-    def fn(n: Any, x: Tensor) -> tuple[Tensor, ...]:
-        return ((x.exp() + 1) * n,)
-
     sizes = Symbolic.of({"n": 9})
     n = sympy.Symbol("n", integer=True)
     x = sizes.tensor([n, sympy.Integer(4)], [sympy.Integer(4), sympy.Integer(1)], torch.float32,
                      torch.device("cpu"))  # fmt: skip
     assert callable(compile_fx_inner) and select_decomp_table()
-    return _compat_inductor.compile_segment(fn, sizes, [sizes.ints["n"], x], donated)
+    return _compat_inductor.compile_segment(
+        lambda n, x: ((x.exp() + 1) * n,), sizes, [sizes.ints["n"], x], donated
+    )
 
 
 @pytest.mark.parametrize("donated", ((), (1,)))
