@@ -28,10 +28,12 @@ class Rule:
     key: int
 
 
-def move(weight: Tensor, a: Tensor, b: Tensor, rule: Rule, uses: Uses) -> bool:
-    """Move ``weight [O, I]`` by its gradient ``a @ b``; False where the kernel cannot."""
-    fits = weight.dim() == 2 and weight.stride(1) == 1 and a.dtype == b.dtype
-    if not fits or not uses("weight_update", weight.device, weight.dtype):
+def move(weight: Tensor, a: Tensor, b: Tensor, rule: Rule | None, uses: Uses) -> bool:
+    """Move ``weight [O, I]`` by its gradient ``a @ b``; False where there is no rule or the kernel
+    cannot.
+    """
+    fits = weight.dim() == 2 and a.dtype == b.dtype and weight.stride(1) == 1
+    if rule is None or not fits or not uses("weight_update", weight.device, weight.dtype):
         return False
     find("weight_update").launch(
         weight, a.t(), b, lr=rule.rate, rule="sign" if rule.sign else "sgd", key=rule.key
