@@ -18,16 +18,21 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from fxmem.kernels import chunk_attention_backward  # noqa: E402
+from fxmem.kernels._attention_samples import heads  # noqa: E402
 from fxmem.kernels._triton import Config, Launch, recording  # noqa: E402
-from fxmem.kernels.registry import Kernel, Sample, find, kernels  # noqa: E402
+from fxmem.kernels.registry import Cost, Kernel, Sample, find, kernels  # noqa: E402
 
 # Shared memory per program in bytes: CUDA C Programming Guide, table of compute capabilities;
 # AMD CDNA 3 ISA (64 KiB of LDS per compute unit).
@@ -178,6 +183,36 @@ def markdown(rows: Sequence[Resources]) -> str:
     return "\n".join(lines) + "\n"
 
 
+HEAD_SIZES = (16, 32, 64, 80, 96, 128, 160, 192, 256)
+
+
+def head_sizes(
+    sizes: Sequence[int], dtypes: Sequence[str], targets: Sequence[str]
+) -> Iterator[Resources]:
+    """Attention's default configurations by head size and dtype; causal, no other mask."""
+    for name in ("chunk_attention", "chunk_attention_backward"):
+        wrap = None if name == "chunk_attention" else chunk_attention_backward.arguments
+        for dtype, e in product(dtypes, sizes):
+            kind = getattr(torch, dtype)
+            sample = Sample(f"E {e}, {dtype}", partial(heads, e, kind, wrap), Cost(0.0, 0.0), kind)
+            yield from table([replace(find(name), samples=(sample,))], targets)
+
+
+def head_markdown(rows: Sequence[Resources]) -> str:
+    """Bytes spilled and registers per thread by head size, a line per function."""
+    sizes = list(dict.fromkeys(r.sample.split(",")[0] for r in rows))
+    lines = [f"| function | dtype | target | {' | '.join(sizes)} |"]
+    lines.append("|---" * 3 + "|---:" * len(sizes) + "|")
+    groups: dict[tuple[str, str, str], dict[str, str]] = {}
+    for r in rows:
+        size, dtype = r.sample.split(", ")
+        cell = r.error or f"{r.registers}, {r.spills} B" + ("" if r.fits else " (too much)")
+        groups.setdefault((r.function, dtype, r.target), {})[size] = cell
+    for key, cells in groups.items():
+        lines.append(f"| {' | '.join(key)} | {' | '.join(cells.get(s, '') for s in sizes)} |")
+    return "\n".join(lines) + "\n"
+
+
 HEAD = """# Kernels compiled ahead of time
 
 Written by `python -m benchmarks.aot`. No GPU was used: the figures are read from the compiled
@@ -188,13 +223,30 @@ too large for a target is offered to the tuner on the others.
 """
 
 
+HEAD_OF_HEADS = """# Attention by head size
+
+Written by `python -m benchmarks.aot --heads`. No GPU was used. Registers per thread and bytes
+spilled per thread of the default configurations, causal, no other mask.
+
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", action="append", help="names; all where none is given")
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--default", action="store_true", help="only default configurations")
-    parser.add_argument("--out", type=Path, help="folder for aot.md")
+    parser.add_argument("--heads", action="store_true", help="attention by head size instead")
+    parser.add_argument("--out", type=Path, help="folder for aot.md or heads.md")
     options = parser.parse_args()
+    if options.heads:
+        found = list(head_sizes(HEAD_SIZES, ("bfloat16", "float32"), options.target or [*TARGETS]))
+        text = HEAD_OF_HEADS + head_markdown(found)
+        print(text)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "heads.md").write_text(text)
+        return
     chosen = [find(name) for name in options.kernel] if options.kernel else kernels()
     rows = []
     for row in table(chosen, options.target or list(TARGETS), not options.default):

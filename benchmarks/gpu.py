@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_cases import CASES, Case, Setting
+from benchmarks.gpu_case import Case, Setting
+from benchmarks.gpu_cases import CASES
 from fxmem.measure import peak_bytes
 
 MIB = 2**20

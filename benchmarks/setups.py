@@ -29,6 +29,7 @@ class Setup:
         inductor: compile the loss function, static shapes.
         chunker: Inductor's ``auto_chunker``.
         fxmem: "" for none, "transform" for the model, "compile" for the loss function.
+        lower: the plan's way to run chunk bodies.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Setup:
     inductor: bool = False
     chunker: bool = False
     fxmem: str = ""
+    lower: Literal["auto", "inductor"] = "auto"
 
 
 SETUPS: dict[str, Setup] = {
@@ -52,6 +54,7 @@ SETUPS: dict[str, Setup] = {
     # Not in the default run.
     "lce": Setup("linear CE", linear_ce=True),
     "inductor": Setup("Inductor", inductor=True),
+    "fxmem+inductor": Setup("fxmem + Inductor", fxmem="transform", lower="inductor"),
     "fxmem-compile": Setup("fxmem through torch.compile", fxmem="compile"),
 }
 
@@ -84,7 +87,7 @@ def build(
         options: dict[str, Any] = {"auto_chunker.enable": True} if setup.chunker else {}
         run = torch.compile(run, dynamic=False, options=options)
     elif setup.fxmem:
-        run = _with_fxmem(run, model, objective, setup.fxmem, chunk)
+        run = _with_fxmem(run, model, objective, setup, chunk)
     return lambda: run(ids)
 
 
@@ -101,14 +104,14 @@ def _with_fxmem(
     run: Callable[[torch.Tensor], torch.Tensor],
     model: Any,
     objective: str,
-    way: str,
+    setup: Setup,
     chunk: int | Literal["auto"],
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A loss inside the model streams by `transform`, one in user code by `torch.compile`."""
     import fxmem
 
-    plan = fxmem.Plan(stream=fxmem.Stream(chunk=chunk))
-    if way == "transform" and objective == "sft":
+    plan = fxmem.Plan(stream=fxmem.Stream(chunk=chunk), lower=setup.lower)
+    if setup.fxmem == "transform" and objective == "sft":
         fxmem.transform(model, plan)
         return run
     compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(

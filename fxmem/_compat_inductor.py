@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -109,7 +110,11 @@ def compile_segment(
     context = TracingContext(sizes.mode)
     if donated:
         _donate(gm, context, donated)
-    with symbolic_config.patch(backed_size_oblivious=True), tracing(context), torch.no_grad():
+    with (
+        symbolic_config.patch(backed_size_oblivious=True), tracing(context), torch.no_grad(),
+        # callers check sizes and strides, once per set of sizes
+        inductor_config.patch(size_asserts=False, alignment_asserts=False),
+    ):  # fmt: skip
         return compile_fx_inner(
             gm, list(inputs), is_inference=not donated, is_backward=bool(donated)
         )

@@ -84,7 +84,9 @@ class CompileReport:
 
     Attributes:
         bodies: distinct bodies.
-        segments: graphs given to Inductor.
+        segments: their runs of plain operators.
+        shared: of these, how many take the code of another one.
+        compiled: graphs given to Inductor.
         cached: of these, found compiled on disk.
         seconds: spent on them, in the first step.
         eager_calls: segments that ran as they stand, for sizes that were not compiled for.
@@ -93,6 +95,8 @@ class CompileReport:
 
     bodies: int = 0
     segments: int = 0
+    shared: int = 0
+    compiled: int = 0
     cached: int = 0
     seconds: float = 0.0
     eager_calls: int = 0

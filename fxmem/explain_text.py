@@ -82,8 +82,9 @@ def _head(report: Report) -> str:
         rows.append(
             (
                 "compiled",
-                f"{c.bodies} bodies in {c.segments} segments ({c.cached} found on disk), "
-                f"{c.seconds:.1f} s; {c.eager_calls} calls as they stand",
+                f"{c.bodies} bodies in {c.segments} segments ({c.shared} share code, "
+                f"{c.cached} found on disk), {c.seconds:.1f} s; "
+                f"{c.eager_calls} calls as they stand",
             )
         )
         rows += [("not compiled", f"{body}: {why}") for body, why in c.failed.items()]

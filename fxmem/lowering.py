@@ -11,14 +11,15 @@ import torch
 
 from fxmem.emit import BodyPass
 from fxmem.errors import PlanError
-from fxmem.kernels.registry import kernels
+from fxmem.kernels.registry import find, kernels
 from fxmem.passes.in_place import InPlace
-from fxmem.passes.lower_kernels import LowerKernels, Record
+from fxmem.passes.lower_kernels import Found, LowerKernels, Record
 from fxmem.plan import Plan
 from fxmem.program import Program
 
 FUEL, OFF = "FXMEM_KERNEL_FUEL", "FXMEM_KERNELS_OFF"
 _RECORDS: dict[Lowering, Record] = {}
+_USES: dict[tuple[Lowering, str, torch.device, torch.dtype], bool] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,18 @@ class Lowering:
         if self.mode == "triton" or (self.mode == "auto" and device.type != "cpu"):
             return (LowerKernels(device, self.record, self.off), InPlace())
         return (InPlace(),)
+
+    def uses(self, kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a kernel that the program's runtime calls may run; noted as a match."""
+        if self.mode not in ("auto", "triton") or (self.mode == "auto" and device.type == "cpu"):
+            return False
+        key = (self, kernel, device, dtype)
+        if key not in _USES:
+            able = find(kernel).available(device, dtype)
+            reason = "switched off" if kernel in self.off else able.reason
+            self.record.found.append(Found(kernel, str(dtype).removeprefix("torch."), reason))
+            _USES[key] = not reason
+        return _USES[key]
 
     def finish(self, program: Program) -> None:
         """With Inductor, loops are compiled at their first call."""

@@ -39,6 +39,9 @@ class Lowering(Protocol):
     def body_passes(self, device: torch.device) -> Sequence[BodyPass]:
         """Rewrites of every finished body, in order."""
 
+    def uses(self, kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a kernel that a program calls through something else may run."""
+
     def finish(self, program: Program) -> None:
         """Give the loops of a finished program their compiled form, if they have one."""
 

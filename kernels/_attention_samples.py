@@ -27,22 +27,33 @@ def _everything() -> dict[str, Any]:
     }
 
 
+def heads(
+    e: int, dtype: torch.dtype, wrap: Callable[..., Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a causal call with heads of ``e`` elements."""
+
+    def forward() -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        new: dict[str, Any] = {"device": "meta", "dtype": dtype}
+        kv = torch.empty(1, 8, _S, e, **new)
+        given = {"scale": e**-0.5, "offset": _S - _C}
+        return (torch.empty(1, 32, _C, e, **new), kv, kv), given
+
+    return forward() if wrap is None else wrap(forward)
+
+
 def sample(wrap: Callable[..., Any] | None = None) -> tuple[Sample, ...]:
     """Samples with 32 query and 8 key heads; ``wrap`` makes those of the backward from them."""
 
     def one(e: int, label: str, dtype: torch.dtype = torch.bfloat16, **extra: Any) -> Sample:
-        def forward() -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-            new: dict[str, Any] = {"device": "meta", "dtype": dtype}
-            kv = torch.empty(1, 8, _S, e, **new)
-            given = {"scale": e**-0.5, "offset": _S - _C, **extra}
-            return (torch.empty(1, 32, _C, e, **new), kv, kv), given
+        def arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
+            args, given = heads(e, dtype, wrap)
+            return args, {**given, **extra}
 
         # 2 products of 2 E operations per visible pair forward, 7 backward (3 to dQ, 4 to dK, dV).
         pairs = 32 * _C * min(_S - _C / 2, extra.get("window", _S))
         products, passes = (2, 1) if wrap is None else (7, 3)
         keys = min(_S, extra.get("window", _S) + _C)
         moved = 2 * e * passes * 2 * (32 * _C + 8 * keys)
-        arguments = forward if wrap is None else lambda: wrap(forward)
         return Sample(label, arguments, Cost(2 * e * products * pairs, moved), dtype)
 
     return (

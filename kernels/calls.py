@@ -36,12 +36,41 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y.reshape(x.shape), rstd.reshape(*x.shape[:-1], 1)
 
 
-def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of ``x``, all ``[.., D]``."""
+def norm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, dweight: Tensor | None = None
+) -> Tensor:
+    """Gradient of ``x``, all ``[.., D]``; adds that of the weight into ``dweight``, float32."""
     dx = norm_kernel.launcher_backward(
-        _rows(dy), _rows(x), rstd.reshape(-1).float(), None, weight.reshape(-1)
-    )
+        _rows(dy), _rows(x), rstd.reshape(-1).float(), None, weight.reshape(-1),
+        dweight=None if dweight is None else dweight.view(-1),
+    )  # fmt: skip
     return dx.reshape(x.shape)
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``aten.native_layer_norm`` over the last dimension: ``(y, mean, rstd)``."""
+    y, rstd, mean = norm_kernel.launcher(_rows(x), weight, bias, eps=eps, center=True)
+    assert mean is not None
+    rows = (*x.shape[:-1], 1)
+    return y.reshape(x.shape), mean.reshape(rows), rstd.reshape(rows)
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, shape: Sequence[int], mean: Tensor, rstd: Tensor,
+    weight: Tensor | None, bias: Tensor | None, mask: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """As ``aten.native_layer_norm_backward``: ``(dx, dweight, dbias)``, the latter two float32."""
+    dweight, dbias = (
+        torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device) if wanted else None
+        for wanted in mask[1:]
+    )
+    dx = norm_kernel.launcher_backward(
+        _rows(dy), _rows(x), rstd.reshape(-1).float(), mean.reshape(-1).float(), weight,
+        dweight=dweight, dbias=dbias,
+    )  # fmt: skip
+    return dx.reshape(x.shape), dweight, dbias
 
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
@@ -114,26 +143,26 @@ def attention_backward(
 
 
 def token_nll(
-    h: Tensor, weight_t: Tensor, target: Tensor, ignore_index: int
+    h: Tensor, weight_t: Tensor, target: Tensor, ignore_index: int, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(nll [N], entropy [N], lse [N])`` of the logits ``h [N, D] @ weight_t [D, V]``, which are
     not formed.
     """
     logp, entropy, lse, _ = linear_nll.launcher(
-        h, weight_t.t(), None, target[:, None], ignore_index=ignore_index
+        h, weight_t.t(), None, target[:, None], ignore_index=ignore_index, softcap=softcap
     )
     return -logp[:, 0], entropy, lse
 
 
 def token_nll_backward(
     grad: Tensor, h: Tensor, weight_t: Tensor, target: Tensor, entropy: Tensor, lse: Tensor,
-    ignore_index: int, dweight: Tensor | None,
+    ignore_index: int, softcap: float, dweight: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Gradient of ``h``; adds that of the weight into ``dweight [V, D]``, float32."""
     dlogp = (-grad.float())[:, None].contiguous()
     dh = linear_nll_scratch.launcher(
         h, weight_t.t(), None, target[:, None], entropy, lse, dlogp, dweight=dweight,
-        ignore_index=ignore_index,
+        ignore_index=ignore_index, softcap=softcap,
     )  # fmt: skip
     assert dh is not None
     return dh

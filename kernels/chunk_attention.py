@@ -1,30 +1,24 @@
 """Attention of a chunk of queries against a prefix of keys, the mask given as structure.
 
 Letters: B batch, H query heads, G key/value heads (H = n G), C query rows, S keys, E head size, F
-value size. Query row ``c`` stands at key position ``c + offset``. It sees key ``s`` where
-
-- ``causal``: ``s <= c + offset``;
-- ``window`` > 0: ``s > c + offset - window``;
-- segments are given: ``q_segment[b, c] == k_segment[b, s]``;
-- ``k_valid[b, s]`` is given: it holds;
-- ``mask`` ``[B|1, H|1, C|1, S]`` is given: bool, it holds; additive, it is added to the scores.
-
-Tiles that causality or the window hide entirely are never visited. The n query heads of a group
-read the same keys; nothing is repeated. One pass over the keys with a running maximum and sum
-(FlashAttention-2, Dao 2023, algorithm 1). ``softcap`` > 0 replaces a score x by ``softcap tanh(x /
-softcap)`` (Gemma 2); ``sinks[h]`` is a score of a key without a value (GPT-OSS). A row that sees
-nothing gives zeros and a logsumexp of 0, or of its sink.
+value size. What a row sees is said by :class:`~fxmem.kernels._attention_options.Options`. Tiles
+that causality or the window hide entirely are never visited. The n query heads of a group read the
+same keys; nothing is repeated. One pass over the keys with a running maximum and sum
+(FlashAttention-2, Dao 2023, algorithm 1). A row that sees nothing gives zeros and a logsumexp of 0,
+or of its sink.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxmem.kernels._attention_options import Options, strides
 from fxmem.kernels._attention_samples import sample
-from fxmem.kernels._device import tanh
+from fxmem.kernels._device import row_products, tanh
 from fxmem.kernels._triton import (
     Config,
     cdiv,
@@ -40,81 +34,23 @@ from fxmem.kernels._triton import (
 from fxmem.kernels.registry import Kernel, signature
 
 
-def visible(
-    q: Tensor,
-    k: Tensor,
-    *,
-    offset: int,
-    causal: bool,
-    window: int,
-    q_segment: Tensor | None,
-    k_segment: Tensor | None,
-    k_valid: Tensor | None,
-) -> Tensor:
-    """The structured part of the mask, bool ``[B|1, 1, C, S]``; for references only."""
-    at = torch.arange(q.shape[2], device=q.device)[:, None] + offset
-    keys = torch.arange(k.shape[2], device=q.device)
-    seen = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-    if causal:
-        seen = seen & (keys <= at)
-    if window:
-        seen = seen & (keys > at - window)
-    if q_segment is not None and k_segment is not None:
-        seen = seen & (q_segment[:, None, :, None] == k_segment[:, None, None, :])
-    return seen if k_valid is None else seen & k_valid[:, None, None, :].bool()
-
-
-def masked_scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    scale: float,
-    mask: Tensor | None,
-    softcap: float,
-    **structure,
-) -> Tensor:
-    """Scores ``[B, H, C, S]``, ``-inf`` where hidden; for references only."""
-    n = q.shape[1] // k.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    x = q.to(wide) @ k.to(wide).repeat_interleave(n, 1).transpose(-1, -2) * scale
-    if softcap:
-        x = softcap * torch.tanh(x / softcap)
-    seen = visible(q, k, **structure)
-    if mask is not None and mask.dtype == torch.bool:
-        seen = seen & mask
-    elif mask is not None:
-        x = x + mask
-    return x.masked_fill(~seen, -math.inf)
-
-
 def reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    scale: float,
-    offset: int = 0,
-    causal: bool = True,
-    window: int = 0,
-    q_segment: Tensor | None = None,
-    k_segment: Tensor | None = None,
-    k_valid: Tensor | None = None,
-    mask: Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
     config: Config | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """``q [B, H, C, E]``, ``k [B, G, S, E]``, ``v [B, G, S, F]``, segments ``[B, C]`` and ``[B,
-    S]`` of integers, ``k_valid [B, S]`` bool, ``sinks [H]`` -> ``(out [B, H, C, F], lse [B, H,
-    C])``; ``lse`` is float32 (float64 for float64).
+    """``q [B, H, C, E]``, ``k [B, G, S, E]``, ``v [B, G, S, F]`` -> ``(out [B, H, C, F], lse [B,
+    H, C])``; ``lse`` is float32 (float64 for float64). ``options`` are those of
+    :class:`~fxmem.kernels._attention_options.Options`.
     """
-    x = masked_scores(
-        q, k, scale=scale, mask=mask, softcap=softcap, offset=offset, causal=causal,
-        window=window, q_segment=q_segment, k_segment=k_segment, k_valid=k_valid,
-    )  # fmt: skip
+    given = Options(**options)
+    x = given.scores(q, k)
     lse = torch.logsumexp(x, -1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
+    if given.sinks is not None:
+        lse = torch.logaddexp(lse, given.sinks.to(lse.dtype)[None, :, None])
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     n = q.shape[1] // k.shape[1]
     p = torch.exp(x - lse[..., None])
@@ -129,7 +65,7 @@ def tile_scores(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile: capped, and with what is hidden at -inf."""
-    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    x = row_products(q, k, PRECISION) * scale
     if SOFTCAP:
         x = softcap * tanh(x / softcap)
     seen = (m < rows)[:, None] & (n < keys)[None, :]
@@ -237,33 +173,16 @@ def choose(q: Tensor, f: int) -> Config:
     return CONFIGS[3] if on_amd() else CONFIGS[0]
 
 
-def mask_strides(mask: Tensor | None, q: Tensor, k: Tensor) -> dict[str, int]:
-    """Strides of a mask expanded to ``[B, H, C, S]``; a broadcast dimension has stride 0."""
-    names = ("mask_b", "mask_h", "mask_c", "mask_s")
-    if mask is None:
-        return dict.fromkeys(names, 0)
-    full = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return dict(zip(names, full.stride(), strict=True))
-
-
 def launcher(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    scale: float,
-    offset: int = 0,
-    causal: bool = True,
-    window: int = 0,
-    q_segment: Tensor | None = None,
-    k_segment: Tensor | None = None,
-    k_valid: Tensor | None = None,
-    mask: Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
     config: Config | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`reference`. Any strides but the last; the head sizes are at most 256."""
+    given = Options(**options)
     b, h, c, e = q.shape
     f = v.shape[-1]
     q, k, v = (rows_last(x) for x in (q, k, v))
@@ -271,32 +190,13 @@ def launcher(
     config = config or choose(q, f)
     launch(
         _forward, (cdiv(c, config.blocks["BLOCK_M"]), b * h), config,
-        Q=q, K=k, V=v, OUT=out, LSE=lse, SINKS=sinks,
-        **structure(q, k, q_segment, k_segment, k_valid, mask, causal, window, softcap),
-        **dict(zip(("q_b", "q_h", "q_c"), q.stride(), strict=False)),
-        **dict(zip(("k_b", "k_g", "k_s"), k.stride(), strict=False)),
-        **dict(zip(("v_b", "v_g", "v_s"), v.stride(), strict=False)),
-        heads=h, per_group=h // k.shape[1], rows=c, keys=k.shape[2], offset=offset, scale=scale,
+        Q=q, K=k, V=v, OUT=out, LSE=lse, SINKS=given.sinks, **given.arguments(q, k),
+        **strides("q_b q_h q_c", q), **strides("k_b k_g k_s", k), **strides("v_b v_g v_s", v),
+        heads=h, per_group=h // k.shape[1], rows=c, keys=k.shape[2],
         E=e, F=f, BLOCK_E=power_of_2(e, 16), BLOCK_F=power_of_2(f, 16),
         PRECISION=dot_precision(q.dtype),
     )  # fmt: skip
     return out, lse
-
-
-def structure(q, k, q_segment, k_segment, k_valid, mask, causal, window, softcap):
-    """Kernel arguments that describe the mask; forward and backward share them."""
-    tables = {"QSEG": q_segment, "KSEG": k_segment, "VALID": k_valid}
-    return {
-        **{name: None if x is None else x.contiguous() for name, x in tables.items()},
-        "MASK": mask,
-        **mask_strides(mask, q, k),
-        "window": window,
-        "softcap": float(softcap),
-        "CAUSAL": bool(causal),
-        "WINDOW": window > 0,
-        "SOFTCAP": softcap > 0,
-        "ADDITIVE": mask is not None and mask.dtype != torch.bool,
-    }
 
 
 KERNELS = (
@@ -310,6 +210,6 @@ KERNELS = (
         launch=launcher,
         configs=CONFIGS,
         samples=sample(),
-        limits="head sizes up to 256; in float32 those above 128 spill a few registers",
+        limits="head sizes up to 256",
     ),
 )

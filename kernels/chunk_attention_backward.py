@@ -9,10 +9,14 @@ algorithm 2).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fxmem.kernels._attention_options import Options, strides
 from fxmem.kernels._attention_samples import sample
+from fxmem.kernels._device import row_products
 from fxmem.kernels._triton import (
     Config,
     cdiv,
@@ -25,7 +29,7 @@ from fxmem.kernels._triton import (
     rows_last,
     tl,
 )
-from fxmem.kernels.chunk_attention import masked_scores, structure, tile_scores
+from fxmem.kernels.chunk_attention import tile_scores
 from fxmem.kernels.registry import Kernel, signature
 
 
@@ -39,39 +43,27 @@ def reference(
     dk: Tensor,
     dv: Tensor,
     *,
-    scale: float,
-    offset: int = 0,
-    causal: bool = True,
-    window: int = 0,
-    q_segment: Tensor | None = None,
-    k_segment: Tensor | None = None,
-    k_valid: Tensor | None = None,
-    mask: Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
     config: Config | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Adds into ``dk [B, G, S, E]`` and ``dv [B, G, S, F]``; returns ``(dq, dsinks [H] or None)``.
 
-    ``dout`` and ``out`` ``[B, H, C, F]``, ``lse [B, H, C]``; the rest as in the forward.
+    ``dout`` and ``out`` ``[B, H, C, F]``, ``lse [B, H, C]``; options as in the forward.
     """
-    x = masked_scores(
-        q, k, scale=scale, mask=mask, softcap=softcap, offset=offset, causal=causal,
-        window=window, q_segment=q_segment, k_segment=k_segment, k_valid=k_valid,
-    )  # fmt: skip
+    given = Options(**options)
+    x = given.scores(q, k)
     wide, groups, n = x.dtype, k.shape[1], q.shape[1] // k.shape[1]
     dout, out = dout.to(wide), out.to(wide)
     p = torch.exp(x - lse[..., None].to(wide))
     delta = (dout * out).sum(-1)
     ds = p * (dout @ v.to(wide).repeat_interleave(n, 1).transpose(-1, -2) - delta[..., None])
-    if softcap:
-        plain = q.to(wide) @ k.to(wide).repeat_interleave(n, 1).transpose(-1, -2) * scale
-        ds = ds * (1 - torch.tanh(plain / softcap) ** 2)
-    ds = ds * scale
+    if given.softcap:
+        ds = ds * (1 - torch.tanh(given.raw_scores(q, k) / given.softcap) ** 2)
+    ds = ds * given.scale
     dk += (ds.transpose(-1, -2) @ q.to(wide)).unflatten(1, (groups, n)).sum(2)
     dv += (p.transpose(-1, -2) @ dout).unflatten(1, (groups, n)).sum(2)
     dq = (ds @ k.to(wide).repeat_interleave(n, 1)).to(q.dtype)
-    return dq, sink_gradient(sinks, lse, delta)
+    return dq, sink_gradient(given.sinks, lse, delta)
 
 
 def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
@@ -96,7 +88,7 @@ def _tile_gradient(
         CAUSAL, WINDOW, SOFTCAP, ADDITIVE, PRECISION,
     )  # fmt: skip
     p = tl.exp(masked - lse[:, None])
-    ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    ds = p * (row_products(dout, v, PRECISION) - delta[:, None])
     if SOFTCAP:
         ds = ds * (1 - (x / softcap) * (x / softcap))
     return p, ds * scale
@@ -239,19 +231,11 @@ def launcher(
     dk: Tensor,
     dv: Tensor,
     *,
-    scale: float,
-    offset: int = 0,
-    causal: bool = True,
-    window: int = 0,
-    q_segment: Tensor | None = None,
-    k_segment: Tensor | None = None,
-    k_valid: Tensor | None = None,
-    mask: Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
     config: Config | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`reference`; ``dk`` and ``dv`` are float32, the stride of their last dimension 1."""
+    given = Options(**options)
     b, h, c, e = q.shape
     f, groups, keys = v.shape[-1], k.shape[1], k.shape[2]
     dout, q, k, v, out = (rows_last(x) for x in (dout, q, k, v, out))
@@ -259,29 +243,25 @@ def launcher(
     dq, delta = q.new_empty(b, h, c, e), torch.empty_like(lse)
     config = config or choose(q, f)
     shared = {
-        **structure(q, k, q_segment, k_segment, k_valid, mask, causal, window, softcap),
-        **dict(zip(("q_b", "q_h", "q_c"), q.stride(), strict=False)),
-        **dict(zip(("k_b", "k_g", "k_s"), k.stride(), strict=False)),
-        **dict(zip(("v_b", "v_g", "v_s"), v.stride(), strict=False)),
-        **dict(zip(("d_b", "d_h", "d_c"), dout.stride(), strict=False)),
-        "DOUT": dout, "Q": q, "K": k, "V": v, "LSE": lse, "DELTA": delta,
-        "heads": h, "per_group": h // groups, "rows": c, "keys": keys, "offset": offset,
-        "scale": scale, "E": e, "F": f, "BLOCK_E": power_of_2(e, 16),
-        "BLOCK_F": power_of_2(f, 16), "PRECISION": dot_precision(q.dtype),
+        "DOUT": dout, "Q": q, "K": k, "V": v, "LSE": lse, "DELTA": delta, **given.arguments(q, k),
+        **strides("q_b q_h q_c", q), **strides("k_b k_g k_s", k), **strides("v_b v_g v_s", v),
+        **strides("d_b d_h d_c", dout), "heads": h, "per_group": h // groups, "rows": c,
+        "keys": keys, "E": e, "F": f, "BLOCK_E": power_of_2(e, 16), "BLOCK_F": power_of_2(f, 16),
+        "PRECISION": dot_precision(q.dtype),
     }  # fmt: skip
-    strides = dict(zip(("o_b", "o_h", "o_c"), out.stride(), strict=False))
     launch(
-        _dq, (cdiv(c, config.blocks["BLOCK_M"]), b * h), config, **shared, **strides, OUT=out, DQ=dq
-    )
+        _dq, (cdiv(c, config.blocks["BLOCK_M"]), b * h), config, **shared,
+        **strides("o_b o_h o_c", out), OUT=out, DQ=dq,
+    )  # fmt: skip
     launch(
         _dkv, (cdiv(keys, config.blocks["BLOCK_N"]), b * groups), config, **shared, DK=dk, DV=dv,
-        **dict(zip(("dk_b", "dk_g", "dk_s"), dk.stride(), strict=False)),
-        **dict(zip(("dv_b", "dv_g", "dv_s"), dv.stride(), strict=False)),
+        **strides("dk_b dk_g dk_s", dk), **strides("dv_b dv_g dv_s", dv),
     )  # fmt: skip
-    return dq, sink_gradient(sinks, lse, delta)
+    return dq, sink_gradient(given.sinks, lse, delta)
 
 
-def _arguments(forward):
+def arguments(forward):
+    """Operands of the backward from those of the forward."""
     (q, k, v), given = forward()
     out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
     dk, dv = (x.new_empty(x.shape, dtype=torch.float32) for x in (k, v))
@@ -301,8 +281,8 @@ KERNELS = (
         reference=reference,
         launch=launcher,
         configs=CONFIGS,
-        samples=sample(_arguments),
+        samples=sample(arguments),
         accumulators=("dk", "dv"),
-        limits="head sizes up to 256 (float32 above 128: registers spill); dk and dv in float32",
+        limits="head sizes up to 256; dk and dv in float32",
     ),
 )

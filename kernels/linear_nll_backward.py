@@ -1,14 +1,8 @@
 """Backward of :mod:`linear_nll`: gradients of h, W and bias, with no logits in memory.
 
-Letters as in the forward. With p the softmax and H the entropy, the gradient of the logits of a
-token is
-
-    dz = p (B + C (z - lse)) + M + sum_k A_k onehot(target_k),
-    A = dlogp, B = dlse - sum_k dlogp_k - dentropy H, C = -dentropy, M = dmean / V,
-
-four numbers per token; then the temperature and the softcap by the chain rule. Tiles of logits are
-formed again. dW has one owner per vocabulary block and is added into the caller's float32
-accumulator without atomics. dH is a sum over the vocabulary: parts of it add atomically, or, where
+Letters as in the forward. Tiles of logits are formed again, see :mod:`_nll_gradient`. dW has one
+owner per vocabulary block and is added into the caller's float32 accumulator without atomics. dH is
+a sum over the vocabulary: parts of it add atomically, or, where
 ``torch.use_deterministic_algorithms`` is set, one program goes over the whole vocabulary. Each tile
 reads and writes its rows of dW, so large N means much traffic: see :mod:`linear_nll_scratch`.
 """
@@ -20,35 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmem.kernels._triton import Config, cdiv, config, dot_precision, jit, launch, rows_last, tl
-from fxmem.kernels.linear_nll import COST, D, N, V, operands, splits, tile_logits
+from fxmem.kernels._nll_gradient import coefficients, tile_arguments, tile_gradient
+from fxmem.kernels._triton import Config, cdiv, config, jit, launch, tl
+from fxmem.kernels.linear_nll import COST, D, N, V, operands, splits
 from fxmem.kernels.registry import Cost, Kernel, Sample, signature
 
 TILE = 4096  # vocabulary entries per step of the reference
-
-
-def coefficients(
-    target: Tensor,
-    entropy: Tensor,
-    dlogp: Tensor | None,
-    dentropy: Tensor | None,
-    dlse: Tensor | None,
-    dmean: Tensor | None,
-    vocabulary: int,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """``A [N, K]`` and ``(B, C, M) [3, N]``; where, not times zero: a mean over no token is inf."""
-    ignored = target == ignore_index
-    dead = ignored.all(1)
-    zero = torch.zeros_like(entropy)
-
-    def kept(x: Tensor | None) -> Tensor:
-        return zero if x is None else x.to(zero.dtype).masked_fill(dead, 0)
-
-    a = zero[:, None].expand(target.shape) if dlogp is None else dlogp.to(zero.dtype)
-    a = a.masked_fill(ignored, 0)
-    dh, dl, dm = kept(dentropy), kept(dlse), kept(dmean)
-    return a.contiguous(), torch.stack([dl - a.sum(1) - dh * entropy, -dh, dm / vocabulary])
 
 
 def reference(
@@ -99,33 +70,6 @@ def reference(
         if need_dh:
             dh += dz @ w
     return dh.to(h.dtype) if need_dh else None
-
-
-@jit
-def tile_gradient(
-    H, W, BIAS, TARGET, A, BCM, LSE, n, v, rows, vocabulary, h_n, w_v, softcap, inverse_temperature,
-    K: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Gradient of a tile of ``h W^T + bias``; 0 outside the matrix."""
-    row = n < rows
-    z = tile_logits(
-        H, W, BIAS, n, v, rows, vocabulary, h_n, w_v, softcap, inverse_temperature,
-        D, SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
-    log_p = z * inverse_temperature - tl.load(LSE + n, mask=row, other=0.0)[:, None]
-    b = tl.load(BCM + n, mask=row, other=0.0)[:, None]
-    c = tl.load(BCM + rows + n, mask=row, other=0.0)[:, None]
-    m = tl.load(BCM + 2 * rows + n, mask=row, other=0.0)[:, None]
-    dz = tl.exp(log_p) * (b + c * log_p) + m
-    for j in range(K):
-        target = tl.load(TARGET + n.to(tl.int64) * K + j, mask=row, other=-1)
-        a = tl.load(A + n.to(tl.int64) * K + j, mask=row, other=0.0)
-        dz += tl.where(target[:, None] == v[None, :], a[:, None], 0.0)
-    dz = dz * inverse_temperature
-    if SOFTCAP:
-        dz = dz * (1 - (z / softcap) * (z / softcap))
-    return tl.where(row[:, None] & (v < vocabulary)[None, :], dz, 0.0)
 
 
 @jit
@@ -225,16 +169,13 @@ def launcher(
     config: Config | None = None,
 ) -> Tensor | None:
     """As :func:`reference`; ``dweight``, ``dbias`` are float32, ``dweight`` has contiguous rows."""
-    (n, d), v = h.shape, weight.shape[0]
-    h, weight, target = rows_last(h), rows_last(weight), target.contiguous()
     config = config or choose(h.dtype)
-    a, bcm = coefficients(target, entropy, dlogp, dentropy, dlse, dmean, v, ignore_index)
-    shared: dict[str, Any] = {
-        "H": h, "W": weight, "BIAS": bias, "TARGET": target, "A": a, "BCM": bcm, "LSE": lse,
-        "rows": n, "vocabulary": v, "h_n": h.stride(0), "w_v": weight.stride(0),
-        "softcap": float(softcap), "inverse_temperature": 1.0 / temperature, "K": target.shape[1],
-        "D": d, "SOFTCAP": softcap > 0, "PRECISION": dot_precision(h.dtype),
-    }  # fmt: skip
+    shared = tile_arguments(
+        h, weight, bias, target, entropy, lse, (dlogp, dentropy, dlse, dmean), ignore_index,
+        softcap, temperature,
+    )  # fmt: skip
+    (n, d), v = h.shape, weight.shape[0]
+    shared["vocabulary"] = v
     if dweight is not None or dbias is not None:
         stride = 0 if dweight is None else dweight.stride(0)
         grid = (cdiv(v, config.blocks["BLOCK_V"]), 1)

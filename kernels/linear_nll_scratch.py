@@ -10,14 +10,13 @@ each accumulator read and written once per part, no atomics; the price is the sc
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fxmem.kernels._triton import Config, cdiv, config, dot_precision, jit, launch, rows_last, tl
+from fxmem.kernels._nll_gradient import tile_arguments, tile_gradient
+from fxmem.kernels._triton import Config, cdiv, config, jit, launch, tl
 from fxmem.kernels.linear_nll import COST, D, N, V
-from fxmem.kernels.linear_nll_backward import arguments, coefficients, sums, tile_gradient
+from fxmem.kernels.linear_nll_backward import arguments, sums
 from fxmem.kernels.linear_nll_backward import reference as reference
 from fxmem.kernels.registry import Cost, Kernel, Sample, signature
 from fxmem.kernels.weight_grad import launcher as add_product
@@ -74,16 +73,12 @@ def launcher(
     config: Config | None = None,
 ) -> Tensor | None:
     """As :func:`reference`; ``dweight``, ``dbias`` are float32, ``dweight`` has contiguous rows."""
-    (n, d), v = h.shape, weight.shape[0]
-    h, weight, target = rows_last(h), rows_last(weight), target.contiguous()
     config = config or choose(h.dtype)
-    a, bcm = coefficients(target, entropy, dlogp, dentropy, dlse, dmean, v, ignore_index)
-    shared: dict[str, Any] = {
-        "H": h, "W": weight, "BIAS": bias, "TARGET": target, "A": a, "BCM": bcm, "LSE": lse,
-        "rows": n, "h_n": h.stride(0), "w_v": weight.stride(0), "softcap": float(softcap),
-        "inverse_temperature": 1.0 / temperature, "K": target.shape[1], "D": d,
-        "SOFTCAP": softcap > 0, "PRECISION": dot_precision(h.dtype),
-    }  # fmt: skip
+    shared = tile_arguments(
+        h, weight, bias, target, entropy, lse, (dlogp, dentropy, dlse, dmean), ignore_index,
+        softcap, temperature,
+    )  # fmt: skip
+    (n, d), v = h.shape, weight.shape[0]
     scratch = h.new_empty(n * min(v, WIDTH))
     dh = torch.zeros(n, d, dtype=torch.float32, device=h.device) if need_dh else None
     for first in range(0, v, WIDTH):

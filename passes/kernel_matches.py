@@ -20,17 +20,24 @@ from fxmem.kernels import calls
 from fxmem.kernels.registry import signature
 
 _ACTIVATIONS = {"aten.silu.default": "silu", "aten.gelu.default": "gelu"}
+_SLOPES = {
+    "aten.silu_backward.default": "aten.silu.default",
+    "aten.gelu_backward.default": "aten.gelu.default",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """``replace()`` rewrites the graph; ``dtype`` is that of the main operands."""
+    """``replace()`` rewrites the graph; ``dtype`` is that of the main operands, ``at`` the node by
+    which the subgraph is known where it may be left as it is.
+    """
 
     kernel: str
     op: str
     signature: Signature
     dtype: torch.dtype
     replace: Callable[[], None]
+    at: fx.Node | None = None
 
 
 def is_op(node: Any, *names: str) -> bool:
@@ -69,63 +76,9 @@ def swap(old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new)
 
 
-def rsqrt_of(r: Any) -> tuple[fx.Node, float] | None:
-    """``(x, eps)`` where ``r`` is ``rsqrt(mean(x^2, -1) + eps)``."""
-    if not is_op(r, "aten.rsqrt.default"):
-        return None
-    total = r.args[0]
-    if not is_op(total, "aten.add.Tensor", "aten.add.Scalar") or isinstance(total.args[1], fx.Node):
-        return None
-    mean, eps = total.args[:2]
-    if not is_op(mean, "aten.mean.dim") or mean.args[2:3] != (True,):
-        return None
-    square = mean.args[0]
-    if not is_op(square, "aten.pow.Tensor_Scalar") or square.args[1] != 2:
-        return None
-    x = square.args[0]
-    rank = len(info(mean).shape)
-    return (x, float(eps)) if list(mean.args[1]) in ([-1], [rank - 1]) else None
-
-
-def is_rsqrt(node: Any) -> bool:
-    return rsqrt_of(node) is not None
-
-
 def uncast(node: Any) -> Any:
     """What a change of dtype was made from."""
     return node.args[0] if is_op(node, "aten._to_copy.default") else node
-
-
-def norm(node: fx.Node) -> Match | None:
-    """``w * (x * rsqrt(mean(x^2) + eps))``; in half precision with the inside in float32."""
-    normed = mul(node, lambda a: mul(uncast(a), is_rsqrt) is not None)
-    if normed is None:
-        return None
-    inner, weight = uncast(normed[0]), normed[1]
-    r, wide = mul(inner, is_rsqrt)  # type: ignore[misc]
-    source, eps = rsqrt_of(r)  # type: ignore[misc]
-    x = uncast(wide)
-    if source is not wide or not is_vector(weight, node) or info(x) is None:
-        return None
-    if info(x).dtype != info(node).dtype:
-        return None
-
-    def replace() -> None:
-        made = before(r, calls.norm, x, weight, eps)
-        y, rstd = item(r, made, 0), item(r, made, 1)
-        swap(r, rstd)
-        swap(node, y)
-
-    sig = signature("r d, d, d -> r d, r, r", "d")
-    return Match("norm", "aten._fused_rms_norm.default", sig, info(node).dtype, replace)
-
-
-def is_vector(weight: Any, like: Any) -> bool:
-    """A value of the last dimension's size alone that enters the body whole."""
-    own, other = info(weight), info(like)
-    if own is None or other is None or weight.op != "placeholder":
-        return False
-    return own.shape[-1:] == other.shape[-1:] and all(d == 1 for d in own.shape[:-1])
 
 
 def gated(node: fx.Node) -> Match | None:
@@ -134,9 +87,7 @@ def gated(node: fx.Node) -> Match | None:
     if found is None:
         return None
     active, up = found
-    act = _ACTIVATIONS[str(active.target)]
-    if active.kwargs.get("approximate") == "tanh":
-        act = "gelu_tanh"
+    act = _activation(active)
     gate = active.args[0]
     if info(up) != info(node) or info(gate) != info(node):
         return None
@@ -145,17 +96,24 @@ def gated(node: fx.Node) -> Match | None:
         swap(node, before(node, calls.gated, gate, up, act))
 
     sig = signature("n i, n i -> n i")
-    return Match("gated", "aten.mul.Tensor", sig, info(node).dtype, replace)
+    return Match("gated", "aten.mul.Tensor", sig, info(node).dtype, replace, active)
+
+
+def _activation(active: fx.Node) -> str:
+    tanh = active.kwargs.get("approximate") == "tanh"
+    return "gelu_tanh" if tanh else _ACTIVATIONS[str(active.target)]
 
 
 def gated_backward(node: fx.Node) -> Match | None:
-    """``silu_backward(dout * up, gate)`` with ``dout * silu(gate)`` beside it."""
-    if not is_op(node, "aten.silu_backward.default"):
+    """``act_backward(dout * up, gate)`` with ``dout * act(gate)`` beside it."""
+    if not is_op(node, *_SLOPES):
         return None
     product, gate = node.args[:2]
-    actives = [u for u in gate.users if is_op(u, "aten.silu.default")]
+    forward = _SLOPES[str(node.target)]
+    actives = [u for u in gate.users if is_op(u, forward) and u.kwargs == node.kwargs]
     if not is_op(product, "aten.mul.Tensor") or len(product.users) != 1 or not actives:
         return None
+    act = _activation(actives[0])
     for dout, up in (product.args[:2], product.args[1::-1]):
         for other in actives[0].users:
             if other is not product and is_op(other, "aten.mul.Tensor") and dout in other.args:
@@ -164,7 +122,7 @@ def gated_backward(node: fx.Node) -> Match | None:
                 def replace(
                     dout: Any = dout, up: Any = up, other: Any = other, first: Any = first
                 ) -> None:
-                    made = before(first, calls.gated_backward, dout, gate, up, "silu")
+                    made = before(first, calls.gated_backward, dout, gate, up, act)
                     dgate, dup = item(first, made, 0), item(first, made, 1)
                     swap(node, dgate)
                     swap(other, dup)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import gpu, roofline
-from benchmarks.gpu_cases import CASES, Case, Setting
+from benchmarks.gpu_case import Case, Setting
+from benchmarks.gpu_cases import CASES
 from fxmem.kernels.registry import Cost, kernels
 
 CPU = Setting(torch.device("cpu"), torch.float32, small=True)

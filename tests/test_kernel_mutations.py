@@ -53,7 +53,7 @@ MUTATIONS = {
         "test_attention.py",
     ),
     "the temperature is left out of the gradient": (
-        "linear_nll_backward.py",
+        "_nll_gradient.py",
         "    dz = dz * inverse_temperature",
         "    dz = dz * 1.0",
         "test_linear_nll.py",

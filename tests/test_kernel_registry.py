@@ -171,15 +171,35 @@ def test_cost_is_the_slower_of_compute_and_memory() -> None:
     assert cost.seconds(50.0, 10.0) == 2.0 and cost.seconds(1000.0, 1.0) == 10.0
 
 
-@pytest.mark.parametrize(
-    "target", ("sm_80", "sm_90", pytest.param("gfx942", marks=pytest.mark.slow))
-)
+SLOW_TARGETS = [pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "gfx942")]
+
+
+@pytest.mark.parametrize("target", ("sm_90", *SLOW_TARGETS))
 @pytest.mark.parametrize("name", NAMES)
 def test_default_configurations_compile_and_spill_nothing(name: str, target: str) -> None:
     aot = pytest.importorskip("benchmarks.aot")
     rows = list(aot.table([find(name)], [target]))
     assert rows
     assert not [row for row in rows if row.error or row.spills or not row.fits]
+
+
+EVERY_HEAD = [
+    pytest.param(size, dtype, target, marks=pytest.mark.slow)
+    for dtype in ("bfloat16", "float32")
+    for size in (16, 32, 64, 80, 96, 128, 160, 192, 256)
+    for target in ("sm_80", "sm_90", "gfx942")
+    if (size, dtype, target) != (256, "float32", "sm_90")
+]
+
+
+@pytest.mark.parametrize(("size", "dtype", "target"), [(256, "float32", "sm_90"), *EVERY_HEAD])
+def test_no_head_size_spills(size: int, dtype: str, target: str) -> None:
+    aot = pytest.importorskip("benchmarks.aot")
+    rows = list(aot.head_sizes([size], [dtype], [target]))
+    assert len(rows) == 3, "forward, dQ, dK and dV"
+    assert not [row for row in rows if row.error or row.spills or not row.fits]
+    text = aot.head_markdown(rows)
+    assert f"E {size}" in text and text.count("0 B") == 3
 
 
 @pytest.mark.slow

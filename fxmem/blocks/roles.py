@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fxmem.blocks.kernel_update import Rule
 from fxmem.errors import RoleError
 
 
@@ -88,6 +89,12 @@ class RoleTable:
 
     def adapter(self, parameter: nn.Parameter) -> Adapter | None:
         return self._adapters.get(parameter)
+
+    def rule(self, parameter: nn.Parameter) -> Rule | None:
+        """How a kernel may move ``parameter`` in the pass that forms its gradient; None where the
+        gradient itself is needed.
+        """
+        return None
 
     def tell_order(self, first_use: Mapping[nn.Parameter, int]) -> None:
         """Before the roles of a forward are read: where its graph first reads each parameter."""

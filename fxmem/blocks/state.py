@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.blocks import adapters as low_rank
+from fxmem.blocks.kernel_update import Rule
 from fxmem.blocks.order import Schedule
 from fxmem.blocks.partition import build, fingerprint
 from fxmem.blocks.policies import Clip, Guard, check_world, mean_over_processes
@@ -93,6 +94,17 @@ class BlockState(RoleTable):
         if first_use != self._order:
             self._order = dict(first_use)
             self._cache.clear()
+
+    def rule(self, parameter: nn.Parameter) -> Rule | None:
+        """As the plan says, where nothing asks for the gradient and one backward makes a step."""
+        plan, kind = self.plan, self.plan.inactive
+        if plan.guard or plan.average or plan.clip != "none" or plan.accumulation is not None:
+            return None
+        if not isinstance(kind, (SGD, SignSGD)):
+            return None
+        name = self.names[parameter]
+        bits = key(plan.seed, name, self.step, self._moved.get(name, 0))
+        return Rule(kind.lr * self.lr_scale(), isinstance(kind, SignSGD), bits)
 
     @property
     def active(self) -> frozenset[str]:

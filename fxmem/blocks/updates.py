@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxmem.blocks import kernel_update
 from fxmem.blocks.roles import RoleTable
 from fxmem.executor import CallState
 from fxmem.passes.update_in_backward import Updating, update_in_backward
@@ -22,12 +23,16 @@ class TableSink:
     parameter: nn.Parameter
     table: RoleTable
     flipped: bool
+    uses: kernel_update.Uses
 
     def product(self, a: Tensor, b: Tensor) -> None:
         """Straight into the weight where the update is plain SGD in its precision."""
         p, table = self.parameter, self.table
         if self.flipped:
             a, b = b.t(), a.t()
+        if table.last(p) and kernel_update.move(p, a, b, table.rule(p), self.uses):
+            table.complete(p, None)
+            return
         rate = table.sgd_rate(p) if table.last(p) else None
         if rate is not None and a.dtype == b.dtype == p.dtype and p.dim() == 2:
             p.addmm_(a, b, alpha=-rate)
@@ -60,7 +65,7 @@ def backward(
     causal = code.choose(kind, state, chunk, given).causal
     updating = _updating(code, kind, causal, tuple(sorted(updates)))
     sinks: list[Any] = [
-        TableSink(updates[i], table, f)
+        TableSink(updates[i], table, f, code.lowering.uses)
         for i, f in zip(updating.positions, updating.flipped, strict=True)
     ]
     return code._run(updating.program, state, [*given, *sinks], chunk, code.counter, {})

@@ -72,24 +72,24 @@ COMBINATIONS = [kinds for r in range(len(KINDS) + 1) for kinds in itertools.comb
 
 @pytest.mark.parametrize("kinds", COMBINATIONS, ids=lambda kinds: "+".join(kinds) or "none")
 def test_every_mask_combination(kinds: tuple[str, ...]) -> None:
-    given = masks(kinds, 2, 2, 18, 35, offset=17)
-    check((2, 1, 2, 18, 35, 16, 16), torch.float32, **given)
+    given = masks(kinds, 2, 1, 18, 35, offset=17)
+    check((2, 1, 1, 18, 35, 16, 16), torch.float32, **given)
 
 
 @pytest.mark.parametrize("kinds", ((), ("causal",), KINDS), ids=len)
 def test_softcap_and_sinks(kinds: tuple[str, ...]) -> None:
-    given = masks(kinds, 2, 4, 18, 35, offset=17)
-    for softcap, sinks in ((2.0, None), (0.0, torch.randn(4)), (2.0, torch.randn(4))):
-        check((2, 2, 2, 18, 35, 16, 16), torch.float32, softcap=softcap, sinks=sinks, **given)
+    given = masks(kinds, 1, 2, 18, 35, offset=17)
+    for softcap, sinks in ((2.0, None), (0.0, torch.randn(2)), (2.0, torch.randn(2))):
+        check((1, 1, 2, 18, 35, 16, 16), torch.float32, softcap=softcap, sinks=sinks, **given)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.tuples(
-        st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 33),
-        st.integers(1, 50), st.sampled_from((3, 16, 20)), st.sampled_from((1, 16, 24)),
+        st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.integers(1, 20),
+        st.integers(1, 40), st.sampled_from((3, 16, 20)), st.sampled_from((1, 16, 24)),
     ),
-    st.integers(-20, 60),
+    st.integers(-20, 50),
     st.sets(st.sampled_from(KINDS)),
     st.sampled_from((torch.float32, torch.float16)),
 )  # fmt: skip
@@ -101,7 +101,7 @@ def test_ragged_sizes(
     check(sizes, dtype, **masks(tuple(kinds), b, g * n, c, s, offset))
 
 
-@pytest.mark.parametrize("size", (16, 80, 96, 256))
+@pytest.mark.parametrize("size", (80, 256))
 def test_head_sizes(size: int) -> None:
     check((1, 1, 2, 17, 33, size, size), torch.float32, offset=16)
 
@@ -113,8 +113,8 @@ def test_every_configuration(chosen: Any) -> None:
 
 
 def test_additive_mask_per_head_with_hidden_entries() -> None:
-    mask = torch.randn(2, 4, 18, 35).masked_fill(torch.rand(2, 4, 18, 35) > 0.7, -torch.inf)
-    check((2, 2, 2, 18, 35, 16, 16), torch.float32, mask=mask, offset=17)
+    mask = torch.randn(1, 4, 18, 35).masked_fill(torch.rand(1, 4, 18, 35) > 0.7, -torch.inf)
+    check((1, 2, 2, 18, 35, 16, 16), torch.float32, mask=mask, offset=17)
 
 
 def test_rows_that_see_nothing_give_zeros() -> None:

@@ -40,7 +40,7 @@ def check_norm(r: int, d: int, dtype: torch.dtype, center: bool, offset: float) 
             assert_near(db - 1, b64.grad, dtype, "db")
 
 
-@settings(max_examples=15, **SLOW)
+@settings(max_examples=10, **SLOW)
 @given(
     st.tuples(st.integers(1, 9), st.integers(2, 70), DTYPES, st.booleans(),
               st.sampled_from((0.0, 1.0)))
@@ -54,7 +54,7 @@ def test_norm_of_wide_rows_sums_by_columns(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(norm, "FUSED", 64)
     monkeypatch.setattr(norm, "COLUMNS", config(4, 1, R=16, C=32))
     for center in (False, True):
-        check_norm(40, 90, torch.float32, center, 0.0)
+        check_norm(20, 90, torch.float32, center, 0.0)
 
 
 def test_norm_without_weight_and_rows_too_wide() -> None:
@@ -71,7 +71,7 @@ def activate(x: Tensor, act: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
-@settings(max_examples=12, **SLOW)
+@settings(max_examples=9, **SLOW)
 @given(st.sampled_from(gated.ACTIVATIONS), st.integers(1, 5), st.integers(1, 70), DTYPES)
 def test_gated(act: str, n: int, i: int, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
@@ -113,7 +113,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([turned * cos[:, None] + other * sin[:, None], rest], -1)
 
 
-@settings(max_examples=15, **SLOW)
+@settings(max_examples=10, **SLOW)
 @given(
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.integers(1, 6), st.integers(0, 5),
     st.booleans(), st.booleans(), DTYPES,

@@ -65,7 +65,7 @@ def check(
         assert_near(db - 1, wide[2].grad, dtype, "db")
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.tuples(
         st.integers(1, 35), st.integers(1, 40), st.integers(1, 70), st.integers(1, 3),
@@ -78,7 +78,7 @@ def test_ragged_sizes(drawn: Any) -> None:
     check(*drawn)
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.tuples(
         st.integers(1, 35), st.integers(1, 40), st.integers(1, 70), st.integers(1, 3),
