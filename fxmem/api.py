@@ -102,6 +102,7 @@ NOT_STREAMED = (
     "no input has a length that may vary, so nothing is streamed: the model fixes its sizes "
     "(constants of the input's length, or one token only)"
 )
+NO_DDP = "give the model itself, one process each, and Blocks(average=True)"
 RECAPTURES = 64
 """Captures per model (train and eval, with and without a mask, autocast states) before an error."""
 
@@ -122,10 +123,11 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
         plan = replace(plan, prune=None)
         if plan.stream is None and plan.blocks is None:
             return model
-    if plan.blocks is not None and isinstance(model, nn.parallel.DistributedDataParallel):
+    if plan.blocks is not None and isinstance(
+        model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    ):
         raise PlanError(
-            "DistributedDataParallel averages gradients after blocks have used them",
-            advice="give the wrapped model and Blocks(average=True)",
+            f"{type(model).__name__} averages gradients after blocks have used them", advice=NO_DDP
         )
     state = BlockState(model, plan.blocks) if plan.blocks is not None else None
     engine = Backend(plan)
@@ -143,6 +145,11 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
                 _compat.mark_dynamic(leaf)
         if engine.roles is not None:
             engine.roles.armed = model.training
+            if _compat.inside_ddp():
+                raise RoleError(
+                    "DistributedDataParallel averages gradients after blocks have used them",
+                    advice=NO_DDP,
+                )
         try:
             with _compat.capture_config(), streamable(model):
                 return compiled(*args, **kwargs)

@@ -139,19 +139,6 @@ def test_no_program_of_a_low_rank_region_forms_a_gradient_of_its_weights(plan: P
         assert any(RANK in s for s in sums)
 
 
-def test_a_switch_traces_nothing() -> None:
-    from fxmem.compiled import COUNTER
-
-    net = tiny.model("llama", num_hidden_layers=4)
-    made = case(net, deeper(net, 1, Role.LOW_RANK), STREAMED, adapters())
-    seen = []
-    for active in (1, 3, 0, 2, 3, 1):
-        made.switch(deeper(net, active, Role.LOW_RANK))
-        net(**tiny.batch()).loss.backward()
-        seen.append((COUNTER.captures, COUNTER.traces, COUNTER.programs))
-    assert set(seen[1:]) == {seen[1]}
-
-
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_weight_that_no_matrix_product_reads_is_refused(name: str) -> None:
     net = tiny.model(name)
