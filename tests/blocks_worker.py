@@ -33,7 +33,7 @@ def values(net: Any, state: Any) -> list[Tensor]:
 
 
 def resume(saved: str, result: str, first: int, last: int) -> None:
-    """Go on from a file of another process."""
+    """Go on from a file of another process, with as many threads: sums depend on their number."""
     given = torch.load(saved, weights_only=True)
     ends = {}
     for kind, (weights, optimizer, scheduler) in given.items():
@@ -48,8 +48,7 @@ def resume(saved: str, result: str, first: int, last: int) -> None:
 
 JOINT: dict[str, dict[str, Any]] = {
     "sgd": {"inactive": SGD(0.1), "reach": "all"},
-    "sign": {"inactive": SignSGD(1e-2)},
-    "accumulate": {"inactive": SGD(0.1), "accumulation": "accumulate"},
+    "sign": {"inactive": SignSGD(1e-2), "accumulation": "accumulate"},
     "low_rank": {"inactive": LowRank(rank=2), "reach": "all"},
 }
 
@@ -59,7 +58,7 @@ def joint(rank: int, world: int, kind: str) -> list[Tensor]:
     net, opt, state = make(average=world > 1, optimizer={"max_grad_norm": 0.5}, **JOINT[kind])
     rows = slice(4 // world * rank, 4 // world * (rank + 1))
     for step in range(5):
-        for part in range(1 + (kind == "accumulate")):
+        for part in range(1 + (kind == "sign")):
             gen = torch.Generator().manual_seed(10 * step + part)
             net(torch.randint(0, 13, (4, 12), generator=gen)[rows]).backward()
         opt.step()
@@ -86,4 +85,5 @@ def run_rank(rank: int, world: int, file: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[5]))
     resume(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

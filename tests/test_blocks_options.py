@@ -57,8 +57,10 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stream", [STREAM, None], ids=["streamed", "whole"])
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(
+    ("case", "stream"),
+    [*((c, STREAM) for c in CASES), ("sign", None), ("embedding always, head never", None)],
+)
 def test_steps_are_adamw_and_the_cheap_update(case: str, stream: Any) -> None:
     options = {"order": "ascending", "steps": 2, **CASES[case]}
     net, opt, state = make(stream=stream, **options)
@@ -118,9 +120,9 @@ def merged_gradients(
     return loss.item(), {n: p.grad for n, p in {**leaves, **parts}.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("stream", [STREAM, None], ids=["streamed", "whole"])
 @pytest.mark.parametrize(
-    ("reach", "head", "ratio"), [("all", True, 16.0), ("deeper", True, 1.0), ("deeper", False, 4.0)]
+    ("reach", "head", "ratio", "stream"),
+    [("all", True, 16.0, STREAM), ("all", True, 16.0, None), ("deeper", False, 4.0, STREAM)],
 )
 def test_low_rank_terms_follow_their_own_adam(
     reach: Any, head: bool, ratio: float, stream: Any
