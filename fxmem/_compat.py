@@ -27,13 +27,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "BackendCompilerFailed",
-    "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDynamoException",
-    "ambient_autocast", "call_impl", "compile_times", "dynamic_inputs", "fake_mode_of",
-    "fixed_sizes", "functional", "input_name", "is_checkpoint", "is_control_node", "make_fx",
-    "mark_axis_dynamic", "mark_dynamic", "origin", "restart_capture",
-    "set_compiled_call", "storage_key", "traced",
-    "tree_leaves", "unset_compiled_call", "wrapper_tensor",
+    "BackendCompilerFailed", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload",
+    "TorchDynamoException", "ambient_autocast", "backward_id", "call_impl", "compile_times",
+    "dynamic_inputs", "fake_mode_of", "fixed_sizes", "functional", "input_name", "inside_ddp",
+    "is_checkpoint", "is_control_node", "make_fx", "mark_axis_dynamic", "mark_dynamic", "origin",
+    "restart_capture", "set_compiled_call", "storage_key", "traced", "tree_leaves",
+    "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
 
 
@@ -224,3 +223,13 @@ def wrapper_tensor(
 ) -> Any:
     """An instance of a tensor subclass that has metadata and no storage."""
     return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+
+def backward_id() -> int:
+    """Number of the autograd pass that runs now, different for each ``backward()``; -1 outside."""
+    return torch._C._current_graph_task_id()
+
+
+def inside_ddp() -> bool:
+    """Whether a DistributedDataParallel module is running its forward."""
+    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None

@@ -116,6 +116,7 @@ def _plan_of(options: Any) -> Plan:
     return plan
 
 
+NO_DDP = "give the model itself, one process each, and Blocks(average=True)"
 RECAPTURES = 64
 """Captures per model (train and eval, with and without a mask, autocast states) before an error."""
 
@@ -136,13 +137,10 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
         plan = replace(plan, prune=None)
         if plan.stream is None and plan.blocks is None:
             return model
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise PlanError(
-            "the model is wrapped by DistributedDataParallel already",
-            advice="transform the model itself, then wrap it"
-            if plan.blocks is None
-            else "transform the model itself and give Blocks(average=True) instead of the wrapper, "
-            "which averages gradients after blocks have used them",
+            f"the model is wrapped by {type(model).__name__}, which averages gradients",
+            advice="transform the model itself, then wrap it" if plan.blocks is None else NO_DDP,
         )
     state = BlockState(model, plan.blocks) if plan.blocks is not None else None
     engine = Backend(plan)
@@ -160,6 +158,11 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
                 _compat.mark_dynamic(leaf)
         if engine.roles is not None:
             engine.roles.armed = model.training
+            if _compat.inside_ddp():
+                raise RoleError(
+                    "DistributedDataParallel averages gradients after blocks have used them",
+                    advice=NO_DDP,
+                )
         try:
             with _compat.capture_config(), streamable(model):
                 return compiled(*args, **kwargs)

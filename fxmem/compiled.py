@@ -101,6 +101,7 @@ class CompiledGraph:
     ) -> None:
         self.roles = roles
         self.selected: list[Selection] = []
+        self.table: RoleTable | None = None
         self._first_use: dict[str, int] | None = None
         self.capture, self.pre, self.calls, self.plan = capture, pre, calls, plan
         self.chunker, self.plain = chunker, plain
@@ -170,6 +171,7 @@ class CompiledGraph:
         """Select the variant of every region for this call."""
         assert self.roles is not None
         self._tell_order(table, env)
+        self.table = table
         codes = [(c.code, c.leaves, c.outputs) for c in self.calls]
         self.selected = select(codes, env, table, _adapted, armed=self.roles.armed)
         updates = any(s.updates for s in self.selected)

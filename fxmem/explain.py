@@ -11,6 +11,7 @@ from torch import nn
 
 from fxmem import _compat, api
 from fxmem.blocks.estimate import Estimate, estimate
+from fxmem.blocks.predict import predict_roles
 from fxmem.blocks.report import RegionStep, region_steps
 from fxmem.capture import canonical_shape
 from fxmem.compiled import COUNTER, CompiledGraph, Dropped, RegionCall
@@ -126,7 +127,9 @@ class Report:
         dropped: outputs that do not leave the graph, as shapes.
         steps: with roles, what each region of the latest call runs, saves and learns, in order.
         block_bytes: with blocks, bytes of training by formula, at the sizes of the latest call.
-        predicted_peak_bytes: of one step, above parameters; None before the first step.
+        predicted_peak_bytes: of forward and backward of one step, above parameters; None before the
+            first step.
+        programs: built in this process: forward, loss and backward, each variant once.
     """
 
     model: str
@@ -141,6 +144,7 @@ class Report:
     steps: list[RegionStep] = field(default_factory=list)
     block_bytes: Estimate | None = None
     traces: int = 0
+    programs: int = 0
     executed_bodies: int = 0
     whole_calls: int = 0
     seconds: Seconds = field(default_factory=Seconds)
@@ -201,7 +205,8 @@ def _steps(graph: CompiledGraph, names: dict[nn.Parameter, str]) -> list[RegionS
 
 def _report(name: str, graphs: Sequence[CompiledGraph]) -> Report:
     report = Report(
-        name, captures=len(graphs), traces=COUNTER.traces, executed_bodies=COUNTER.bodies,
+        name, captures=len(graphs), traces=COUNTER.traces, programs=COUNTER.programs,
+        executed_bodies=COUNTER.bodies,
         whole_calls=sum(g.whole_calls for g in graphs),
     )  # fmt: skip
     inside = COUNTER.capture_seconds
@@ -217,8 +222,9 @@ def _report(name: str, graphs: Sequence[CompiledGraph]) -> Report:
     if latest is not None:
         report.sizes = dict(latest.sizes)
         report.whole = latest.chunker.whole(latest.sizes) and not latest.selected
-    if latest is not None and not latest.selected:
-        report.predicted = predict(latest, latest.sizes)
+    if latest is not None:
+        how = predict_roles if latest.selected else predict
+        report.predicted = how(latest, latest.sizes)
         report.predicted_peak_bytes = report.predicted.peak_bytes
     calls: dict[int, list[tuple[CompiledGraph, RegionCall]]] = {}
     for graph in graphs:

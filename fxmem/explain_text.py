@@ -68,6 +68,7 @@ def _head(report: Report) -> str:
     rows.append(("captures", str(report.captures)))
     rows.append(("distinct programs", str(report.distinct_programs)))
     rows.append(("traces", f"{report.traces} in this process"))
+    rows.append(("programs built", f"{report.programs} in this process"))
     rows.append(("chunk bodies run", f"{report.executed_bodies} in this process"))
     s = report.seconds
     rows.append(

@@ -20,9 +20,10 @@ from fxmem.capture import canonical, value_of
 from fxmem.compiled import CompiledGraph, RegionCall
 from fxmem.preamble import Leaf
 from fxmem.profile import Output, Profile, body_bytes, inside_op, profile
+from fxmem.region_code import RegionCode
 from fxmem.sizes import evaluate
 
-__all__ = ["Prediction", "body_bytes", "predict"]
+__all__ = ["Prediction", "Saved", "Step", "Use", "body_bytes", "predict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,23 @@ class _Ledger:
         self.timeline.append((label, self.live + extra))
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a region runs: code, rows per chunk, names of programs, and whether a backward comes."""
+
+    code: RegionCode
+    chunk: int
+    forward: str
+    backward: str
+    learns: bool
+
+
 @dataclass(slots=True)
-class _Saved:
+class Saved:
     """What one region keeps for its backward."""
 
     call: RegionCall
-    chunk: int
+    use: Use
     leaves: list[Any]
     gradients: list[tuple[Any, Output] | None] | None
 
@@ -85,15 +97,7 @@ def predict(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
     """Memory of a step of ``graph`` at ``sizes``: symbol name -> int, such as ``{"T": 4096}``."""
     if graph.chunker.whole(sizes):
         return _predict_whole(graph, sizes)
-    step = _Step(graph, dict(sizes))
-    saved = step.forward()
-    between = step.ledger.live
-    step.backward(saved)
-    ledger = step.ledger
-    return Prediction(
-        max((b for _, b in ledger.timeline), default=0), step.gradient_bytes(), between,
-        ledger.transient, ledger.timeline,
-    )  # fmt: skip
+    return Step(graph, dict(sizes)).predict()
 
 
 def _predict_whole(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
@@ -132,7 +136,9 @@ def _fake(graph: CompiledGraph, value: Any, sizes: Mapping[str, int]) -> Any:
     )
 
 
-class _Step:
+class Step:
+    """Replays a step of a graph in a ledger of storages."""
+
     def __init__(self, graph: CompiledGraph, sizes: dict[str, int]) -> None:
         self.graph, self.sizes = graph, sizes
         self.ledger = _Ledger()
@@ -140,23 +146,37 @@ class _Step:
         self.gradients: dict[Leaf, Any] = {}
         self.masks: set[tuple[Any, ...]] = set()
 
-    def forward(self) -> list[_Saved]:
+    def predict(self) -> Prediction:
+        saved = self.forward()
+        between = self.ledger.live
+        self.backward(saved)
+        return Prediction(
+            max((b for _, b in self.ledger.timeline), default=0), self.gradient_bytes(), between,
+            self.ledger.transient, self.ledger.timeline,
+        )  # fmt: skip
+
+    def use(self, index: int) -> Use:
+        code = self.graph.calls[index].code
+        kind = "loss" if code.learns and code.is_loss else "forward"
+        return Use(code, self.graph.chunker(code, self.sizes), kind, "backward", code.learns)
+
+    def forward(self) -> list[tuple[int, Saved]]:
         self._preamble()
-        saved: list[_Saved] = []
+        saved: list[tuple[int, Saved]] = []
         for index, call in enumerate(self.graph.calls):
-            chunk = self.graph.chunker(call.code, self.sizes)
-            kind = "loss" if call.code.learns and call.code.is_loss else "forward"
-            run = profile(call.code, kind, self.sizes, chunk)
+            use = self.use(index)
+            run = profile(use.code, use.forward, self.sizes, use.chunk)
             self._masks(call, run)
             self.ledger.mark(f"forward {call.modules}", run.peak)
             values = self._results(("forward", index), run)
-            made = [v for v in values[: len(call.code.joint.outputs)] if v is not None]
+            count = len(use.code.joint.outputs)
+            made = [v for v in values[:count] if v is not None]
             for leaf, (storage, _) in zip(call.outputs, made, strict=True):
                 self.env[leaf] = storage
                 self.ledger.hold(storage)
-            if call.code.learns:
-                gradients = values[len(call.code.joint.outputs) :] if kind == "loss" else None
-                saved.append(self._save(call, chunk, gradients))
+            if use.learns:
+                gradients = values[count:] if use.forward.startswith("loss") else None
+                saved.append((index, self._save(call, use, gradients)))
             self._drop(values)
             for leaf in call.release:
                 if (gone := self.env.pop(leaf, None)) is not None:
@@ -166,11 +186,11 @@ class _Step:
         self.ledger.mark("after forward")
         return saved
 
-    def _save(self, call: RegionCall, chunk: int, gradients: list[Any] | None) -> _Saved:
-        kept = call.code.saved(gradients is not None)
+    def _save(self, call: RegionCall, use: Use, gradients: list[Any] | None) -> Saved:
+        kept = use.code.saved(gradients is not None, use.backward.removeprefix("backward"))
         leaves = [
             self.env[leaf]
-            for leaf, keep in zip(call.leaves, kept, strict=True)
+            for leaf, keep in zip(call.leaves, kept, strict=False)
             if keep and leaf in self.env
         ]
         for storage in leaves:
@@ -178,40 +198,47 @@ class _Step:
         for gradient in gradients or []:
             if gradient is not None:
                 self.ledger.hold(gradient[0])
-        return _Saved(call, chunk, leaves, gradients)
+        return Saved(call, use, leaves, gradients)
 
-    def backward(self, saved: list[_Saved]) -> None:
-        for index, entry in reversed(list(enumerate(saved))):
-            code = entry.call.code
+    def backward(self, saved: list[tuple[int, Saved]]) -> None:
+        for index, entry in reversed(saved):
+            code = entry.use.code
             tangents = [
                 self.gradients.pop(leaf, None)
                 for leaf, d in zip(entry.call.outputs, code.differentiable, strict=True)
                 if d
             ]
-            if entry.gradients is None:
-                over = self._overwritten(entry.call, tangents)
-                begin = [*self._started(entry.call), *over]
-                run = profile(code, "backward", self.sizes, entry.chunk, begin)
-                self._masks(entry.call, run)
-                self.ledger.mark(f"backward {entry.call.modules}", run.peak)
-                gradients = self._results(("backward", index), run, over)
-            else:
-                gradients = entry.gradients
-            for i, (leaf, gradient) in enumerate(zip(entry.call.leaves, gradients, strict=True)):
-                if gradient is not None:
-                    storage, output = gradient
-                    self._accumulate(leaf, storage, output, i in entry.call.shared)
+            gradients = entry.gradients or self.region(index, entry, tangents)
+            self.take(index, entry, gradients)
             self._drop(gradients)
             for storage in (*entry.leaves, *(t for t in tangents if t is not None)):
                 self.ledger.release(storage)
         self.ledger.mark("after backward")
 
-    def _started(self, call: RegionCall) -> list[str]:
+    def region(self, index: int, entry: Saved, tangents: list[Any]) -> list[Any]:
+        """Run one region's backward; its gradients, each held once."""
+        use = entry.use
+        over = self._overwritten(entry.call, tangents)
+        begin = [*self._started(index, entry), *over]
+        run = profile(use.code, use.backward, self.sizes, use.chunk, begin)
+        self._masks(entry.call, run)
+        self.ledger.mark(f"backward {entry.call.modules}", run.peak)
+        return self._results(("backward", index), run, over)
+
+    def take(self, index: int, entry: Saved, gradients: list[Any]) -> None:
+        """Give a region's gradients to whom they belong."""
+        for i, (leaf, gradient) in enumerate(zip(entry.call.leaves, gradients, strict=True)):
+            if gradient is not None:
+                storage, output = gradient
+                self._accumulate(leaf, storage, output, i in entry.call.shared)
+
+    def _started(self, index: int, entry: Saved) -> list[str]:
         """Accumulators that continue a gradient begun by a later region (tied weights)."""
-        program = call.code.program("backward")
+        call, use = entry.call, entry.use
+        program = use.code.program(use.backward)
         sums = {b.name: b.dtype for loop in program.loops for b in loop.allocate if b.zero}
         owned = [i for i, (leaf, last) in call.shared.items() if last and leaf in self.gradients]
-        names = [(program.outputs[i], call.code.values[i].dtype) for i in owned]
+        names = [(program.outputs[i], use.code.values[i].dtype) for i in owned]
         return [name for name, dtype in names if name is not None and sums.get(name) == dtype]
 
     def _overwritten(self, call: RegionCall, tangents: list[Any]) -> dict[str, Any]:

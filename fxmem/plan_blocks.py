@@ -95,8 +95,9 @@ class Blocks:
         partition: ``"layer"``, or blocks as tuples of names of parameters or modules.
         layers_per_block: successive layers in one block of ``"layer"``.
         outer: parameters outside the layers of ``"layer"`` (embedding, final norm, head):
-            ``"inactive"`` are never active but updated as inactive ones, ``"blocks"`` are blocks
-            ``embed`` and ``head``, ``"attach"`` belong to the first and last block, ``"frozen"``.
+            ``"inactive"`` are never active but updated as inactive ones (as both papers do: only
+            decoder layers are blocks), ``"blocks"`` are blocks ``embed`` and ``head``,
+            ``"attach"`` belong to the first and last block, ``"frozen"``.
         order: ``"random"`` (new permutation per block-epoch), ``"ascending"`` from the input,
             ``"descending"``, ``"fixed"`` on block ``start``.
         steps: optimizer steps per visit.
@@ -107,11 +108,16 @@ class Blocks:
         frozen: names of parameters or modules that never learn.
         always_active: names that AdamW trains in every visit.
         accumulation: of SGD and sign updates over several backwards per step: ``"micro"`` applies
-            each at once, ``"last"`` takes the last one times their number, ``"accumulate"`` keeps
-            sums (as many bytes as the weights). None refuses a second backward.
+            each at once (a sign by 1 / ``micro_batches``), ``"last"`` takes the last one times
+            their number, ``"accumulate"`` keeps sums, in float32 at least. None refuses a second
+            backward. Accelerate and the Trainer say which backward is the last one; in a loop of
+            your own set ``is_last_micro_batch``.
+        micro_batches: backwards per optimizer step, which `SignSGD` with ``"micro"`` must know.
         clip: of SGD and sign updates: ``"value"`` per entry, ``"per_tensor"`` by the norm
             ``clip_norm / sqrt(tensors)``, ``"delayed"`` by the global norm of the step before.
-        guard: no update from a gradient that is not finite, nor after one in the same step.
+        guard: no update from a gradient that is not finite, nor after one in the same step; the
+            active block then stays as well. Updates made before it in that backward remain. Where
+            products go straight into a weight, factors are checked instead of their product.
         warmup_after_switch: steps of linear warmup of the active block in each visit.
         average: average gradients over the processes of the default group before every update.
         compat: ``"blockoptimizers"`` follows microsoft/BlockOptimizers: the first visit is a step
@@ -134,6 +140,7 @@ class Blocks:
     frozen: tuple[str, ...] = ()
     always_active: tuple[str, ...] = ()
     accumulation: Literal["last", "micro", "accumulate"] | None = None
+    micro_batches: int | None = None
     clip: Literal["none", "value", "per_tensor", "delayed"] = "none"
     clip_norm: float = 1.0
     guard: bool = True
@@ -162,6 +169,13 @@ class Blocks:
         _number("Blocks.layers_per_block", self.layers_per_block, 1, whole=True)
         for name in ("seed", "start", "warmup_after_switch"):
             _number(f"Blocks.{name}", getattr(self, name), 0, whole=True)
+        if self.micro_batches is not None:
+            _number("Blocks.micro_batches", self.micro_batches, 1, whole=True)
+        elif self.accumulation == "micro" and isinstance(self.inactive, SignSGD):
+            raise PlanError(
+                'SignSGD with accumulation="micro" moves weights once per backward',
+                advice="give Blocks(micro_batches=n), the number of backwards per optimizer step",
+            )
         _number("Blocks.clip_norm", self.clip_norm, 0)
         for name in ("frozen", "always_active"):
             object.__setattr__(self, name, _names(f"Blocks.{name}", getattr(self, name)))

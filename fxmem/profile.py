@@ -9,7 +9,7 @@ milliseconds at any length.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,14 +104,15 @@ def profile(
     key = (id(program), *sorted(sizes.items()), chunk, *begin, torch.get_num_threads())
     if key not in _PROFILES:
         devices = [v.device for v in code.values]
-        _PROFILES[key] = _run(program, sizes, chunk, devices, begin)
+        _PROFILES[key] = run_fake(program, sizes, chunk, devices, begin)
     return _PROFILES[key]
 
 
-def _run(
+def run_fake(
     program: Program, sizes: Mapping[str, int], chunk: int, devices: Sequence[torch.device],
-    begin: Sequence[str],
+    begin: Sequence[str], fill: Callable[[dict[str, Any]], None] | None = None,
 ) -> Profile:  # fmt: skip
+    """Memory of a program; ``fill`` may put other things than tensors in place of its inputs."""
     watch = StorageWatch(inside_op)
     home = devices[0] if devices else torch.device("cpu")
     nodes: list[tuple[int, ...]] = []
@@ -124,6 +125,8 @@ def _run(
         for b in (b for step in program.loops for b in step.allocate if b.name in begin):
             env[b.name] = torch.empty(evaluate_shape(b.shape, sizes), dtype=b.dtype, device=home)
         watch.ignore(list(env.values()))
+        if fill is not None:
+            fill(env)
         masks = tuple(_mask(m, program, env, sizes, chunk) for m in program.masks)
         with watch:
             for step in program.steps:

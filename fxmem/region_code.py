@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from fxmem.labels import Barrier
 from fxmem.loop_body import Handler
 from fxmem.overwrite import overwrites
 from fxmem.packing import Packing, pack, packing, unpack
-from fxmem.program import Loop, Program, Straight
+from fxmem.program import Loop, Program, Straight, keep_sum
 from fxmem.regions import Region
 from fxmem.schedule import schedule
 
@@ -101,8 +101,9 @@ class RegionCode:
     def program(self, kind: str, causal: bool = True) -> Program:
         """The program of ``kind``: ``forward``, ``loss`` (with gradients) or ``backward``.
 
-        ``backward:0110`` (as for ``loss``) is the variant that makes the gradients of the inputs
-        marked 1 alone, scheduled from the same trace.
+        ``backward:01w0`` (as for ``loss``) is the variant that makes the gradients of the inputs
+        marked 1 or w alone, scheduled from the same trace; those marked w keep the precision of
+        their sums.
         """
         key = (kind, causal)
         if key not in self.programs:
@@ -111,7 +112,7 @@ class RegionCode:
             joint = self.loss_joint if base == "loss" else self.joint
             outputs, grads = joint.outputs, joint.grads
             if mask:
-                grads = [g if m == "1" else None for g, m in zip(grads, mask, strict=True)]
+                grads = [None if m == "0" else g for g, m in zip(grads, mask, strict=True)]
             wanted = {"forward": outputs, "backward": grads, "loss": [*outputs, *grads]}[base]
             roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
             plan = schedule(joint, roots, causal=causal)
@@ -123,6 +124,9 @@ class RegionCode:
             program.outputs = [names[n] if isinstance(n, torch.fx.Node) else None for n in wanted]
             if base == "backward":
                 program.overwrites = overwrites(program, self.tangents(program))
+            for m, name in zip(reversed(mask), reversed(program.outputs), strict=False):
+                if m == "w" and name is not None:
+                    keep_sum(program, name)
             self.programs[key] = program
             self._warn(program)
             self.counter.programs += 1
@@ -133,11 +137,18 @@ class RegionCode:
         """Names of the program's inputs that are gradients of the region's outputs."""
         return program.inputs[len(self.values) + 1 :]
 
-    def variant(self, wanted: Sequence[bool]) -> str:
-        """Suffix of the programs that make these gradients alone; empty where that is all."""
+    def variant(self, wanted: Sequence[bool], sums: Collection[int] = ()) -> str:
+        """Suffix of the programs that make these gradients alone; empty where that is all.
+
+        ``sums``: input positions whose gradient keeps the precision of its sum, where that is
+        another one.
+        """
         every = [g is not None for g in self.joint.grads]
-        mask = [w and e for w, e in zip(wanted, every, strict=True)]
-        return "" if mask == every else ":" + "".join("01"[m] for m in mask)
+        mask = ["01"[w and e] for w, e in zip(wanted, every, strict=True)]
+        for i in sums:
+            if mask[i] == "1" and self.values[i].dtype.itemsize < 4:
+                mask[i] = "w"
+        return "" if mask == ["01"[e] for e in every] else ":" + "".join(mask)
 
     def _warn(self, program: Program) -> None:
         """Say once per program what did not stream; ``explain`` has it in full."""

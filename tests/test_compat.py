@@ -300,3 +300,20 @@ def test_mark_axis_dynamic_makes_one_axis_symbolic() -> None:
     _compat.mark_axis_dynamic(tensor, 1)
     torch.compile(lambda t: t * 2, backend=record)(tensor)
     assert [isinstance(n, torch.SymInt) for n in seen[0]] == [False, True]
+
+
+def test_backward_passes_have_numbers() -> None:
+    seen = []
+    for _ in range(2):
+        x = torch.ones(2, requires_grad=True)
+        y = x * 2
+        for value in (x, y):
+            value.register_hook(lambda grad: seen.append(_compat.backward_id()))
+        y.sum().backward()
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert _compat.backward_id() == -1
+
+
+def test_no_ddp_module_runs() -> None:
+    # one that runs is in test_blocks_processes
+    assert not _compat.inside_ddp()

@@ -65,23 +65,6 @@ def test_regions_below_the_active_block_run_without_autograd(plan: Plan) -> None
             if leaf[0] == "main"] == [False]  # fmt: skip
 
 
-def test_a_switch_compiles_nothing_once_the_variants_were_seen() -> None:
-    net = tiny.model("llama", num_hidden_layers=6)
-    made = case(net, deeper(net, 0), STREAMED)
-
-    def visit(active: int) -> None:
-        made.switch(deeper(net, active))
-        net.zero_grad()
-        net(**tiny.batch()).loss.backward()
-
-    for active in (2, 5):
-        visit(active)
-    before = (COUNTER.captures, COUNTER.traces, COUNTER.programs)
-    for active in [*range(6), 4, 1, 5, 0]:
-        visit(active)
-    assert (COUNTER.captures, COUNTER.traces, COUNTER.programs) == before
-
-
 @PLANS
 def test_two_forwards_before_one_backward(plan: Plan) -> None:
     with everything_in_double():
@@ -181,26 +164,6 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
     assert _unchanged(made, before) and not made.updated
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_weights_that_changed_since_the_forward_are_refused(name: str) -> None:
-    made, loss = _ready()
-    with torch.no_grad():
-        dict(made.net.named_parameters())[name].mul_(1.0)
-    with pytest.raises(err.ModifiedParameterError):
-        loss.backward()
-
-
-def test_evaluation_mode_updates_nothing() -> None:
-    made, _ = _ready()
-    made.table.flush()
-    made.net.eval()
-    before = _snapshot(made)
-    made.net(**tiny.batch()).loss.backward()
-    assert _unchanged(made, before) and not made.updated
-    active = [n for n, r in made.roles.items() if r is Role.ACTIVE]
-    assert all(dict(made.net.named_parameters())[n].grad is not None for n in active)
-
-
 def test_a_role_that_needs_a_gradient_of_a_frozen_parameter_is_refused() -> None:
     net = tiny.model("llama")
     net.lm_head.weight.requires_grad_(False)  # type: ignore[union-attr]
@@ -233,17 +196,24 @@ def test_the_sum_of_all_gradients_is_applied_once() -> None:
     assert torch.equal(torch.stack(seen), torch.full((1, 3), 3.0))
 
 
-def test_one_gradient_is_alive_at_a_time_in_one_chunk() -> None:
-    """Every matrix of an updated layer is consumed inside the program, after its last reader."""
-    with everything_in_double():
-        net = double("llama", 2)
-        made = case(net, deeper(net, 0), WHOLE)
-        assert step(made, tiny.batch(2, 23)) < EXACT
-    tail = next(s for s in made.graph.selected if s.name == "tail" and not s.code.is_loss)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_one_gradient_is_alive_at_a_time_in_one_chunk(name: str, dtype: torch.dtype) -> None:
+    """Every matrix of an updated layer is consumed inside the program, after its last reader, and
+    none is rounded to the precision of its weight before.
+    """
+    net = tiny.model(name).to(dtype)
+    made = case(net, deeper(net, 0), WHOLE)
+    table, seen = made.table, []
+    table._update = lambda p, grad: seen.append(grad.dtype)
+    net(**tiny.batch(2, 23)).loss.backward()
+    assert set(seen) == {torch.float32}
+    tail = next(s for s in made.graph.selected if s.updates and not s.code.is_loss)
     programs = [p for (kind, _), p in tail.code.programs.items() if " update " in kind]
     assert programs
     for program in programs:
-        assert all(program.outputs[i] is None for i in tail.updates)
+        left = {i for i in tail.updates if program.outputs[i] is not None}
+        assert not {i for i in left if tail.updates[i].dim() > 1}
         assert not any(b.zero and b.name in program.inputs
                        for loop in program.loops for b in loop.allocate)  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ def create(model: nn.Module, plan: LowRank, names: set[str], seed: int) -> dict[
             nn.Parameter(up.to(p.device)), nn.Parameter(down.to(p.device)), plan.alpha / plan.rank
         )
     return made
+
+
+def follow(adapters: Mapping[nn.Parameter, Adapter]) -> None:
+    """Move terms to the devices of their weights, as ``model.to`` does not know them."""
+    for p, adapter in adapters.items():
+        for term in (adapter.up, adapter.down):
+            if term.device != p.device:
+                term.data = term.data.to(p.device)
 
 
 @torch.no_grad()
@@ -93,4 +102,4 @@ def load(adapters: dict[str, Adapter], saved: dict[str, Any]) -> None:
         adapter.down.copy_(saved[name]["down"])
 
 
-__all__ = ["check", "create", "load", "merge", "values"]
+__all__ = ["check", "create", "follow", "load", "merge", "values"]

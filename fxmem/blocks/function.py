@@ -9,12 +9,13 @@ needs its weights until its last chunk, so their sums are handed over after it, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxmem import _compat
 from fxmem.blocks.roles import Role, RoleTable
 from fxmem.blocks.updates import backward as updates_in
 from fxmem.blocks.variants import Selection
@@ -24,11 +25,22 @@ from fxmem.executor import CallState, Shared, _hand_on, _saved
 
 @dataclass(slots=True)
 class Step:
-    """What the regions of one call share: the table at its forward, and whether it updates."""
+    """What the regions of one call share.
+
+    Attributes:
+        table: at its forward; ``generation`` is the table's of that time.
+        updates: some region of the call updates weights in its backward.
+        read: weights that backwards will read, with their versions at the forward.
+        expected: parameters whose gradients the table expects of the call.
+        entered: number of the latest backward pass that has entered a region of the call.
+    """
 
     table: RoleTable
     updates: bool
     generation: int
+    read: list[tuple[nn.Parameter, int]] = field(default_factory=list)
+    expected: list[nn.Parameter] = field(default_factory=list)
+    entered: int = -1
 
 
 @dataclass(slots=True)
@@ -49,16 +61,19 @@ class RoleFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Run, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         chosen = run.selection
-        code, variant = chosen.code, chosen.code.variant(chosen.wanted)
+        code, variant = chosen.code, chosen.variant
         outputs, grads = code.forward(
             run.state, run.chunk, tensors, run.seed, learn=True, variant=variant
         )
         kept = code.saved(grads is not None, variant)
         ctx.save_for_backward(*(t if k else None for t, k in zip(tensors, kept, strict=True)))
         ctx.run, ctx.grads, ctx.variant, ctx.done = run, grads, variant, False
-        ctx.versions = {i: p._version for i, p in chosen.updates.items()}
+        run.step.read += [
+            (p, p._version) for i, p in chosen.parameters.items() if kept[i] or i in chosen.updates
+        ]
         for parameter in chosen.updates.values():
             run.step.table.expect(parameter)
+        run.step.expected += chosen.updates.values()
         ctx.shapes = [
             (o.shape, o.dtype, o.device)
             for o, d in zip(outputs, code.differentiable, strict=True) if d
@@ -73,7 +88,7 @@ class RoleFunction(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise DoubleBackwardError("backward with create_graph=True through a streamed region")
-        _once(ctx)
+        _enter(ctx)
         saved = _saved(ctx)
         run: Run = ctx.run
         grads, ctx.grads = ctx.grads, None
@@ -126,21 +141,28 @@ def _separate(grads: list[Tensor | None], updates: Mapping[int, nn.Parameter]) -
             seen.add(grad.untyped_storage().data_ptr())
 
 
-def _once(ctx: Any) -> None:
-    """Raise where an update has made, or would make, the saved weights stale."""
-    run: Run = ctx.run
-    if ctx.done and run.step.updates:
+def _enter(ctx: Any) -> None:
+    """Raise, before anything has changed, where weights are not those of the forward any more."""
+    step: Step = ctx.run.step
+    if ctx.done and step.updates:
         raise BackwardTwiceError(
             "a second backward through a forward whose gradients updated weights",
             advice="run the forward again",
         )
-    if not run.selection.updates:
-        return
-    moved = [p for i, p in run.selection.updates.items() if p._version != ctx.versions[i]]
-    if moved or run.step.table.generation != run.step.generation:
+    number = _compat.backward_id()
+    if step.entered == number:
+        return  # from here on this backward's own updates change weights
+    moved = any(p._version != version for p, version in step.read)
+    stepped = step.updates and step.table.generation != step.generation
+    if moved or stepped:
+        if not stepped:  # this forward has no backward any more; others need not wait for it
+            step.table.forget(step.expected)
+            step.expected = []
         raise ModifiedParameterError(
             "weights changed, or the optimizer stepped, between a forward and its backward"
         )
+    step.entered = number
+    step.table.begin_backward(number)
 
 
 def _returned(run: Run) -> Shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from copy import deepcopy
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.blocks.attach import state_of
-from fxmem.blocks.policies import mean_over_processes
+from fxmem.blocks.policies import average_gradients
 from fxmem.blocks.state import BlockState
 from fxmem.errors import BlockStateError
-from fxmem.plan_blocks import LowRank
+from fxmem.plan_blocks import SGD, LowRank, SignSGD
 
 GROUPS = ("decay", "no_decay", "up", "down")
 
@@ -30,6 +31,11 @@ class BlockAdamW(torch.optim.Optimizer):
         model: a model from ``fxmem.transform`` with ``Plan(blocks=...)``.
         lr: learning rate of the active block.
         betas, eps, weight_decay: as in torch.optim.AdamW; low-rank terms do not decay.
+        max_grad_norm: largest global norm of the gradients that AdamW takes, low-rank terms and
+            the average over processes included; `grad_norm` has that of the latest step. Clipping
+            ``model.parameters()`` before the step misses both.
+
+    A model has one optimizer; a newer one takes the place of an older one.
 
     Raises:
         NotTransformedError: the model has no block state.
@@ -42,6 +48,7 @@ class BlockAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        max_grad_norm: float | None = None,
     ) -> None:
         self.blocks: BlockState = state_of(model)
         named = [(n, p) for p, n in self.blocks.names.items() if p.requires_grad]
@@ -61,8 +68,11 @@ class BlockAdamW(torch.optim.Optimizer):
             for kind in GROUPS if members[kind]
         ]  # fmt: skip
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
-        self._base_lr = lr
+        self._base_lr, self._max_grad_norm = lr, max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self._model = weakref.ref(model)
         self.blocks.lr_scale = self._lr_scale
+        self.blocks.optimizer = weakref.ref(self)
 
     def _rates(self, lr: float) -> dict[str, float]:
         rates = {"decay": lr, "no_decay": lr}
@@ -77,6 +87,41 @@ class BlockAdamW(torch.optim.Optimizer):
         now = float(self.param_groups[0]["lr"])
         return now / self._base_lr if self._base_lr else 0.0
 
+    def check_parameters(self) -> None:
+        """Refuse to train parameters that are not those of the model any more.
+
+        Raises:
+            BlockStateError: the groups hold others (sharded or flattened ones, say).
+        """
+        if any(p not in self._names for group in self.param_groups for p in group["params"]):
+            raise BlockStateError(
+                "the optimizer's parameters were replaced, as DeepSpeed's ZeRO and FSDP do",
+                advice="train on one process, or on several with Blocks(average=True)",
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by torch.amp.GradScaler before a step with a scaled loss."""
+        if isinstance(self.blocks.plan.inactive, (SGD, SignSGD)):
+            raise BlockStateError(
+                "a GradScaler scales the loss, and with it the updates inside the backward",
+                advice="use bfloat16, or Blocks(inactive=None) or LowRank",
+            )
+        return False
+
+    def _check(self, closure: Any) -> None:
+        if closure is not None:
+            raise BlockStateError("a closure would repeat updates made inside the backward")
+        model = self._model()
+        if self.blocks.optimizer() is not self or (
+            model is not None and state_of(model) is not self.blocks
+        ):
+            raise BlockStateError(
+                "the model has another optimizer or was transformed anew since this one was made",
+                advice="make one BlockAdamW, after fxmem.transform",
+            )
+        self.check_parameters()
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step on the active block; at the end of a visit its state and gradients go.
@@ -85,10 +130,10 @@ class BlockAdamW(torch.optim.Optimizer):
         which still counts as a step of the schedule.
 
         Raises:
-            BlockStateError: a closure was given.
+            BlockStateError: a closure was given, the model has another optimizer by now, or its
+                parameters were replaced.
         """
-        if closure is not None:
-            raise BlockStateError("a closure would repeat updates made inside the backward")
+        self._check(closure)
         blocks = self.blocks
         blocks.finish_backwards()
         active = blocks.active
@@ -96,14 +141,20 @@ class BlockAdamW(torch.optim.Optimizer):
             (p, group)
             for group in self.param_groups
             for p in group["params"]
-            if p.grad is not None and (group["name"] in ("up", "down") or self._names[p] in active)
+            if group["name"] in ("up", "down") or self._names[p] in active
         ]
-        for p, _ in pairs:
-            assert p.grad is not None
-            if blocks.plan.average:
-                mean_over_processes(p.grad)
-            if blocks.plan.guard:
-                blocks.guard.check(p.grad)
+        if blocks.plan.average:
+            average_gradients([p for p, _ in pairs])
+        pairs = [(p, group) for p, group in pairs if p.grad is not None]
+        grads = [p.grad for p, _ in pairs if p.grad is not None]
+        if blocks.plan.guard:
+            for grad in grads:
+                blocks.guard.check(grad)
+        if self._max_grad_norm is not None:
+            self.grad_norm = torch.nn.utils.get_total_norm(grads)
+            torch.nn.utils.clip_grads_with_norm_(
+                [p for p, _ in pairs], self._max_grad_norm, self.grad_norm
+            )
         if not (blocks.plan.guard and blocks.guard.raised()):
             for p, group in pairs:
                 self._adamw(p, group, self._warmup(group))

@@ -103,7 +103,7 @@ def _step(
     out = RegionStep(modules, chosen.name, 0, chosen.hands_on)
     if not chosen.learns:
         return out
-    variant = code.variant(chosen.wanted)
+    variant = chosen.variant
     kept = code.saved(code.is_loss, variant)
     for value, leaf, keep in zip(code.values, leaves, kept, strict=False):
         if keep and leaf[0] == "main":

@@ -9,7 +9,7 @@ or neither; the compiler reads it at every forward and selects variants of its p
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +100,8 @@ class RoleTable:
         """Before the roles of a forward are read: where its graph first reads each parameter."""
 
     def update(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        """Change ``parameter`` in place; ``grad`` is its complete gradient of this backward and
-        must not be written to.
+        """Change ``parameter`` in place; ``grad`` is its complete gradient of this backward, in
+        float32 at least where the programs sum in it, and is the callee's to overwrite.
 
         Raises:
             RoleError: the table was built without an update.
@@ -116,9 +116,27 @@ class RoleTable:
         """
         return None
 
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What to use as ``a`` and ``b`` where the compiler adds ``a @ b`` at :meth:`sgd_rate`;
+        None where it must form the gradient after all.
+        """
+        return a, b
+
+    def rehearse(self, parameter: nn.Parameter, weight: Tensor, grad: Tensor) -> bool:
+        """On fake tensors: allocate what :meth:`update` does; True if the gradient stays."""
+        return False
+
+    def begin_backward(self, number: int) -> None:
+        """A backward pass enters the first region of a forward; ``number`` tells passes apart."""
+
     def expect(self, parameter: nn.Parameter) -> None:
         """A forward has read ``parameter`` and its backward will complete a gradient."""
         self._expected[parameter] = self._expected.get(parameter, 0) + 1
+
+    def forget(self, parameters: Sequence[nn.Parameter]) -> None:
+        """One gradient less is expected of each; sums that waited for them wait for the flush."""
+        for p in parameters:
+            self._expected[p] = max(0, self._expected.get(p, 0) - 1)
 
     def started(self, parameter: nn.Parameter) -> Tensor | None:
         """The sum so far, handed over to whoever completes the next gradient with it included."""

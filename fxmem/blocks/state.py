@@ -11,11 +11,19 @@ from torch import Tensor, nn
 
 from fxmem.blocks import adapters as low_rank
 from fxmem.blocks.kernel_update import Rule
+from fxmem.blocks.move import move
 from fxmem.blocks.order import Schedule
 from fxmem.blocks.partition import build, fingerprint
-from fxmem.blocks.policies import Clip, Guard, check_world, mean_over_processes
+from fxmem.blocks.policies import (
+    Clip,
+    Guard,
+    check_precision,
+    check_world,
+    is_last_micro_batch,
+    mean_over_processes,
+)
 from fxmem.blocks.roles import Adapter, Role, RoleTable
-from fxmem.blocks.rounding import key, stochastic_round
+from fxmem.blocks.rounding import key
 from fxmem.errors import BlockStateError, PlanError
 from fxmem.plan_blocks import SGD, Blocks, LowRank, SignSGD
 
@@ -31,7 +39,9 @@ class BlockState(RoleTable):
         step: optimizer steps so far.
         lr_scale: the optimizer's learning rate over its first one, read at every update.
         is_last_micro_batch: for ``accumulation="last"``, read at every forward: whether the
-            backward of this forward is the last before the optimizer step.
+            backward of this forward is the last before the optimizer step; at first what
+            accelerate says.
+        optimizer: the one optimizer of this state, once there is one.
 
     Raises:
         PlanError: an option that cannot work with this model.
@@ -49,7 +59,8 @@ class BlockState(RoleTable):
         )
         self.step = 0
         self.lr_scale: Callable[[], float] = lambda: 1.0
-        self.is_last_micro_batch: Callable[[], bool] = lambda: True
+        self.is_last_micro_batch: Callable[[], bool] = is_last_micro_batch
+        self.optimizer: Callable[[], Any] = lambda: None
         self.names = {p: n for n, p in model.named_parameters()}
         self.shapes = {n: tuple(p.shape) for p, n in self.names.items()}
         self.guard, self.clip = Guard(), Clip(plan.clip, plan.clip_norm)
@@ -57,7 +68,7 @@ class BlockState(RoleTable):
         self._order = {p: i for i, p in enumerate(self.names)}
         self._moved: dict[str, int] = {}
         self._kept: dict[nn.Parameter, Tensor] = {}
-        self._forwards = 0
+        self._backwards, self._backward, self._held = 0, -1, False
         self._cache: dict[nn.Parameter, Role] = {}
         self.adapters: dict[str, Adapter] = {}
         if isinstance(plan.inactive, LowRank):
@@ -79,18 +90,36 @@ class BlockState(RoleTable):
         if model is None or not model.training:
             return self
         check_world(self.plan.average)
+        if isinstance(self.plan.inactive, (SGD, SignSGD)):
+            check_precision(self.names)
+        if (optimizer := self.optimizer()) is not None:
+            optimizer.check_parameters()
         if self._moved and self.plan.accumulation in (None, "last"):
             raise BlockStateError(
                 "a second forward before the optimizer step, but inactive weights have moved",
                 advice='name Blocks(accumulation="micro", "last" or "accumulate"); for "last" set '
                 "is_last_micro_batch; run forwards that do not train under no_grad",
             )
-        self._forwards += 1
+        low_rank.follow(self._adapters)
         self._cache.clear()
         return self
 
+    def begin_backward(self, number: int) -> None:
+        """Count the backward passes of this optimizer step."""
+        self._backwards += number != self._backward
+        self._backward = number
+
     def tell_order(self, first_use: Mapping[nn.Parameter, int]) -> None:
-        """First use of each parameter in the captured graph."""
+        """First use of each parameter in the captured graph.
+
+        Raises:
+            BlockStateError: the graph has parameters that the model did not have.
+        """
+        if not first_use.keys() <= self.names.keys():
+            raise BlockStateError(
+                "parameters were replaced after fxmem.transform (sharding does that)",
+                advice="transform the model as it trains; sharded parameters are not supported",
+            )
         if first_use != self._order:
             self._order = dict(first_use)
             self._cache.clear()
@@ -136,22 +165,27 @@ class BlockState(RoleTable):
             elif isinstance(self.plan.inactive, LowRank):
                 roles[p] = Role.LOW_RANK
             elif self.plan.accumulation == "last" and not self.is_last_micro_batch():
-                roles[p] = Role.FROZEN
+                roles[p], self._held = Role.FROZEN, True
             else:
                 roles[p] = Role.UPDATE
         return roles
 
     def sgd_rate(self, parameter: nn.Parameter) -> float | None:
         plan, kind = self.plan, self.plan.inactive
-        plain = not (plan.guard or plan.average) and plan.clip == "none"
-        if not isinstance(kind, SGD) or not plain or plan.accumulation == "accumulate":
+        if not isinstance(kind, SGD) or plan.average or plan.clip != "none":
+            return None
+        if plan.accumulation == "accumulate":
             return None
         if parameter.dtype not in (torch.float32, torch.float64):
             return None
-        return kind.lr * self.lr_scale() * self._micro_batches()
+        return kind.lr * self.lr_scale() * self._scale()
 
-    def _micro_batches(self) -> int:
-        return self._forwards if self.plan.accumulation == "last" else 1
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.guard.factors(a, b) if self.plan.guard else (a, b)
+
+    def _scale(self) -> float:
+        """Of a gradient: under ``"last"`` it stands for all backwards of this step so far."""
+        return float(max(1, self._backwards)) if self.plan.accumulation == "last" else 1.0
 
     def complete(self, parameter: nn.Parameter, grad: Tensor | None) -> None:
         if grad is None:  # the compiler has moved it at `sgd_rate`
@@ -172,36 +206,56 @@ class BlockState(RoleTable):
             if parameter in self._kept:
                 self._kept[parameter] += grad
             else:
-                self._kept[parameter] = grad.clone()
+                self._kept[parameter] = grad
             return
         if name in self._moved and self.plan.accumulation != "micro":
             raise BlockStateError(f"{name!r} got a second gradient before the optimizer step")
-        self._apply_update(parameter, grad * self._micro_batches())
+        self._apply_update(parameter, grad, self._scale())
 
     @torch.no_grad()
-    def _apply_update(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        kind, name = self.plan.inactive, self.names[parameter]
-        assert isinstance(kind, (SGD, SignSGD))
-        if self.plan.average:
-            grad = mean_over_processes(grad.clone())
-        if self.plan.guard:
-            self.guard.check(grad)
-        move = self.clip(grad, sum(r is Role.UPDATE for r in self._cache.values()))
-        if isinstance(kind, SignSGD):
-            move = move.sign()
+    def _apply_update(self, parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> None:
+        plan, name = self.plan, self.names[parameter]
+        assert isinstance(plan.inactive, (SGD, SignSGD))
         micro = self._moved.get(name, 0)
         self._moved[name] = micro + 1
-        lr = kind.lr * self.lr_scale()
-        if parameter.dtype == torch.bfloat16:
-            bits = key(self.plan.seed, name, self.step, micro)
-            moved = stochastic_round(parameter.float() - lr * move.float(), bits)
-        else:
-            moved = parameter - lr * move
-        parameter.copy_(self.guard.select(moved, parameter) if self.plan.guard else moved)
+        if plan.average:
+            grad = mean_over_processes(grad)
+        if plan.guard:
+            self.guard.check(grad)
+            grad = self.guard.select_(grad)
+        factor = self.clip.factor(grad, scale, sum(r is Role.UPDATE for r in self._cache.values()))
+        if plan.guard and self.guard.blocks(grad.device):
+            return
+        sign, rate = isinstance(plan.inactive, SignSGD), plan.inactive.lr * self.lr_scale()
+        if sign and plan.accumulation == "micro":
+            rate /= plan.micro_batches or 1
+        move(
+            parameter, grad, rate, scale * factor, sign=sign,
+            limit=plan.clip_norm if plan.clip == "value" else None,
+            bits=key(plan.seed, name, self.step, micro),
+        )  # fmt: skip
+
+    def rehearse(self, parameter: nn.Parameter, weight: Tensor, grad: Tensor) -> bool:
+        if self.plan.accumulation == "accumulate":
+            return True
+        clip = self.plan.clip
+        scale = grad.new_ones(()) if clip == "per_tensor" else 1.0
+        limit = self.plan.clip_norm if clip == "value" else None
+        move(weight, grad, 1.0, scale, sign=isinstance(self.plan.inactive, SignSGD), limit=limit)
+        return False
 
     def finish_backwards(self) -> None:
-        """Apply what waits for a backward that never ran, and sums over micro-batches."""
+        """Apply what waits for a backward that never ran, and sums over micro-batches.
+
+        Raises:
+            BlockStateError: under ``"last"``, no forward of this step was the last one.
+        """
         self.flush()
+        if self._held and not self._moved:
+            raise BlockStateError(
+                'accumulation="last", but no forward of this step was said to be the last one',
+                advice="set is_last_micro_batch of the model's block state",
+            )
         for parameter in list(self._kept):
             self._apply_update(parameter, self._kept.pop(parameter))
 
@@ -213,7 +267,7 @@ class BlockState(RoleTable):
         self.guard.clear()
         self._moved.clear()
         self._cache.clear()
-        self._forwards = 0
+        self._backwards, self._backward, self._held = 0, -1, False
         return self.schedule.visit(self.step)[0] != before
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxmem import runtime
 from fxmem.blocks import kernel_update
 from fxmem.blocks.roles import RoleTable
 from fxmem.executor import CallState
@@ -35,23 +36,40 @@ class TableSink:
             return
         rate = table.sgd_rate(p) if table.last(p) else None
         if rate is not None and a.dtype == b.dtype == p.dtype and p.dim() == 2:
-            p.addmm_(a, b, alpha=-rate)
-            table.complete(p, None)
+            factors = table.factors(a, b)
+            if factors is not None:
+                p.addmm_(*factors, alpha=-rate)
+                table.complete(p, None)
+                return
+        self.form(a, b)
+
+    def form(self, a: Tensor, b: Tensor) -> None:
+        """The gradient ``a @ b``, in float32 at least."""
+        p = self.parameter
+        if a.dtype == b.dtype == _wide(p):
+            grad = torch.mm(a, b)
         else:
-            table.complete(p, torch.mm(a, b).to(p.dtype).reshape(p.shape))
+            grad = torch.zeros(a.shape[0], b.shape[1], dtype=_wide(p), device=p.device)
+            runtime.add_mm(grad, a, b)
+        self.table.complete(p, grad.reshape(p.shape))
 
     def value(self, grad: Tensor) -> None:
-        # a value that waits must not be another gradient as well
-        own = grad if self.table.last(self.parameter) else grad.clone()
+        # it may be another value of the program as well
+        own = grad.to(_wide(self.parameter), copy=True)
         own = own.t() if self.flipped else own.reshape(self.parameter.shape)
-        self.table.complete(self.parameter, own.to(self.parameter.dtype))
+        self.table.complete(self.parameter, own)
 
     def total(self, add: Callable[..., None], *args: Any) -> None:
-        acc = self.table.started(self.parameter)
+        p = self.parameter
+        acc = self.table.started(p)
         if acc is None:
-            acc = torch.zeros_like(self.parameter, memory_format=torch.contiguous_format)
+            acc = torch.zeros(p.shape, dtype=_wide(p), device=p.device)
         add(acc.t() if self.flipped else acc, *args)
-        self.table.complete(self.parameter, acc)
+        self.table.complete(p, acc)
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 def backward(
@@ -63,7 +81,7 @@ def backward(
     """
     kind = "backward" + variant
     causal = code.choose(kind, state, chunk, given).causal
-    updating = _updating(code, kind, causal, tuple(sorted(updates)))
+    updating = updating_of(code, kind, causal, tuple(sorted(updates)))
     sinks: list[Any] = [
         TableSink(updates[i], table, f, code.lowering.uses)
         for i, f in zip(updating.positions, updating.flipped, strict=True)
@@ -74,7 +92,8 @@ def backward(
 _UPDATING: dict[tuple[int, str, bool, tuple[int, ...]], Updating] = {}
 
 
-def _updating(code: RegionCode, kind: str, causal: bool, positions: tuple[int, ...]) -> Updating:
+def updating_of(code: RegionCode, kind: str, causal: bool, positions: tuple[int, ...]) -> Updating:
+    """The program of ``kind`` that consumes gradients; built once."""
     key = (id(code), kind, causal, positions)
     if key not in _UPDATING:
         made = _UPDATING[key] = update_in_backward(code.program(kind, causal), positions)

@@ -48,6 +48,11 @@ class Selection:
         return any(self.wanted)
 
     @property
+    def variant(self) -> str:
+        """Of the programs of `code`; gradients of updates keep the precision of their sums."""
+        return self.code.variant(self.wanted, self.updates)
+
+    @property
     def name(self) -> str:
         """``idle`` (forward only), ``active`` (the shallowest that learns) or ``tail``."""
         if not self.learns:
