@@ -12,6 +12,7 @@ import torch
 from fxmem.emit import BodyPass
 from fxmem.errors import PlanError
 from fxmem.kernels.registry import kernels
+from fxmem.passes.add_products import AddProducts
 from fxmem.passes.in_place import InPlace
 from fxmem.passes.lower_kernels import LowerKernels, Record
 from fxmem.plan import Plan
@@ -66,7 +67,7 @@ class Lowering:
             return ()
         if self.mode == "triton" or (self.mode == "auto" and device.type != "cpu"):
             return (LowerKernels(device, self.record, self.off), InPlace())
-        return (InPlace(),)
+        return (InPlace(), AddProducts())
 
     def finish(self, program: Program) -> None:
         """With Inductor, loops are compiled at their first call."""

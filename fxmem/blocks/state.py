@@ -97,18 +97,22 @@ class BlockState(RoleTable):
     @property
     def active(self) -> frozenset[str]:
         """Names of the parameters that AdamW trains in this step."""
-        names = self.blocks[self.schedule.block(self.step)].names
+        return self._active(self.step)
+
+    def _active(self, step: int) -> frozenset[str]:
+        names = self.blocks[self.schedule.block(step)].names
         return frozenset((*names, *self.parts.always))
 
     def role(self, parameter: nn.Parameter) -> Role:
         if not self._cache:
-            self._cache = self._assign()
+            self._cache = self.roles_at(self.step)
         found = self._cache.get(parameter)
         return super().role(parameter) if found is None else found
 
-    def _assign(self) -> dict[nn.Parameter, Role]:
-        block = set(self.blocks[self.schedule.block(self.step)].names)
-        active, frozen = self.active, set(self.parts.frozen)
+    def roles_at(self, step: int) -> dict[nn.Parameter, Role]:
+        """Role of every parameter in an optimizer step, past or to come."""
+        block = set(self.blocks[self.schedule.block(step)].names)
+        active, frozen = self._active(step), set(self.parts.frozen)
         if not self.plan.update_head:
             frozen |= set(self.parts.head)
         # a tied weight counts at its first use, so all its uses are downstream or none is
@@ -164,7 +168,8 @@ class BlockState(RoleTable):
             return
         if name in self._moved and self.plan.accumulation != "micro":
             raise BlockStateError(f"{name!r} got a second gradient before the optimizer step")
-        self._apply_update(parameter, grad * self._micro_batches())
+        count = self._micro_batches()
+        self._apply_update(parameter, grad if count == 1 else grad * count)
 
     @torch.no_grad()
     def _apply_update(self, parameter: nn.Parameter, grad: Tensor) -> None:
@@ -180,9 +185,15 @@ class BlockState(RoleTable):
         micro = self._moved.get(name, 0)
         self._moved[name] = micro + 1
         lr = kind.lr * self.lr_scale()
+        down = self.guard.down(parameter.device) if self.plan.guard else True
+        if down is False:
+            return
         if parameter.dtype == torch.bfloat16:
             bits = key(self.plan.seed, name, self.step, micro)
             moved = stochastic_round(parameter.float() - lr * move.float(), bits)
+        elif down:
+            parameter.add_(move, alpha=-lr)
+            return
         else:
             moved = parameter - lr * move
         parameter.copy_(self.guard.select(moved, parameter) if self.plan.guard else moved)
