@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from fxmem import _compat, api
+from fxmem.blocks.attach import state_of
+from fxmem.blocks.epoch import BlockEpoch, block_epoch
 from fxmem.blocks.estimate import Estimate, estimate
 from fxmem.blocks.predict import predict_roles
-from fxmem.blocks.report import RegionStep, region_steps
+from fxmem.blocks.report import RegionStep, known_regions, region_steps
 from fxmem.capture import canonical_shape
 from fxmem.compiled import COUNTER, CompiledGraph, Dropped, RegionCall
 from fxmem.errors import NotTransformedError
@@ -127,6 +129,7 @@ class Report:
         dropped: outputs that do not leave the graph, as shapes.
         steps: with roles, what each region of the latest call runs, saves and learns, in order.
         block_bytes: with blocks, bytes of training by formula, at the sizes of the latest call.
+        blocks: with blocks, the block-epoch that training is in; ``blocks.draw(path)`` draws it.
         predicted_peak_bytes: of forward and backward of one step, above parameters; None before the
             first step.
         programs: built in this process: forward, loss and backward, each variant once.
@@ -143,6 +146,7 @@ class Report:
     distinct_programs: int = 0
     steps: list[RegionStep] = field(default_factory=list)
     block_bytes: Estimate | None = None
+    blocks: BlockEpoch | None = None
     traces: int = 0
     programs: int = 0
     executed_bodies: int = 0
@@ -188,19 +192,21 @@ def explain(model: nn.Module | api.Backend) -> Report:
     report = _report(name, engine.graphs)
     if isinstance(model, nn.Module) and engine.plan.blocks is not None:
         dtype = next(model.parameters()).dtype
-        sizes = report.sizes
-        tokens = sizes.get("B", 1) * sizes.get("T", 2048)
+        tokens = report.sizes.get("B", 1) * report.sizes.get("T", 2048)
         report.block_bytes = estimate(model, engine.plan.blocks, tokens, dtype=dtype)
-    ran = [g for g in engine.graphs if g.sizes]
-    if ran and ran[-1].selected:
-        names = {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
-        report.steps = _steps(ran[-1], names)
+    _add_steps(report, engine, model)
     return report
 
 
-def _steps(graph: CompiledGraph, names: dict[nn.Parameter, str]) -> list[RegionStep]:
-    calls = [(c.modules, c.leaves, graph.chunk(c)) for c in graph.calls]
-    return region_steps(calls, graph.selected, graph.sizes, names)
+def _add_steps(report: Report, engine: api.Backend, model: nn.Module | api.Backend) -> None:
+    names = {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
+    regions = []
+    for graph in [g for g in engine.graphs if g.sizes and g.selected][-1:]:
+        calls = [(c.modules, c.leaves, graph.chunk(c)) for c in graph.calls]
+        given = (calls, graph.selected, graph.sizes, names)
+        report.steps, regions = region_steps(*given), known_regions(*given)
+    if isinstance(model, nn.Module) and engine.plan.blocks is not None:
+        report.blocks = block_epoch(state_of(model), model, regions)
 
 
 def _report(name: str, graphs: Sequence[CompiledGraph]) -> Report:
@@ -217,8 +223,7 @@ def _report(name: str, graphs: Sequence[CompiledGraph]) -> Report:
         KernelReport(kernel, lower, count, reason)
         for (lower, kernel, reason), count in matches().items()
     ]
-    ran = [g for g in graphs if g.sizes]
-    latest = ran[-1] if ran else None
+    latest = next((g for g in reversed(graphs) if g.sizes), None)
     if latest is not None:
         report.sizes = dict(latest.sizes)
         report.whole = latest.chunker.whole(latest.sizes) and not latest.selected

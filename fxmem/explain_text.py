@@ -14,16 +14,16 @@ MIB = 2**20
 def render(report: Report) -> str:
     """The whole report; the newest call's sizes are used for bytes."""
     if not report.captures:
-        return (
+        head = (
             f"{report.model}: transformed, not run yet\n"
             "Programs are made by the first training step; run one and ask again."
         )
+        return "\n\n".join([head, *_blocks(report)])
     parts = [_head(report)]
     if report.regions:
         parts.append(_regions(report.regions))
         parts.append(_loops(report.regions))
-    if report.block_bytes is not None:
-        parts.append(f"bytes of block training, by formula\n{report.block_bytes}")
+    parts += _blocks(report)
     if report.steps:
         parts.append("\n".join(["regions of the latest step", *map(str, report.steps)]))
     if report.kernels:
@@ -32,6 +32,15 @@ def render(report: Report) -> str:
         parts.append(table(rows, right=(2,)))
     parts.append(_barriers(report))
     return "\n\n".join(parts)
+
+
+def _blocks(report: Report) -> list[str]:
+    out = []
+    if report.block_bytes is not None:
+        out.append(f"bytes of block training, by formula\n{report.block_bytes}")
+    if report.blocks is not None:
+        out.append(str(report.blocks))
+    return out
 
 
 def mib(count: int) -> str:

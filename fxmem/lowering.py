@@ -12,6 +12,7 @@ import torch
 from fxmem.emit import BodyPass
 from fxmem.errors import PlanError
 from fxmem.kernels.registry import find, kernels
+from fxmem.passes.add_products import AddProducts
 from fxmem.passes.in_place import InPlace
 from fxmem.passes.lower_kernels import Found, LowerKernels, Record
 from fxmem.plan import Plan
@@ -67,7 +68,7 @@ class Lowering:
             return ()
         if self.mode == "triton" or (self.mode == "auto" and device.type != "cpu"):
             return (LowerKernels(device, self.record, self.off), InPlace())
-        return (InPlace(),)
+        return (InPlace(), AddProducts())
 
     def uses(self, kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a kernel that the program's runtime calls may run; noted as a match."""

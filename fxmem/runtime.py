@@ -82,6 +82,15 @@ def add_mm(acc: Tensor, a: Tensor, b: Tensor) -> None:
         acc.addmm_(a.to(acc.dtype), b.to(acc.dtype))
 
 
+def plus_mm(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``x += a @ b`` in place, for ``x`` with the elements of the product in order; returns it."""
+    rows = x.view(a.shape[0], b.shape[1]) if x.is_contiguous() else None
+    if rows is not None and a.shape[1] and x.dtype == a.dtype == b.dtype:
+        rows.addmm_(a, b)
+        return x
+    return x.add_(torch.mm(a, b).reshape(x.shape))
+
+
 def add_bmm(acc: Tensor, a: Tensor, b: Tensor) -> None:
     if a.shape[2]:
         acc.baddbmm_(a.to(acc.dtype), b.to(acc.dtype))

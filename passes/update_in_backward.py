@@ -64,8 +64,8 @@ _FORMS: dict[Any, Callable[..., None]] = {
 }
 
 
-_WRITERS = frozenset({runtime.put, *_FORMS})
-_FIRST = frozenset({runtime.take, runtime.contiguous, operator.getitem})
+_WRITERS = frozenset({runtime.put, runtime.plus_mm, *_FORMS})
+_FIRST = frozenset({runtime.take, runtime.contiguous, runtime.plus_mm, operator.getitem})
 _VIEWS = frozenset({"aten.t.default", "aten.reshape.default", "aten.view.default"})
 
 
@@ -256,7 +256,7 @@ def _rewritten(loop: Loop, path: _Path, aliases: set[str]) -> fx.GraphModule | N
     order = {n: i for i, n in enumerate(graph.nodes)}
     last = max([*readers, node], key=order.__getitem__)
     if last is not node:
-        if _overwritten(node, [n for n in order if order[node] < order[n] <= order[last]]):
+        if overwritten(node, [n for n in order if order[node] < order[n] <= order[last]]):
             return None
         last.append(node)
     _verify(graph, node, readers)
@@ -283,10 +283,10 @@ def _may_alias(node: fx.Node) -> bool:
     return True
 
 
-def _overwritten(node: fx.Node, between: Sequence[fx.Node]) -> bool:
+def overwritten(node: fx.Node, between: Sequence[fx.Node]) -> bool:
     """A node in between writes into memory that ``node`` reads."""
-    read = {s for a in node.args[1:] if isinstance(a, fx.Node) for s in _sources(a)}
-    return any(_writes(n) and not read.isdisjoint(_sources(n.args[0])) for n in between)
+    read = {s for a in node.args[1:] if isinstance(a, fx.Node) for s in sources(a)}
+    return any(_writes(n) and not read.isdisjoint(sources(n.args[0])) for n in between)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -295,7 +295,7 @@ def _writes(node: fx.Node) -> bool:
     return node.target in _WRITERS
 
 
-def _sources(value: fx.Node) -> set[fx.Node]:
+def sources(value: fx.Node) -> set[fx.Node]:
     """``value`` and the values whose memory it may share."""
     found, stack = {value}, [value]
     while stack:
@@ -322,4 +322,4 @@ def _verify(graph: fx.Graph, node: fx.Node, readers: set[fx.Node]) -> None:
         raise VerificationError(f"an update comes before readers of its weight: {late}")
 
 
-__all__ = ["Sink", "Updating", "update_in_backward"]
+__all__ = ["Sink", "Updating", "overwritten", "sources", "update_in_backward"]

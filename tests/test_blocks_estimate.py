@@ -9,7 +9,8 @@ import torch
 import transformers as tf
 from torch import nn
 
-from fxmem import SGD, Blocks, LowRank
+import fxmem
+from fxmem import SGD, Blocks, LowRank, Plan, Stream
 from fxmem.blocks.estimate import estimate
 from fxmem.errors import PlanError
 
@@ -43,9 +44,33 @@ def test_table_of_bytes(
     assert low.adapters / 1e9 == pytest.approx(adapters, abs=0.01)
     frozen_head = estimate(net, Blocks(inactive=SGD(1e-5), outer="frozen"))
     assert frozen_head.gradient / 1e9 == pytest.approx(dense, abs=0.001)
-    for found in (plain, low, frozen_head):
+    trained_head = estimate(net, Blocks(inactive=SGD(1e-5)))
+    for found in (plain, low, frozen_head, trained_head):
         assert found.total / 1e9 < limit
     assert "GB" in str(plain)
+
+
+def test_explain_shows_bytes_and_the_epoch_of_a_model_without_weights() -> None:
+    net = llama("8B").to(torch.bfloat16).train()
+    fxmem.transform(net, Plan(stream=Stream(), blocks=Blocks(inactive=SGD(1e-5))))
+    report = fxmem.explain(net)
+    assert report.block_bytes is not None
+    assert report.block_bytes.total / 1e9 < 24
+    assert report.blocks is not None
+    assert len(report.blocks.visits) == 32
+    assert {v.state_bytes for v in report.blocks.visits} == {12 * 218_112_000}
+    text = str(report)
+    assert "not run yet" in text
+    assert "total" in text
+    assert "block-epoch 0" in text
+
+
+def test_the_sum_over_chunks_of_a_trained_head_is_in_float32() -> None:
+    net = llama("8B")
+    frozen = estimate(net, Blocks(inactive=SGD(1e-5), update_head=False))
+    trained = estimate(net, Blocks(inactive=SGD(1e-5)))
+    assert trained.gradient >= 6 * 128256 * 4096
+    assert trained.total > frozen.total
 
 
 def test_impossible_lengths_are_refused() -> None:

@@ -23,8 +23,10 @@ class Estimate:
         weights: of all parameters.
         block: float32 master, gradient and moments of the largest block and what is always active.
         adapters: the same of low-rank terms.
-        gradient: the largest gradient of an inactive weight, alive until its update.
-        activations: states between layers, and the chunk buffers of the widest layer and the head.
+        gradient: of inactive weights, at the moment when it and activations are largest together:
+            in a layer that runs in one chunk the largest, alive until its update; in the head,
+            whose gradient adds up over chunks, the sum in float32 and at the end its rounded copy.
+        activations: at that moment: states between layers, and the buffers of a layer or the head.
         largest_block: its label.
     """
 
@@ -78,7 +80,7 @@ def estimate(
     learn = {n for b in parts.blocks for n in b.names} | set(parts.inactive)
     if not plan.update_head:
         learn -= set(parts.head)
-    adapters, gradient = 0, 0
+    adapters, updated = 0, set[str]()
     if isinstance(plan.inactive, LowRank):
         tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding)
                   for p in m.parameters()}  # fmt: skip
@@ -89,32 +91,47 @@ def estimate(
             if len(shapes[n]) == 2 and id(named[n]) not in tables
         )
     elif isinstance(plan.inactive, (SGD, SignSGD)):
-        gradient = max((sizes[n] for n in learn), default=0) * dtype.itemsize
+        # what is used before the layers is never deeper than the active block
+        before = set(parts.inactive) - set(parts.head)
+        updated = learn - before if plan.reach == "deeper" else learn
+    gradient, activations = _moment(model, sizes, updated, tokens, chunk, dtype)
     return Estimate(
         weights=sum(sizes.values()) * dtype.itemsize,
         block=active * 4 * STATE_VALUES,
         adapters=adapters * 4 * STATE_VALUES,
         gradient=gradient,
-        activations=_activations(model, tokens, chunk, dtype),
+        activations=activations,
         largest_block=largest,
     )
 
 
-def _activations(model: nn.Module, tokens: int, chunk: int, dtype: torch.dtype) -> int:
-    lists = list(layer_lists(model))
-    layers = [layer for _, children in lists for layer in children]
+def _moment(
+    model: nn.Module, sizes: dict[str, int], updated: set[str], tokens: int, chunk: int,
+    dtype: torch.dtype,
+) -> tuple[int, int]:  # fmt: skip
+    """Gradients of inactive weights and activations, where they are largest together."""
+    layers = [layer for _, children in layer_lists(model) for layer in children]
     # a norm is as wide as the state between layers; the widest of a layer counts
     width = max(
         (p.shape[0] for layer in layers for p in layer.parameters() if p.ndim == 1), default=0
     )
     widest = max(sum(p.shape[-2] for p in layer.parameters() if p.ndim >= 2) for layer in layers)
     inside = {id(p) for layer in layers for p in layer.parameters()}
-    vocab = max(
-        (p.shape[0] for p in model.parameters() if p.ndim == 2 and id(p) not in inside), default=0
-    )
+    named = dict(model.named_parameters())
+    outside = [n for n, p in named.items() if p.ndim == 2 and id(p) not in inside]
+    vocab = max((named[n].shape[0] for n in outside), default=0)
     between = len(layers) * tokens * width * dtype.itemsize
     within = 2 * tokens * widest * dtype.itemsize
-    return between + max(within, 3 * min(chunk, tokens) * vocab * 4)
+    logits = 3 * min(chunk, tokens) * vocab * 4
+    layer = max((sizes[n] for n in updated if id(named[n]) in inside), default=0)
+    head = max((sizes[n] for n in updated if id(named[n]) not in inside), default=0)
+    rounded = dtype.itemsize if dtype.itemsize < 4 else 0
+    return max(
+        (layer * dtype.itemsize, between + within),
+        (head * max(4, dtype.itemsize), between + logits),
+        (head * (max(4, dtype.itemsize) + rounded), between),
+        key=sum,
+    )
 
 
 __all__ = ["Estimate", "estimate"]

@@ -200,7 +200,7 @@ class BlockAdamW(torch.optim.Optimizer):
         master.mul_(1 - lr * group["weight_decay"])
         m.lerp_(grad, 1 - b1)
         v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        root = (v.sqrt() / (1 - b2 ** state["step"]) ** 0.5).add_(group["eps"])
+        root = v.sqrt().div_((1 - b2 ** state["step"]) ** 0.5).add_(group["eps"])
         master.addcdiv_(m, root, value=-lr / (1 - b1 ** state["step"]))
         if master is not p:
             p.copy_(master)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fxmem.blocks.epoch import Region
 from fxmem.blocks.roles import Role
 from fxmem.blocks.updates import consumed
 from fxmem.blocks.variants import Selection
 from fxmem.capture import canonical_shape
 from fxmem.preamble import Leaf
+from fxmem.region_code import RegionCode
 from fxmem.sizes import evaluate_shape
 
 
@@ -104,11 +106,7 @@ def _step(
     if not chosen.learns:
         return out
     variant = chosen.variant
-    kept = code.saved(code.is_loss, variant)
-    for value, leaf, keep in zip(code.values, leaves, kept, strict=False):
-        if keep and leaf[0] == "main":
-            shape = evaluate_shape(canonical_shape(value, code.joint.symbols), sizes)
-            out.saved_bytes += math.prod(shape) * value.dtype.itemsize
+    out.saved_bytes = _state_bytes(code, leaves, code.saved(code.is_loss, variant), sizes)
     inside = consumed(code, variant) if chunk >= sizes.get("T", 1) else set()
     owners = _owners(chosen, names)
     for i, parameter in chosen.parameters.items():
@@ -121,6 +119,34 @@ def _step(
     return out
 
 
+def _state_bytes(
+    code: RegionCode, leaves: Sequence[Leaf], kept: Sequence[bool], sizes: Mapping[str, int]
+) -> int:
+    total = 0
+    for value, leaf, keep in zip(code.values, leaves, kept, strict=False):
+        if keep and leaf[0] == "main":
+            shape = evaluate_shape(canonical_shape(value, code.joint.symbols), sizes)
+            total += math.prod(shape) * value.dtype.itemsize
+    return total
+
+
+def known_regions(
+    calls: Sequence[tuple[str, Sequence[Leaf], int]],
+    selected: Sequence[Selection],
+    sizes: Mapping[str, int],
+    names: Mapping[nn.Parameter, str],
+) -> list[Region]:
+    """What a block-epoch needs to know of each region; arguments as for `region_steps`."""
+    return [
+        Region(
+            frozenset(names[p] for p in s.parameters.values() if p in names),
+            _state_bytes(s.code, leaves, [True] * len(leaves), sizes),
+            s.code.is_loss or chunk < sizes.get("T", 1),
+        )
+        for (_, leaves, chunk), s in zip(calls, selected, strict=True)
+    ]
+
+
 def _owners(chosen: Selection, names: Mapping[nn.Parameter, str]) -> dict[int, str]:
     """Names by input position; adapters come in pairs after the inputs, in order of weights."""
     out = {i: names.get(chosen.parameters[i], f"input {i}") for i in chosen.roles}
@@ -130,4 +156,4 @@ def _owners(chosen: Selection, names: Mapping[nn.Parameter, str]) -> dict[int, s
     return out
 
 
-__all__ = ["GradientReport", "RegionStep", "region_steps"]
+__all__ = ["GradientReport", "RegionStep", "known_regions", "region_steps"]

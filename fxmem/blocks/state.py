@@ -138,18 +138,22 @@ class BlockState(RoleTable):
     @property
     def active(self) -> frozenset[str]:
         """Names of the parameters that AdamW trains in this step."""
-        names = self.blocks[self.schedule.block(self.step)].names
+        return self._active(self.step)
+
+    def _active(self, step: int) -> frozenset[str]:
+        names = self.blocks[self.schedule.block(step)].names
         return frozenset((*names, *self.parts.always))
 
     def role(self, parameter: nn.Parameter) -> Role:
         if not self._cache:
-            self._cache = self._assign()
+            self._cache = self.roles_at(self.step)
         found = self._cache.get(parameter)
         return super().role(parameter) if found is None else found
 
-    def _assign(self) -> dict[nn.Parameter, Role]:
-        block = set(self.blocks[self.schedule.block(self.step)].names)
-        active, frozen = self.active, set(self.parts.frozen)
+    def roles_at(self, step: int) -> dict[nn.Parameter, Role]:
+        """Role of every parameter in an optimizer step, past or to come."""
+        block = set(self.blocks[self.schedule.block(step)].names)
+        active, frozen = self._active(step), set(self.parts.frozen)
         if not self.plan.update_head:
             frozen |= set(self.parts.head)
         # a tied weight counts at its first use, so all its uses are downstream or none is

@@ -1,0 +1,65 @@
+"""Sums of products: ``x += a @ b`` in a chunk body is one product that adds, without a temporary.
+
+Low-rank terms beside weights and the gradients of a value that several matrices read are such sums:
+the product is as wide as ``x``, and written and read once more than it needs. Legal where the sum
+is in place already (pass ``in_place``), only it reads the product, and nothing that the product
+reads is written before the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxmem import runtime
+from fxmem.passes.update_in_backward import overwritten, sources
+
+aten = torch.ops.aten
+_SHAPES = frozenset({"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"})
+
+
+@dataclass(frozen=True, slots=True)
+class AddProducts:
+    """Rewrite the graph of a chunk body where it is legal."""
+
+    name: str = "add_products"
+
+    def run(self, graph: fx.Graph) -> fx.Graph:
+        new = fx.Graph()
+        new.output(new.graph_copy(graph, {}))
+        for node in list(new.nodes):
+            if node.target is aten.add_.Tensor and len(node.args) == 2 and not node.kwargs:
+                _fuse(new, node)
+        return new
+
+
+def _fuse(graph: fx.Graph, node: fx.Node) -> None:
+    x, value = node.args
+    chain = []
+    while isinstance(value, fx.Node) and str(value.target) in _SHAPES and len(value.users) == 1:
+        chain.append(value)
+        value = value.args[0]
+    if not isinstance(value, fx.Node) or value.target is not aten.mm.default:
+        return
+    if len(value.users) != 1 or not isinstance(x, fx.Node):
+        return
+    a, b = value.args
+    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    if not sources(x).isdisjoint(sources(a) | sources(b)) or value in sources(x):
+        return
+    order = list(graph.nodes)
+    between = order[order.index(value) + 1 : order.index(node)]
+    with graph.inserting_before(node):
+        fused = graph.call_function(runtime.plus_mm, (x, a, b))
+    if overwritten(fused, between):
+        graph.erase_node(fused)
+        return
+    fused.meta = dict(node.meta)
+    node.replace_all_uses_with(fused)
+    for gone in (node, *chain, value):
+        graph.erase_node(gone)
+
+
+__all__ = ["AddProducts"]
