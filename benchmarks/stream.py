@@ -168,16 +168,18 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--objectives", nargs="+", choices=tuple(OBJECTIVES), default=plain.objectives)
     add("--setups", nargs="+", choices=tuple(SETUPS), default=plain.setups)
     add("--repeats", type=int, default=plain.repeats)
-    add("--steps", type=int, default=plain.steps, help="timed steps per process, after one more")
+    add("--steps", type=int, default=plain.steps, help="timed, after one more; 0: memory alone")
     add("--threads", type=int, default=plain.threads)
     add("--chunk", type=lambda text: "auto" if text == "auto" else int(text), default=plain.chunk)
     add("--out", type=Path, default=plain.out)
     given = vars(parser.parse_args(arguments))
     tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
     options = Options(**{**given, **tuples})
-    least = min(options.repeats, options.steps, options.threads, *(n // 4 for n in options.lengths))
+    least = min(
+        options.repeats, options.steps + 1, options.threads, *(n // 4 for n in options.lengths)
+    )
     if least < 1:
-        parser.error("repeats, steps and threads start at 1, lengths at 4")
+        parser.error("repeats and threads start at 1, steps at 0, lengths at 4")
     return options
 
 
