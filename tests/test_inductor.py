@@ -37,24 +37,6 @@ def names_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compat_inductor, "compile_segment", compiled)
 
 
-@pytest.mark.usefixtures("names_restored")
-def test_exact_for_every_length_and_compiled_once() -> None:
-    with everything_in_double():
-        plain = tiny.model("llama").double()
-        net = transformed("inductor").double()
-        tiny.step(net, tiny.batch(2, 23))
-        before = (inductor.STATS.bodies, inductor.STATS.segments)
-        assert not inductor.STATS.failed and before[0] >= 4
-        for size, length in ((2, 23), (3, 17), (2, 40), (4, 16), (2, 9), (2, 7)):
-            loss, grads = tiny.step(net, tiny.batch(size, length))
-            want, reference = tiny.step(plain, tiny.batch(size, length))
-            assert abs(loss - want) <= 1e-10 * abs(want)
-            worst, where = largest_difference(grads, reference)
-            assert worst <= 1e-10, (where, size, length)
-    assert (inductor.STATS.bodies, inductor.STATS.segments) == before
-    assert "compiled" in str(fxmem.explain(net))
-
-
 def test_peak_memory_is_that_of_eager_bodies_and_depth_compiles_nothing() -> None:
     wide = {"hidden_size": 64, "intermediate_size": 192, "max_position_embeddings": 1024}
     batch, peak = tiny.batch(1, 512), {}
@@ -103,3 +85,22 @@ def test_a_second_process_finds_everything_compiled(tmp_path: Path) -> None:
         counts.append([int(n) for n in done.stdout.split()])
     (made, cached), (again, found) = counts
     assert made == again == found >= 2 and cached < made
+
+
+# Last: Inductor keeps tables made while torch's names meant something else.
+@pytest.mark.usefixtures("names_restored")
+def test_exact_for_every_length_and_compiled_once() -> None:
+    with everything_in_double():
+        plain = tiny.model("llama").double()
+        net = transformed("inductor").double()
+        tiny.step(net, tiny.batch(2, 23))
+        before = (inductor.STATS.bodies, inductor.STATS.segments)
+        assert not inductor.STATS.failed and before[0] >= 4
+        for size, length in ((2, 23), (3, 17), (2, 40), (4, 16), (2, 9), (2, 7)):
+            loss, grads = tiny.step(net, tiny.batch(size, length))
+            want, reference = tiny.step(plain, tiny.batch(size, length))
+            assert abs(loss - want) <= 1e-10 * abs(want)
+            worst, where = largest_difference(grads, reference)
+            assert worst <= 1e-10, (where, size, length)
+    assert (inductor.STATS.bodies, inductor.STATS.segments) == before
+    assert "compiled" in str(fxmem.explain(net))

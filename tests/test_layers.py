@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "compile_stats",
         "symbolic",
+        "segment_form",
         "segment_call",
         "inductor",
         "lowering",

@@ -28,12 +28,9 @@ class Rule:
     key: int
 
 
-def move(weight: Tensor, a: Tensor, b: Tensor, rule: Rule | None, uses: Uses) -> bool:
-    """Move ``weight [O, I]`` by its gradient ``a @ b``; False where there is no rule or the kernel
-    cannot.
-    """
-    fits = weight.dim() == 2 and a.dtype == b.dtype and weight.stride(1) == 1
-    if rule is None or not fits or not uses("weight_update", weight.device, weight.dtype):
+def move(weight: Tensor, a: Tensor, b: Tensor, rule: Rule) -> bool:
+    """Move ``weight [O, I]`` by its gradient ``a @ b``; False where the kernel does not take it."""
+    if weight.dim() != 2 or a.dtype != b.dtype or weight.stride(1) != 1:
         return False
     find("weight_update").launch(
         weight, a.t(), b, lr=rule.rate, rule="sign" if rule.sign else "sgd", key=rule.key

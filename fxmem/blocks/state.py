@@ -127,7 +127,7 @@ class BlockState(RoleTable):
     def rule(self, parameter: nn.Parameter) -> Rule | None:
         """As the plan says, where nothing asks for the gradient and one backward makes a step."""
         plan, kind = self.plan, self.plan.inactive
-        if plan.guard or plan.average or plan.clip != "none" or plan.accumulation is not None:
+        if plan.average or plan.clip != "none" or plan.accumulation is not None:
             return None
         if not isinstance(kind, (SGD, SignSGD)):
             return None

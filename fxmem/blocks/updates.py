@@ -31,9 +31,12 @@ class TableSink:
         p, table = self.parameter, self.table
         if self.flipped:
             a, b = b.t(), a.t()
-        if table.last(p) and kernel_update.move(p, a, b, table.rule(p), self.uses):
-            table.complete(p, None)
-            return
+        rule = table.rule(p) if table.last(p) else None
+        if rule is not None and self.uses("weight_update", p.device, p.dtype):
+            factors = table.factors(a, b)
+            if factors is not None and kernel_update.move(p, *factors, rule):
+                table.complete(p, None)
+                return
         rate = table.sgd_rate(p) if table.last(p) else None
         if rate is not None and a.dtype == b.dtype == p.dtype and p.dim() == 2:
             factors = table.factors(a, b)
