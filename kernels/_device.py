@@ -46,24 +46,3 @@ def round_stochastically(x, bits):
     # A carry must not turn infinity into something else, nor NaN into a number.
     finite = (pattern & 0x7F800000) != 0x7F800000
     return tl.where(finite, rounded.to(tl.float32, bitcast=True), x)
-
-
-@jit
-def _halves(x):
-    """Left and right half of the columns."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-
-
-@jit
-def row_products(a, b, PRECISION: tl.constexpr):
-    """``a b^T``. Long rows of float32 are multiplied by halves: the TF32 terms that a whole row is
-    split into do not fit in registers.
-    """
-    if PRECISION == "tf32x3" and a.shape[1] > 128:
-        a_left, a_right = _halves(a)
-        b_left, b_right = _halves(b)
-        x = tl.dot(a_left, tl.trans(b_left), input_precision=PRECISION)
-        x = tl.dot(a_right, tl.trans(b_right), x, input_precision=PRECISION)
-    else:
-        x = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    return x

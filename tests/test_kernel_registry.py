@@ -188,11 +188,12 @@ EVERY_HEAD = [
     for dtype in ("bfloat16", "float32")
     for size in (16, 32, 64, 80, 96, 128, 160, 192, 256)
     for target in ("sm_80", "sm_90", "gfx942")
-    if (size, dtype, target) != (256, "float32", "sm_90")
+    if (size, dtype, target) != (128, "float32", "sm_90")
+    and not (size > 128 and dtype == "float32")  # a stated limit of the kernels
 ]
 
 
-@pytest.mark.parametrize(("size", "dtype", "target"), [(256, "float32", "sm_90"), *EVERY_HEAD])
+@pytest.mark.parametrize(("size", "dtype", "target"), [(128, "float32", "sm_90"), *EVERY_HEAD])
 def test_no_head_size_spills(size: int, dtype: str, target: str) -> None:
     aot = pytest.importorskip("benchmarks.aot")
     rows = list(aot.head_sizes([size], [dtype], [target]))
