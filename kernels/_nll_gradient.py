@@ -78,7 +78,10 @@ def tile_arguments(
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of :func:`tile_gradient`, but for the end of the vocabulary."""
     h, weight, target = rows_last(h), rows_last(weight), target.contiguous()
-    a, bcm = coefficients(target, entropy, *gradients, weight.shape[0], ignore_index)
+    dlogp, dentropy, dlse, dmean = gradients
+    a, bcm = coefficients(
+        target, entropy, dlogp, dentropy, dlse, dmean, weight.shape[0], ignore_index
+    )
     return {
         "H": h, "W": weight, "BIAS": bias, "TARGET": target, "A": a, "BCM": bcm, "LSE": lse,
         "rows": h.shape[0], "h_n": h.stride(0), "w_v": weight.stride(0), "softcap": float(softcap),

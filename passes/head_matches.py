@@ -94,7 +94,9 @@ def _head(logits: Any) -> _Head | None:
     if not is_op(last, "aten.mul.Tensor") or not isinstance(last.args[1], (int, float)):
         return None
     cap, tanh = float(last.args[1]), _made_by(last.args[0])
-    divided = _made_by(tanh.args[0]) if is_op(tanh, "aten.tanh.default") else None
+    if not is_op(tanh, "aten.tanh.default"):
+        return None
+    divided = _made_by(tanh.args[0])
     if not is_op(divided, "aten.div.Tensor") or divided.args[1] != cap or cap <= 0:
         return None
     product = _made_by(divided.args[0])

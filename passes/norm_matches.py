@@ -71,8 +71,11 @@ def norm(node: fx.Node) -> Match | None:
     if normed is None:
         return None
     inner, weight = uncast(normed[0]), normed[1]
-    r, wide = mul(inner, lambda a: rsqrt_of(a) is not None)  # type: ignore[misc]
-    source, eps = rsqrt_of(r)  # type: ignore[misc]
+    found = mul(inner, lambda a: rsqrt_of(a) is not None)
+    root = None if found is None else rsqrt_of(found[0])
+    if found is None or root is None:
+        return None
+    (r, wide), (source, eps) = found, root
     x = uncast(wide)
     if source is not wide or not is_vector(weight, node) or info(x) is None or info(node) is None:
         return None
