@@ -28,7 +28,7 @@ def overwrites(program: Program, inputs: Collection[str]) -> dict[str, str]:
 
 
 def _may_replace(program: Program, loop: Loop, buffer: Buffer, name: str) -> bool:
-    if buffer.zero or buffer.dtype != buffer.result or loop.compiled is not None:
+    if buffer.zero or buffer.dtype != buffer.result:
         return False
     if program.shapes[name] != (buffer.shape, buffer.dtype) or name in program.outputs:
         return False

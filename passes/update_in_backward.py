@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from fxmem import _compat, runtime
 from fxmem.errors import VerificationError
+from fxmem.kernels import calls
 from fxmem.program import Free, Loop, Program, Straight
 
 
@@ -58,11 +59,13 @@ def update_expert_weight(sink: Sink, *args: Any) -> None:
 _FORMS: dict[Any, Callable[..., None]] = {
     runtime.add: update,
     runtime.add_mm: update_mm,
+    calls.weight_grad: update_mm,
     runtime.add_bmm: update_bmm,
     runtime.add_embedding: update_embedding,
     runtime.add_expert_weight: update_expert_weight,
 }
 
+_PLAIN = (runtime.add, runtime.add_mm, calls.weight_grad)
 
 _WRITERS = frozenset({runtime.put, runtime.plus_mm, *_FORMS})
 _FIRST = frozenset({runtime.take, runtime.contiguous, runtime.plus_mm, operator.getitem})
@@ -246,7 +249,7 @@ def _rewritten(loop: Loop, path: _Path, aliases: set[str]) -> fx.GraphModule | N
     (node, *others) = acc.users
     if others or node.target not in _FORMS or node.args[0] is not acc:
         return None
-    if path.reshaped and node.target not in (runtime.add, runtime.add_mm):
+    if path.reshaped and node.target not in _PLAIN:
         return None
     weights = [tensors[t] for t in loop.tensors if t in aliases]
     readers = {r for w in weights for v in (w, *_views(w)) for r in v.users}
