@@ -28,13 +28,24 @@ class Rule:
     key: int
 
 
-def move(weight: Tensor, a: Tensor, b: Tensor, rule: Rule | None, uses: Uses) -> bool:
-    """Move ``weight [O, I]`` by its gradient ``a @ b``; False where there is no rule or the kernel
-    cannot.
+Screen = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
+"""What to use as factors, or None: :meth:`fxmem.blocks.roles.RoleTable.factors`."""
+
+
+def move(
+    weight: Tensor, a: Tensor, b: Tensor, rule: Rule | None, uses: Uses,
+    screen: Screen = lambda a, b: (a, b),
+) -> bool:  # fmt: skip
+    """Move ``weight [O, I]`` by its gradient ``a @ b``; False where there is no rule, the kernel
+    cannot, or ``screen`` refuses the factors.
     """
     fits = weight.dim() == 2 and a.dtype == b.dtype and weight.stride(1) == 1
     if rule is None or not fits or not uses("weight_update", weight.device, weight.dtype):
         return False
+    factors = screen(a, b)
+    if factors is None:
+        return False
+    a, b = factors
     find("weight_update").launch(
         weight, a.t(), b, lr=rule.rate, rule="sign" if rule.sign else "sgd", key=rule.key
     )

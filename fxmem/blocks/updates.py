@@ -31,7 +31,8 @@ class TableSink:
         p, table = self.parameter, self.table
         if self.flipped:
             a, b = b.t(), a.t()
-        if table.last(p) and kernel_update.move(p, a, b, table.rule(p), self.uses):
+        rule = table.rule(p) if table.last(p) else None
+        if kernel_update.move(p, a, b, rule, self.uses, table.factors):
             table.complete(p, None)
             return
         rate = table.sgd_rate(p) if table.last(p) else None
