@@ -57,7 +57,7 @@ class Backend:
         if not has_varying_size(gm):
             warnings.warn(_not_streamed("streamed"), FxmemWarning, stacklevel=2)
             return gm.forward
-        if place := _fixed():
+        if self.plan.stream is not None and (place := _fixed()):
             warnings.warn(
                 f"a size of the inputs is constant, so nothing is cut along it{place}",
                 FxmemWarning, stacklevel=2,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxmem.blocks import saved as saved_state
 from fxmem.blocks.attach import state_of
 from fxmem.blocks.policies import average_gradients
 from fxmem.blocks.state import BlockState
@@ -213,7 +214,7 @@ class BlockAdamW(torch.optim.Optimizer):
                 {k: [self._names[p] for p in v] if k == "params" else v for k, v in group.items()}
                 for group in self.param_groups
             ],
-            "blocks": self.blocks.state_dict() | {"base_lr": self._base_lr},
+            "blocks": saved_state.state_dict(self.blocks) | {"base_lr": self._base_lr},
         }
 
     @torch.no_grad()
@@ -226,7 +227,7 @@ class BlockAdamW(torch.optim.Optimizer):
         saved = state_dict.get("blocks")
         if saved is None:
             raise BlockStateError("the saved state is not of BlockAdamW")
-        self.blocks.check(saved)
+        saved_state.check(self.blocks, saved)
         groups = state_dict["param_groups"]
         mine = {n: p for p, n in self._names.items()}
         if [g["params"] for g in groups] != [
@@ -241,7 +242,7 @@ class BlockAdamW(torch.optim.Optimizer):
         for n, entry in entries.items():
             self.state[mine[n]] = entry
         self._base_lr = float(saved["base_lr"])
-        self.blocks.load(saved)
+        saved_state.load(self.blocks, saved)
 
 
 def _copied(entry: dict[str, Any], p: Tensor) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxmem import _compat
 from fxmem._compat_memory import StorageWatch
+from fxmem.blocks.kernel_update import Rule
 from fxmem.blocks.roles import Role, RoleTable
 from fxmem.blocks.updates import TableSink, updating_of
 from fxmem.compiled import CompiledGraph
@@ -41,6 +42,9 @@ class Rehearsal(RoleTable):
     def sgd_rate(self, parameter: nn.Parameter) -> float | None:
         return self.table.sgd_rate(parameter)
 
+    def rule(self, parameter: nn.Parameter) -> Rule | None:
+        return self.table.rule(parameter)
+
     def update(self, parameter: nn.Parameter, grad: Tensor) -> None:
         if self.table.rehearse(parameter, self.weights[parameter], grad):
             self._sums[parameter] = grad
@@ -50,9 +54,12 @@ class _Sink(TableSink):
     """`parameter` decides, its fake weight is written."""
 
     def product(self, a: Tensor, b: Tensor) -> None:
-        weight = self.table.weights[self.parameter]  # type: ignore[attr-defined]
-        rate = self.table.sgd_rate(self.parameter) if self.table.last(self.parameter) else None
-        if rate is not None and a.dtype == b.dtype == weight.dtype and weight.dim() == 2:
+        p, table = self.parameter, self.table
+        weight = table.weights[p]  # type: ignore[attr-defined]
+        sole = table.last(p) and a.dtype == b.dtype and weight.dim() == 2
+        if (sole and table.sgd_rate(p) is not None and a.dtype == weight.dtype) or (
+            sole and table.rule(p) and self.uses("weight_update", weight.device, weight.dtype)
+        ):
             self.table.complete(self.parameter, None)
         else:
             self.form(a, b)

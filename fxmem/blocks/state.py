@@ -13,7 +13,7 @@ from fxmem.blocks import adapters as low_rank
 from fxmem.blocks.kernel_update import Rule
 from fxmem.blocks.move import move
 from fxmem.blocks.order import Schedule
-from fxmem.blocks.partition import build, fingerprint
+from fxmem.blocks.partition import build
 from fxmem.blocks.policies import (
     Clip,
     Guard,
@@ -266,50 +266,18 @@ class BlockState(RoleTable):
     def advance(self) -> bool:
         """Count one optimizer step; True where it ended a visit."""
         before = self.schedule.visit(self.step)[0]
-        self.step += 1
         self.clip.end_step()
-        self.guard.clear()
-        self._moved.clear()
-        self._cache.clear()
-        self._backwards, self._backward, self._held = 0, -1, False
+        self.begin(self.step + 1)
         return self.schedule.visit(self.step)[0] != before
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position and identity of the schedule, and the low-rank terms."""
-        s = self.schedule
-        visit, inside = s.visit(self.step)
-        return {
-            "global_step": self.step, "visit": visit, "steps_in_visit": inside,
-            "permutation": s.permutation(visit // s.count),
-            "partition": fingerprint(self.shapes, self.parts),
-            "schedule": [s.count, s.steps, s.order, s.seed, s.start, s.compat],
-            "update": [type(self.plan.inactive).__name__, self.plan.reach],
-            "last_norm": self.clip.last_norm,
-            "adapters": low_rank.values(self.adapters),
-        }  # fmt: skip
-
-    def check(self, saved: Mapping[str, Any]) -> None:
-        """Refuse a saved state of another partition, schedule or update.
-
-        Raises:
-            BlockStateError: names what differs, saved and present.
-        """
-        here = self.state_dict()
-        wrong = [
-            f"{name}: saved {saved.get(name)!r}, present {here[name]!r}"
-            for name in ("partition", "schedule", "update")
-            if saved.get(name) != here[name]
-        ]
-        if wrong:
-            raise BlockStateError("; ".join(wrong), advice="resume with the plan of the saved run")
-        low_rank.check(self.adapters, saved["adapters"])
-
-    def load(self, saved: Mapping[str, Any]) -> None:
-        """Take over a checked state."""
-        self.step = int(saved["global_step"])
-        self.clip.last_norm = saved["last_norm"]
-        low_rank.load(self.adapters, saved["adapters"])
+    def begin(self, step: int) -> None:
+        """Nothing of optimizer step ``step`` has been done yet."""
+        self.step = step
+        self.guard.clear()
+        self._moved.clear()
+        self._kept.clear()
         self._cache.clear()
+        self._backwards, self._backward, self._held = 0, -1, False
 
 
 __all__ = ["BlockState"]
