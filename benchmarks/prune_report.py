@@ -159,6 +159,8 @@ def draw(records: Sequence[Record], options: Any) -> None:
     if searched:
         right.legend(fontsize=8)
         right.set_xscale("log")
+    else:
+        right.set_axis_off()
     right.set_xlabel("snapshots: times that sub-models were built")
     right.set_ylabel("held-out loss of the mask so far, nats per token")
     figure.savefig(options.out / "prune.png", dpi=120)
