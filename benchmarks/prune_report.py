@@ -145,9 +145,9 @@ def draw(records: Sequence[Record], options: Any) -> None:
     keeps = sorted({r["keep"] for r in worked})
     colours = [PALETTE[keeps.index(r["keep"]) % len(PALETTE)] for r in worked]
     bars = left.barh(names, [r["perplexity"] for r in worked], color=colours)
-    left.bar_label(bars, fmt="%.1f", padding=3)
+    left.bar_label(bars, fmt="%.3g", padding=3)
     left.set_xscale("log")
-    left.margins(x=0.15)
+    left.margins(x=0.25)
     left.set_xlabel(f"held-out perplexity at length {options.length}")
     left.invert_yaxis()
     for number, record in enumerate(searched):
