@@ -145,9 +145,9 @@ def draw(records: Sequence[Record], options: Any) -> None:
     keeps = sorted({r["keep"] for r in worked})
     colours = [PALETTE[keeps.index(r["keep"]) % len(PALETTE)] for r in worked]
     bars = left.barh(names, [r["perplexity"] for r in worked], color=colours)
-    left.bar_label(bars, fmt="%.1f", padding=3)
+    left.bar_label(bars, fmt="%.3g", padding=3)
     left.set_xscale("log")
-    left.margins(x=0.15)
+    left.margins(x=0.25)
     left.set_xlabel(f"held-out perplexity at length {options.length}")
     left.invert_yaxis()
     for number, record in enumerate(searched):
@@ -159,6 +159,8 @@ def draw(records: Sequence[Record], options: Any) -> None:
     if searched:
         right.legend(fontsize=8)
         right.set_xscale("log")
+    else:
+        right.set_axis_off()
     right.set_xlabel("snapshots: times that sub-models were built")
     right.set_ylabel("held-out loss of the mask so far, nats per token")
     figure.savefig(options.out / "prune.png", dpi=120)

@@ -67,7 +67,8 @@ def check_bare(model: Any, units: fxmem.Coupling, none: fxmem.Masks) -> None:
     """Layers that cannot run empty keep one unit, which has no say; a sub-model for search too."""
     ids = torch.randint(3, 97, (3, 11))
     small = fxmem.materialize(model, none, units)
-    assert {g.size for g in fxmem.coupling(small).groups} == {1}
+    left = {g.size for g in fxmem.coupling(small).groups}
+    assert 1 in left and left <= {0, 1}
     run = fxmem.instantiate(model, none, units, compile=False)
     with fxmem.masked(model, none, units), torch.no_grad():
         want = model(input_ids=ids).logits

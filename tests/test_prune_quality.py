@@ -12,13 +12,14 @@ from fxmem.prune import estimator as est
 from fxmem.prune.options import Prune
 from fxmem.prune.session import run
 
-PLANTED = Prune(
-    init="uniform", block=8, order="index", ranking="kind", decay="none",
-    steps=150, samples=16, age=1, lr=0.3, epsilon=0.01,
+PLAIN = Prune(
+    init="uniform", alpha=0.5, metric="euclidean", history=0, standardise=False, steps=300
 )  # fmt: skip
-SMALL = Prune(
-    init="uniform", cost="units", steps=150, samples=8, age=2, lr=0.3, epsilon=0.02
+PLANTED = replace(
+    PLAIN, block=8, order="index", ranking="kind", decay="none", samples=16, age=1, lr=0.05,
+    epsilon=0.01,
 )  # fmt: skip
+SMALL = replace(PLAIN, cost="units", samples=8, age=2, lr=0.1, epsilon=0.02)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])

@@ -68,7 +68,8 @@ def test_others_save_load_and_compile(name: str, tmp_path: Path) -> None:
         assert torch.equal(small.generate(ids, **tokens), again.generate(ids, **tokens))
         with pytest.raises((ValueError, OSError)):
             AutoModelForCausalLM.from_pretrained(tmp_path)
-        run = torch.compile(again, backend="aot_eager", fullgraph=True)
+        # The routing of experts depends on data, in the dense model too.
+        run = torch.compile(again, backend="aot_eager", fullgraph=name != "mixtral")
         assert (run(input_ids=ids, use_cache=False).logits - want).abs().max() < 1e-10
 
 
