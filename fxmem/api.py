@@ -57,11 +57,6 @@ class Backend:
         if not has_varying_size(gm):
             warnings.warn(_not_streamed("streamed"), FxmemWarning, stacklevel=2)
             return gm.forward
-        if self.plan.stream is not None and (place := _fixed()):
-            warnings.warn(
-                f"a size of the inputs is constant, so nothing is cut along it{place}",
-                FxmemWarning, stacklevel=2,
-            )  # fmt: skip
         try:
             graph = compile_graph(gm, example_inputs, self.plan, self.roles)
         except FxmemError as error:
@@ -72,16 +67,12 @@ class Backend:
 
 
 def _not_streamed(done: str) -> str:
+    places = _compat.fixed_sizes()
     return (
         f"no input has a length that may vary, so nothing is {done}: the model fixes its sizes "
-        f"(constants of the input's length, or one token only){_fixed()}"
+        "(constants of the input's length, or one token only)"
+        + (f"; fixed at {'; '.join(places)}" if places else "")
     )
-
-
-def _fixed() -> str:
-    """Where the capture under way gave up a symbolic size; empty where it did not."""
-    places = _compat.fixed_sizes()
-    return f"; fixed at {'; '.join(places)}" if places else ""
 
 
 def _raiser(error: FxmemError) -> Callable[..., Any]:

@@ -141,13 +141,12 @@ def test_an_op_without_a_row_is_no_error() -> None:
     assert "test_refusals.py" in barrier.source
 
 
-@pytest.mark.parametrize(("batch", "what"), [(1, "nothing is streamed"), (2, "nothing is cut")])
-def test_a_length_fixed_by_the_model_is_named(batch: int, what: str) -> None:
+def test_a_length_fixed_by_the_model_is_named() -> None:
     constant = torch.randn(13, D)
-    net, ids = Net(lambda block, x: x + constant), torch.randint(11, (batch, 13))
+    net, ids = Net(lambda block, x: x + constant), torch.randint(11, (1, 13))
     plain = copy.deepcopy(net)
     fxmem.transform(net, PLAN)
-    with pytest.warns(fxmem.FxmemWarning, match=what + r".*fixed at .*x \+ constant"):
+    with pytest.warns(fxmem.FxmemWarning, match=r"nothing is streamed.*fixed at .*x \+ constant"):
         net(ids).backward()
     plain(ids).backward()
     for p, q in zip(net.parameters(), plain.parameters(), strict=True):
