@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Options:
     every: int = 4
     held_out: int = 4
     seeds: tuple[int, ...] = (0,)
+    append: bool = False
     rates: Rates = field(default_factory=Rates)
     out: Path = Path("benchmarks/results")
 
@@ -94,6 +96,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     model = resolve(str(smollm2(say=print)) if options.model == SMOLLM2 else options.model)
     bars = require("rich.progress")
     records = kept(options)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
     with bars.Progress(transient=True) as progress:
         for case in cases(options):
             task = progress.add_task(f"{case.part} {SETUPS[case.setup].label}", total=None)
@@ -102,7 +105,7 @@ def run(options: Options) -> list[dict[str, Any]]:
                 if message.get("event") == "step":
                     progress.update(task, completed=message["step"], total=message["of"])
 
-            record = {**vars(case), **measure(case, options, model, show)}
+            record = {**vars(case), "run": began, **measure(case, options, model, show)}
             progress.remove_task(task)
             records.append(record)
             progress.console.print(line(record), highlight=False, soft_wrap=True)
@@ -125,15 +128,20 @@ def measure(case: Case, options: Options, model: str, show: Any) -> dict[str, An
 
 
 def kept(options: Options) -> list[dict[str, Any]]:
-    """Records of an earlier run that this one does not replace; times are replaced together."""
+    """Records of an earlier run that this one does not replace; times are replaced together,
+    unless ``append`` keeps them: they are compared within a run only.
+    """
     path = result_file(options)
     if not path.exists():
         return []
     found = json.loads(path.read_text())["records"]
 
     def stays(record: dict[str, Any]) -> bool:
-        again = record["part"] in options.parts
-        return not again or (record["part"] != "time" and record["setup"] not in options.setups)
+        if record["part"] not in options.parts:
+            return True
+        if record["part"] == "time":
+            return options.append
+        return record["setup"] not in options.setups
 
     return [r for r in found if stays(r)]
 
@@ -179,6 +187,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--setups", nargs="+", choices=tuple(SETUPS), default=plain.setups)
     add("--seeds", type=int, nargs="+", default=plain.seeds)
     add("--out", type=Path, default=plain.out)
+    add("--append", action="store_true", help="keep earlier times beside the new ones")
     counts = [f.name for f in fields(Options) if f.type == "int"]
     for name in counts:
         add(f"--{name.replace('_', '-')}", type=int, default=getattr(plain, name))

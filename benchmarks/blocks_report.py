@@ -62,11 +62,16 @@ def _time(own: Sequence[Record], every: Sequence[Record]) -> Record:
     if not mine:
         return {}
     row: Record = {"seconds": statistics.median(r["mean_seconds"] for r in mine)}
+    row["times"] = len(mine)
     for key, setup in (("to_adamw", REFERENCE), ("to_badam", BASE)):
-        base = {r["repeat"]: r["mean_seconds"] for r in _part(every, "time") if r["setup"] == setup}
-        ratios = [r["mean_seconds"] / base[r["repeat"]] for r in mine if r["repeat"] in base]
+        base = {_at(r): r["mean_seconds"] for r in _part(every, "time") if r["setup"] == setup}
+        ratios = [r["mean_seconds"] / base[_at(r)] for r in mine if _at(r) in base]
         row[key] = statistics.median(ratios) if ratios else None
     return row
+
+
+def _at(record: Record) -> tuple[str, int]:
+    return record["run"], record["repeat"]
 
 
 def _memory(own: Sequence[Record]) -> Record:
@@ -117,8 +122,9 @@ def markdown(data: Record) -> str:
         "optimizer state included. Gradients + state: most bytes alive at once of tensors with the",
         "shape of a parameter, temporaries of updates included; allowed: gradient and two moments",
         "of the active block plus the largest inactive gradient. s per step: mean over a pass of",
-        "all blocks, median over repeats; ratios are taken within a repeat, to AdamW with",
-        "checkpointing and to fxmem with frozen inactive blocks. Loss: mean over seeds at the end.",
+        "all blocks, median over repeats; ratios are taken within one repeat of one run, to AdamW",
+        "with checkpointing and to fxmem with frozen inactive blocks. Loss: mean over seeds at the",
+        "end.",
         "",
     ]
     for part, options in data["options"].items():
@@ -139,7 +145,7 @@ def _conditions(part: str, o: Record) -> str:
     layers = f"{o['layers_per_block']} layer(s) per block"
     if part != "learning":
         text = f"{o['length']} tokens, {layers}, {o['threads']} threads"
-        return f"{text}, {o['repeats']} repeat(s)" if part == "time" else text
+        return text
     rates = ", ".join(f"{name} {value:g}" for name, value in o["rates"].items())
     return (
         f"{o['learn_steps']} steps of {o['batch']} x {o['window']} tokens of "

@@ -75,7 +75,8 @@ def _memory(request: dict[str, Any], model: Any, windows: Tensor, emit: Emit) ->
     state = training.state_bytes()
     curve = track(lambda: training.step(windows[0][None]))
     emit({"event": "step", "step": 3, "of": 4})
-    live = LiveGradients([*training.model.parameters(), *training.terms])
+    weights = [*training.model.parameters(), *training.terms]
+    live = LiveGradients(weights, training.state())
     loss = training.forward(windows[1 % len(windows)][None])
     with live:
         loss.backward()

@@ -80,7 +80,10 @@ class Chunker:
         self.stream, self.fixed = stream, fixed
         self.footprints = footprints
 
-    def __call__(self, code: Any, sizes: Mapping[str, int]) -> int:
+    def __call__(self, code: Any, sizes: Mapping[str, int], *, updates: bool = False) -> int:
+        """``updates``: the region's backward changes weights, which in one chunk it does one
+        gradient at a time; so it may be one chunk of twice the cap.
+        """
         wanted = self.stream.loss_chunk if code.is_loss else self.stream.chunk
         if wanted != "auto":
             return int(wanted)
@@ -90,6 +93,9 @@ class Chunker:
         live = 2.0 if code.is_loss else 4.0
         tokens = budget / max(1.0, live * code.footprint.widest)
         cap = CAP_TOKENS.get(self.fixed.device, CAP_TOKENS_DEVICE)
+        length = sizes.get("T", 1)
+        if updates and not code.is_loss and length * batch <= min(tokens, 2 * cap):
+            return length
         tokens = min(cap, max(FLOOR_TOKENS, tokens))
         rows = max(1, int(tokens) // batch)
         return rows - rows % 64 if rows >= FLOOR_TOKENS else 1 << (rows.bit_length() - 1)

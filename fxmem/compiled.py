@@ -146,7 +146,7 @@ class CompiledGraph:
         del by_node, args
         step = self._step(table, env) if table is not None else None
         for i, call in enumerate(self.calls):
-            chunk = self.chunk(call)
+            chunk = self.chunk(i)
             tensors = [env[leaf] for leaf in call.leaves]
             if step is None:
                 outputs = run_region(call.code, state, chunk, tensors, call.shared, call.sole)
@@ -161,11 +161,12 @@ class CompiledGraph:
                 env.pop(leaf, None)
         return [self._output(o, env) for o in self.capture.outputs]
 
-    def chunk(self, call: RegionCall) -> int:
+    def chunk(self, at: int) -> int:
         """Rows per chunk of a region in the latest call."""
         if self.plan.stream is None or self.chunker.whole(self.sizes):
             return self.sizes.get("T", 1)
-        return self.chunker(call.code, self.sizes)
+        updates = bool(self.selected) and bool(self.selected[at].updates)
+        return self.chunker(self.calls[at].code, self.sizes, updates=updates)
 
     def _step(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> Step:
         """Select the variant of every region for this call."""

@@ -202,7 +202,7 @@ def _add_steps(report: Report, engine: api.Backend, model: nn.Module | api.Backe
     names = {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
     regions = []
     for graph in [g for g in engine.graphs if g.sizes and g.selected][-1:]:
-        calls = [(c.modules, c.leaves, graph.chunk(c)) for c in graph.calls]
+        calls = [(c.modules, c.leaves, graph.chunk(i)) for i, c in enumerate(graph.calls)]
         given = (calls, graph.selected, graph.sizes, names)
         report.steps, regions = region_steps(*given), known_regions(*given)
     if isinstance(model, nn.Module) and engine.plan.blocks is not None:

@@ -79,7 +79,8 @@ class RoleStep(Step):
     def use(self, index: int) -> Use:
         chosen, call = self.graph.selected[index], self.graph.calls[index]
         length = self.sizes.get("T", 1)
-        chunk = length if self.whole else self.graph.chunker(call.code, self.sizes)
+        updates = bool(chosen.updates)
+        chunk = length if self.whole else self.graph.chunker(call.code, self.sizes, updates=updates)
         kind = "loss" + chosen.variant if chosen.learns and chosen.code.is_loss else "forward"
         return Use(chosen.code, chunk, kind, "backward" + chosen.variant, chosen.learns)
 
