@@ -42,7 +42,8 @@ def test_table_of_bytes(
     assert (whole.weights + whole.block) / 1e9 == pytest.approx(head, abs=0.01)
     low = estimate(net, Blocks(inactive=LowRank(rank=8), update_head=False))
     assert low.adapters / 1e9 == pytest.approx(adapters, abs=0.01)
-    frozen_head = estimate(net, Blocks(inactive=SGD(1e-5), outer="frozen"))
+    # with few logits at a time the largest moment is inside a layer
+    frozen_head = estimate(net, Blocks(inactive=SGD(1e-5), outer="frozen"), chunk=64)
     assert frozen_head.gradient / 1e9 == pytest.approx(dense, abs=0.001)
     trained_head = estimate(net, Blocks(inactive=SGD(1e-5)))
     for found in (plain, low, frozen_head, trained_head):
