@@ -220,6 +220,8 @@ def _curves(panel: Any, records: Sequence[Record]) -> None:
     panel.grid(axis="y", color=FAINT, lw=0.8)
     if records:
         panel.legend(frameon=False, fontsize=8)
+    else:
+        panel.set_visible(False)
 
 
 __all__ = ["draw", "line", "markdown", "summarise", "write"]
