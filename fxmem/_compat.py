@@ -30,9 +30,9 @@ __all__ = [
     "BackendCompilerFailed", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload",
     "TorchDynamoException", "ambient_autocast", "backward_id", "call_impl", "compile_times",
     "dynamic_inputs", "fake_mode_of", "fixed_sizes", "functional", "input_name", "inside_ddp",
-    "is_checkpoint", "is_control_node", "make_fx", "mark_axis_dynamic", "mark_dynamic", "origin",
-    "restart_capture", "set_compiled_call", "storage_key", "traced", "tree_leaves",
-    "unset_compiled_call", "wrapper_tensor",
+    "is_checkpoint", "is_control_node", "make_fx", "mark_axis_dynamic", "mark_dynamic",
+    "may_alias", "origin", "restart_capture", "set_compiled_call", "storage_key", "traced",
+    "tree_leaves", "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
 
 
@@ -146,6 +146,13 @@ def is_control_node(node: fx.Node) -> str | None:
     if node.target is torch._C._log_api_usage_once:
         return "log"
     return None
+
+
+def may_alias(node: fx.Node) -> bool:
+    """The result may be a view of an operand; functions without a schema are taken to make one."""
+    if isinstance(node.target, OpOverload):
+        return any(r.alias_info is not None for r in node.target._schema.returns)
+    return True
 
 
 def is_checkpoint(node: fx.Node) -> bool:

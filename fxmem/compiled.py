@@ -140,9 +140,7 @@ class CompiledGraph:
         by_node = dict(zip(self.capture.inputs, args, strict=True))
         env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
-        state = CallState(sizes)
-        for i, name in self._parameters:
-            state.watch(name, args[i])
+        state = CallState(sizes, names={id(args[i]): name for i, name in self._parameters})
         del by_node, args
         step = self._step(table, env) if table is not None else None
         for i, call in enumerate(self.calls):

@@ -35,13 +35,18 @@ class CallState:
     sizes: dict[str, int]
     tiles: dict[tuple[Any, ...], masks.TileMap] = field(default_factory=dict)
     parts: dict[Any, Tensor] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
+    """``id`` of each parameter of the call -> its name, for errors."""
     watched: list[tuple[str, Tensor, int]] = field(default_factory=list)
     fresh: set[int] = field(default_factory=set)
     """Storages of gradients between regions that nothing else holds."""
 
-    def watch(self, name: str, parameter: Tensor) -> None:
-        """Remember a parameter's version; ``name`` is for the error."""
-        self.watched.append((name, parameter, parameter._version))
+    def watch(self, saved: Sequence[Tensor | None]) -> None:
+        """Remember the versions of parameters that a backward will read."""
+        for tensor in saved:
+            name = self.names.get(id(tensor))
+            if tensor is not None and name is not None:
+                self.watched.append((name, tensor, tensor._version))
 
     def begin_backward(self) -> None:
         """Before the first region's backward, so that an error comes before any gradient.
@@ -162,7 +167,9 @@ class RegionFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs, grads = code.forward(state, chunk, tensors, seed, learn=True)
         kept = code.saved(grads is not None)
-        ctx.save_for_backward(*(t if k else None for t, k in zip(tensors, kept, strict=True)))
+        saved = [t if k else None for t, k in zip(tensors, kept, strict=True)]
+        ctx.save_for_backward(*saved)
+        state.watch(saved)
         ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
         ctx.shared = shared
         ctx.sole = [s for s, d in zip(sole, code.differentiable, strict=True) if d]

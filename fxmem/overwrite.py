@@ -67,12 +67,6 @@ def _readers(values: list[fx.Node]) -> set[fx.Node]:
         for user in todo.pop().users:
             if user not in found:
                 found.add(user)
-                if _may_alias(user):
+                if _compat.may_alias(user):
                     todo.append(user)
     return found
-
-
-def _may_alias(node: fx.Node) -> bool:
-    if not isinstance(node.target, _compat.OpOverload):
-        return True
-    return any(r.alias_info is not None for r in node.target._schema.returns)

@@ -21,11 +21,12 @@ from fxmem.chunks import footprint
 from fxmem.emit import BodyPass, Emitter
 from fxmem.errors import FxmemWarning
 from fxmem.joint import Caller, Joint
+from fxmem.keep_sum import keep_sum
 from fxmem.labels import Barrier
 from fxmem.loop_body import Handler
 from fxmem.overwrite import overwrites
 from fxmem.packing import Packing, pack, packing, unpack
-from fxmem.program import Loop, Program, Straight, keep_sum
+from fxmem.program import Loop, Program, Straight
 from fxmem.regions import Region
 from fxmem.schedule import schedule
 

@@ -71,9 +71,7 @@ def _fuses(node: fx.Node) -> bool:
     """Neither a matrix product, which stays a library call, nor a view."""
     if not isinstance(node.target, _compat.OpOverload) or str(node.target) in MATMULS:
         return False
-    return str(node.target) != "aten.reshape.default" and not any(
-        r.alias_info is not None for r in node.target._schema.returns
-    )
+    return str(node.target) != "aten.reshape.default" and not _compat.may_alias(node)
 
 
 def segments(graph: fx.Graph) -> list[Segment | fx.Node]:

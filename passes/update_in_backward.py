@@ -273,17 +273,10 @@ def _views(value: fx.Node) -> set[fx.Node]:
     stack = [value]
     while stack:
         for user in stack.pop().users:
-            if user not in found and user.op != "output" and _may_alias(user):
+            if user not in found and user.op != "output" and _compat.may_alias(user):
                 found.add(user)
                 stack.append(user)
     return found
-
-
-def _may_alias(node: fx.Node) -> bool:
-    """The result may be a view of an operand; functions without a schema are taken to make one."""
-    if isinstance(node.target, _compat.OpOverload):
-        return any(r.alias_info is not None for r in node.target._schema.returns)
-    return True
 
 
 def overwritten(node: fx.Node, between: Sequence[fx.Node]) -> bool:
@@ -303,7 +296,7 @@ def sources(value: fx.Node) -> set[fx.Node]:
     found, stack = {value}, [value]
     while stack:
         node = stack.pop()
-        if node.op == "call_function" and _may_alias(node):
+        if node.op == "call_function" and _compat.may_alias(node):
             first = isinstance(node.target, _compat.OpOverload) or node.target in _FIRST
             fresh = {n for n in (node.all_input_nodes[:1] if first else node.all_input_nodes)}
             stack += fresh - found

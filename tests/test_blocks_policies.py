@@ -130,6 +130,18 @@ def test_last_needs_to_know_the_last() -> None:
     assert state.step == 0
 
 
+def test_reading_the_schedule_asks_for_no_update() -> None:
+    net, opt, state = make(
+        inactive=SGD(BETA), accumulation="last", order="descending", update_head=False
+    )
+    state.is_last_micro_batch = lambda: False
+    assert fxmem.explain(net).blocks is not None
+    state.is_last_micro_batch = lambda: True
+    net(ids(0)).backward()
+    opt.step()  # nothing is deeper than the first block, so nothing was due
+    assert state.step == 1
+
+
 def test_accelerate_says_which_backward_is_the_last() -> None:
     from accelerate.state import GradientState
 

@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "loop_body",
         "emit",
         "overwrite",
+        "keep_sum",
         "chunks",
         "packing",
         "region_code",

@@ -146,9 +146,18 @@ class BlockState(RoleTable):
 
     def role(self, parameter: nn.Parameter) -> Role:
         if not self._cache:
-            self._cache = self.roles_at(self.step)
+            self._cache = self._roles_now()
         found = self._cache.get(parameter)
         return super().role(parameter) if found is None else found
+
+    def _roles_now(self) -> dict[nn.Parameter, Role]:
+        """Roles of the forward to come; under ``"last"``, updates wait for the last micro-batch."""
+        roles = self.roles_at(self.step)
+        if self.plan.accumulation == "last" and not self.is_last_micro_batch():
+            held = [p for p, r in roles.items() if r is Role.UPDATE]
+            self._held |= bool(held)
+            roles |= dict.fromkeys(held, Role.FROZEN)
+        return roles
 
     def roles_at(self, step: int) -> dict[nn.Parameter, Role]:
         """Role of every parameter in an optimizer step, past or to come."""
@@ -168,8 +177,6 @@ class BlockState(RoleTable):
                 roles[p] = Role.FROZEN
             elif isinstance(self.plan.inactive, LowRank):
                 roles[p] = Role.LOW_RANK
-            elif self.plan.accumulation == "last" and not self.is_last_micro_batch():
-                roles[p], self._held = Role.FROZEN, True
             else:
                 roles[p] = Role.UPDATE
         return roles
