@@ -64,7 +64,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         _draw_curves(over_time, shown)
         _draw_bars(bars, report, list(shown))
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)
-        figure.suptitle(headline(report), fontsize=14, fontweight="bold", x=0.01, ha="left")
+        # in two lines: long names and the gradients' part run over the edge otherwise
+        title = headline(report).replace(": ", "\n", 1)
+        figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
