@@ -59,7 +59,12 @@ def _add_demo(commands: Any) -> None:
     add("--lr", type=float, help="learning rate (default: suits the optimizer)")
     add("--out", type=Path, default=Path("fxmem-demo"), help="folder for table and pictures")
     add("--wheel", type=Path, help="an existing copy of the SmolLM2 wheel")
-    add("--exact", action="store_true", help="hold gradients to a float64 step; slow, large")
+    add(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="hold gradients to a float64 step of plain autograd (default), or to the first setup",
+    )
     add("--short", action="store_true", help="a tiny random model on 1024 tokens; no download")
     demo.set_defaults(run=_demo)
 

@@ -18,12 +18,6 @@ class UsageError(FxmemError, ValueError):
     """An argument on the command line has a value that cannot work."""
 
 
-class WorkerError(FxmemError):
-    """A process that the demo cannot do without has failed."""
-
-    default_advice = "choose a shorter length, or leave out --exact"
-
-
 def require(name: str) -> ModuleType:
     """Import a library of the ``demo`` extra.
 

@@ -128,7 +128,7 @@ th:first-child, td:first-child { text-align: left; }
 <p id="values">Move over the picture to read values.</p>
 <table><thead><tr><th>setup</th><th>process peak</th><th>live tensors, peak</th>
 <th>s per step</th><th>s, first step</th><th>loss</th>
-<th>gradients differ by</th></tr></thead><tbody>
+<th>gradient error</th></tr></thead><tbody>
 $rows
 </tbody></table>
 <script>

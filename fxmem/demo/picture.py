@@ -45,10 +45,13 @@ def headline(report: dict[str, Any]) -> str:
     if not {"plain", "fxmem"} <= peaks.keys() or peaks["fxmem"] >= peaks["plain"]:
         return what
     less = f"{peaks['plain'] / peaks['fxmem']:.1f} times less above the parameters"
-    difference = report["setups"]["fxmem"].get("difference")
-    if report["demo"].get("exact"):
+    errors = {name: report["setups"][name].get("difference") for name in ("fxmem", "plain")}
+    if errors["fxmem"] is None:
         return f"{what}: {less}"
-    return f"{what}: {less}" + (f", gradients within {difference:.0e}" if difference else "")
+    if errors["plain"] is None:
+        return f"{what}: {less}, gradients within {errors['fxmem']:.0e} of plain autograd"
+    against = f"gradient error {errors['fxmem']:.0e} (plain autograd {errors['plain']:.0e})"
+    return f"{what}: {less}, {against}"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

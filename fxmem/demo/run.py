@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fxmem.demo.errors import UsageError, WorkerError, require
+from fxmem.demo.errors import UsageError, require
 from fxmem.demo.fetch import smollm2
 from fxmem.demo.models import SMOLLM2, TINY, load_tokenizer, resolve
 from fxmem.demo.worker import EXACT, SETUPS
@@ -27,15 +27,15 @@ class Demo:
         model: "smollm2", "tiny", a folder or a hub id.
         length: tokens of the document.
         steps: training steps, each on the whole document.
-        setups: names from :data:`fxmem.demo.worker.SETUPS`, in order; the first that works is the
-            reference for gradients, so put "plain" first.
+        setups: names from :data:`fxmem.demo.worker.SETUPS`, in order.
         threads: of torch; None leaves torch's own choice.
         optimizer: "sgd" or "adamw".
         lr: learning rate; None takes the one that suits the optimizer.
         chunk: tokens per chunk in fxmem, or "auto".
         out: folder for table and pictures.
         wheel: an existing copy of the SmolLM2 wheel.
-        exact: compare gradients with a float64 step, slow and large, instead of the first setup.
+        exact: compare gradients with a float64 step of plain autograd, since every float32 setup
+            has errors of its own; otherwise, and where that step fails, with the first setup.
     """
 
     model: str = SMOLLM2
@@ -48,7 +48,7 @@ class Demo:
     chunk: int | Literal["auto"] = "auto"
     out: Path = Path("fxmem-demo")
     wheel: Path | None = None
-    exact: bool = False
+    exact: bool = True
 
     def check(self) -> None:
         """Refuse impossible values before anything is loaded.
@@ -88,7 +88,9 @@ def run(demo: Demo) -> dict[str, Any]:
     demo.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fxmem-demo-") as scratch:
         results = measure(demo, resolve(str(model)), ids, Path(scratch), console)
-    report = {"demo": {**asdict(demo), "out": str(demo.out), "wheel": None}, "setups": results}
+    exact = all("difference" in result for result in results.values() if result["status"] == OK)
+    asked = {**asdict(demo), "out": str(demo.out), "wheel": None, "exact": exact}
+    report = {"demo": asked, "setups": results}
     write(report, demo.out, console)
     return report
 
@@ -111,11 +113,7 @@ def document(model: str, length: int) -> list[int]:
 def measure(
     demo: Demo, model: str, ids: Sequence[int], scratch: Path, console: Any
 ) -> dict[str, dict[str, Any]]:
-    """One process per setup; the result of each, with its gradient difference to the reference.
-
-    Raises:
-        WorkerError: there is no float64 reference, although it was asked for.
-    """
+    """One process per setup; the result of each, with its gradient difference to the reference."""
     from fxmem.demo.progress import follow
 
     results: dict[str, dict[str, Any]] = {}
@@ -140,18 +138,17 @@ def measure(
 
 def exact_gradients(
     demo: Demo, model: str, ids: Sequence[int], scratch: Path, console: Any
-) -> Path:
-    """File with the gradients of the first step in float64.
-
-    Raises:
-        WorkerError: the step did not work, for want of memory as a rule.
-    """
+) -> Path | None:
+    """File with the gradients of the first step in float64; None where that step does not work,
+    for want of memory as a rule."""
     path = scratch / f"{EXACT}.pt"
     with console.status("one step in float64, the yardstick"):
         asked = request_for(demo, EXACT, model, ids, path)
         result = run_isolated("fxmem.demo.worker", asked, threads=demo.threads)
     if result["status"] != OK:
-        raise WorkerError(f"the float64 step failed: {result['reason']}")
+        told = f"no float64 step ({result['reason']}): gradients are held to the first setup's"
+        console.print(told, style="yellow", markup=False)
+        return None
     return path
 
 

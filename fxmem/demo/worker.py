@@ -13,7 +13,7 @@ from fxmem.demo.errors import UsageError
 from fxmem.demo.models import enable_checkpointing, load_model
 from fxmem.isolate import serve
 from fxmem.measure import HighWater, parameter_bytes
-from fxmem.trial import Trial, run_trial
+from fxmem.trial import Trial, run_trial, save_gradients
 
 SETUPS = {
     "plain": "plain autograd",
@@ -33,27 +33,37 @@ def train(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> di
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     emit({"event": "loading"})
-    exact = request["setup"] == EXACT
-    model = load_model(request["model"], torch.float64 if exact else torch.float32)
+    ids = torch.tensor([request["ids"]])
+    if request["setup"] == EXACT:
+        return save_exact(request["model"], ids, Path(request["gradients"]))
+    model = load_model(request["model"], torch.float32)
     model.config.use_cache = False
     model = prepare(model, request["setup"], request["chunk"])
-    ids = torch.tensor([request["ids"]])
     named = list(model.named_parameters())
     optimizer = make_optimizer(request["optimizer"], [p for _, p in named], request["lr"])
 
     def loss_fn() -> torch.Tensor:
-        if exact:
-            # The loss inside the model is taken in float32 whatever the model's type.
-            return F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
         loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
         return loss
 
     gradients = request["gradients"] and Path(request["gradients"])
-    trial = Trial(
-        steps=1 if exact else request["steps"], gradients=gradients or None, timeline=not exact
-    )
+    trial = Trial(request["steps"], gradients or None)
     figures = run_trial(trial, loss_fn, named, optimizer.step, high_water, emit)
     return {"parameters": parameter_bytes(model), "threads": torch.get_num_threads(), **figures}
+
+
+def save_exact(name: str, ids: torch.Tensor, path: Path) -> dict[str, Any]:
+    """Write the gradients of one float64 step, with checkpointing, which changes no value.
+
+    The logits leave the model for the loss: the one inside is taken in float32 whatever the
+    model's type, which costs more than everything else that is rounded.
+    """
+    model = load_model(name, torch.float64)
+    model.config.use_cache = False
+    enable_checkpointing(model)
+    F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]).backward()
+    save_gradients(model.named_parameters(), path)
+    return {}
 
 
 def prepare(model: Any, setup: str, chunk: int | Literal["auto"]) -> Any:
@@ -64,7 +74,7 @@ def prepare(model: Any, setup: str, chunk: int | Literal["auto"]) -> Any:
     """
     if setup == "plain":
         return model
-    if setup in ("checkpoint", EXACT):
+    if setup == "checkpoint":
         enable_checkpointing(model)
         return model
     if setup == "fxmem":
