@@ -90,8 +90,7 @@ class Chunker:
         batch = _batch(sizes)
         saved = self.fixed.saved_per_token * batch * sizes.get("T", 1)
         budget = max(FLOOR_BYTES, (2 * self.fixed.weights + saved) / FIXED_SHARE)
-        live = 2.0 if code.is_loss else 4.0
-        tokens = budget / max(1.0, live * code.footprint.widest)
+        tokens = budget / max(1.0, _working(code))
         cap = CAP_TOKENS.get(self.fixed.device, CAP_TOKENS_DEVICE)
         length = sizes.get("T", 1)
         if updates and not code.is_loss and length * batch <= min(tokens, 2 * cap):
@@ -100,6 +99,11 @@ class Chunker:
         rows = max(1, int(tokens) // batch)
         return rows - rows % 64 if rows >= FLOOR_TOKENS else 1 << (rows.bit_length() - 1)
 
+    def working(self, code: Any, sizes: Mapping[str, int]) -> float:
+        """Bytes that a chunk of the region takes, about."""
+        rows = min(self(code, sizes), sizes.get("T", 1))
+        return _working(code) * rows * _batch(sizes)
+
     def whole(self, sizes: Mapping[str, int]) -> bool:
         """The call is small enough to run without streaming."""
         if self.stream.chunk != "auto" or self.stream.loss_chunk != "auto":
@@ -107,6 +111,11 @@ class Chunker:
         tokens = _batch(sizes) * sizes.get("T", 1)
         activations = tokens * sum(f.forward for f in self.footprints)
         return activations * WHOLE_SHARE < 2 * self.fixed.weights
+
+
+def _working(code: Any) -> float:
+    """Bytes per token of a chunk's working set: the widest values alive at the same time."""
+    return (2.0 if code.is_loss else 4.0) * float(code.footprint.widest)
 
 
 def _batch(sizes: Mapping[str, int]) -> int:

@@ -25,6 +25,7 @@ from fxmem.blocks.variants import Selection, select
 from fxmem.chunks import Chunker, fixed_bytes
 from fxmem.dropped import dropped
 from fxmem.executor import CallState, execute, run_region
+from fxmem.holding import Holding
 from fxmem.joint import Caller, Joint, trace
 from fxmem.labels import analyse
 from fxmem.lowering import Lowering
@@ -115,6 +116,7 @@ class CompiledGraph:
         _link_shared(capture, calls)
         self._plan_releases()
         self.sizes: dict[str, int] = {}
+        self.holding = Holding(calls, chunker, plan.stream)
 
     def _plan_releases(self) -> None:
         last: dict[pre_.Leaf, int] = {}
@@ -141,13 +143,17 @@ class CompiledGraph:
         env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
         state = CallState(sizes, names={id(args[i]): name for i, name in self._parameters})
-        del by_node, args
         step = self._step(table, env) if table is not None else None
+        fresh = all(args[i].grad is None for i, _ in self._parameters)
+        holding = self.holding(sizes, fresh) if step is None and torch.is_grad_enabled() else ()
+        del by_node, args
         for i, call in enumerate(self.calls):
             chunk = self.chunk(i)
             tensors = [env[leaf] for leaf in call.leaves]
             if step is None:
-                outputs = run_region(call.code, state, chunk, tensors, call.shared, call.sole)
+                outputs = run_region(
+                    call.code, state, chunk, tensors, call.shared, call.sole, i in holding
+                )
             else:
                 seed = call.code.draw_seed(tensors[0].device)
                 run = Run(self.selected[i], step, state, chunk, seed, call.shared)

@@ -53,6 +53,7 @@ class Emitter:
             *self.joint.inputs,
             self.joint.seed,
             *(t for t in self.joint.tangents if t is not None),
+            *self.plan.held,
         ]
         for i, node in enumerate(inputs):
             self.names[node] = f"x{i}"

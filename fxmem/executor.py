@@ -152,7 +152,7 @@ def tile_map(
 
 
 class RegionFunction(torch.autograd.Function):
-    """``apply(code, state, chunk, seed, shared, sole, *tensors) -> outputs``; see the module."""
+    """``apply(code, state, chunk, seed, shared, sole, hold, *tensors) -> outputs``."""
 
     @staticmethod
     def forward(
@@ -163,12 +163,18 @@ class RegionFunction(torch.autograd.Function):
         seed: Tensor | None,
         shared: Shared,
         sole: Sequence[bool],
+        hold: bool,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs, grads = code.forward(state, chunk, tensors, seed, learn=True)
-        kept = code.saved(grads is not None)
+        grads, held = None, []  # type: list[Tensor | None] | None, list[Tensor]
+        if hold:
+            outputs, held = code.forward_held(state, chunk, tensors, seed)
+        else:
+            outputs, grads = code.forward(state, chunk, tensors, seed, learn=True)
+        kept = code.saved(grads is not None, "+" if hold else "")
         saved = [t if k else None for t, k in zip(tensors, kept, strict=True)]
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*saved, *held)
+        ctx.count = len(saved)
         state.watch(saved)
         ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
         ctx.shared = shared
@@ -185,7 +191,8 @@ class RegionFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise DoubleBackwardError("backward with create_graph=True through a streamed region")
         ctx.state.begin_backward()
-        saved = _saved(ctx)
+        alive = _saved(ctx)
+        saved, held = alive[: ctx.count], alive[ctx.count :]
         grads, ctx.grads = ctx.grads, None
         code: RegionCode = ctx.code
         given = [t for t, d in zip(tangents, code.differentiable, strict=True) if d]
@@ -202,10 +209,12 @@ class RegionFunction(torch.autograd.Function):
             owned = {i: parts.pop(k) for i, (k, o) in ctx.shared.items() if o and k in parts}
             free = [t is not None and f and _storage(t) in ctx.state.fresh
                     for t, f in zip(given, ctx.sole, strict=True)]  # fmt: skip
-            out = code.backward(ctx.state, ctx.chunk, saved, ctx.seed, full, owned, free=free)
+            out = code.backward(
+                ctx.state, ctx.chunk, saved, ctx.seed, full, owned, free=free, held=held
+            )
         _tell_fresh(ctx.state, out, [*saved, *tangents])
         _hand_on(ctx.shared, ctx.state.parts, out)
-        return (None, None, None, None, None, None, *out)
+        return (None, None, None, None, None, None, None, *out)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -234,9 +243,9 @@ def _hand_on(shared: Shared, parts: dict[Any, Tensor], grads: list[Tensor | None
             grads[i] = None
 
 
-def _saved(ctx: Any) -> Sequence[Tensor | None]:
+def _saved(ctx: Any) -> Sequence[Any]:
     try:
-        saved: Sequence[Tensor | None] = ctx.saved_tensors
+        saved: Sequence[Any] = ctx.saved_tensors
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
             raise ModifiedParameterError(
@@ -253,15 +262,17 @@ def run_region(
     tensors: Sequence[Tensor],
     shared: Shared | None = None,
     sole: Sequence[bool] | None = None,
+    hold: bool = False,
 ) -> Sequence[Tensor]:
     """Outputs of a region, with autograd where any input wants a gradient.
 
     ``sole``: which outputs have one reader, another region, so that their gradient comes as that
-    region made it.
+    region made it. ``hold``: keep ``code.held`` for the backward.
     """
     seed = code.draw_seed(tensors[0].device)
     if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):
         sole = sole or [False] * len(code.differentiable)
-        return RegionFunction.apply(code, state, chunk, seed, shared or {}, sole, *tensors)
+        shared = shared or {}
+        return RegionFunction.apply(code, state, chunk, seed, shared, sole, hold, *tensors)
     with torch.no_grad():
         return code.forward(state, chunk, tensors, seed, learn=False)[0]

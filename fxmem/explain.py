@@ -60,7 +60,9 @@ class BarrierReport:
 
 @dataclass(slots=True)
 class RegionReport:
-    """One distinct region: ``kind`` is ``loss``, ``mixing`` (it has attention) or ``tokens``."""
+    """One distinct region: ``kind`` is ``loss``, ``mixing`` (it has attention) or ``tokens``;
+    ``holds``: how many of its uses hold results of attention from forward to backward.
+    """
 
     name: str
     kind: str
@@ -69,6 +71,7 @@ class RegionReport:
     chunk: int
     loops: list[LoopReport]
     barriers: list[BarrierReport]
+    holds: int
 
 
 @dataclass(slots=True)
@@ -264,11 +267,20 @@ def _region(uses: list[tuple[CompiledGraph, RegionCall]]) -> RegionReport:
         for loop in program.loops
     ]  # fmt: skip
     modules = list(dict.fromkeys(c.modules for _, c in uses if c.modules))
-    return RegionReport(code.name, kind, len(uses), modules, chunk, loops, _barriers(code, modules))
+    barriers = _barriers(code, modules)
+    holds = sum(_holds(graph, call) for graph, call in uses)
+    return RegionReport(code.name, kind, len(uses), modules, chunk, loops, barriers, holds)
+
+
+def _holds(graph: CompiledGraph, call: RegionCall) -> bool:
+    if not graph.sizes or graph.selected or graph.chunker.whole(graph.sizes):
+        return False
+    return any(graph.calls[i] is call for i in graph.holding(graph.sizes))
 
 
 def _programs(code: RegionCode) -> list[tuple[str, Program]]:
-    return [(k if causal else f"{k} (any mask)", p) for (k, causal), p in code.programs.items()]
+    named = {key: key[0].replace("+", ", holding") for key in code.programs}
+    return [(named[k] if k[1] else f"{named[k]} (any mask)", p) for k, p in code.programs.items()]
 
 
 def _reads_all(program: Program) -> bool:

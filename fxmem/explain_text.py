@@ -105,10 +105,11 @@ def _head(report: Report) -> str:
 
 
 def _regions(regions: Sequence[RegionReport]) -> str:
-    rows = [["region", "kind", "uses", "chunk", "loops", "modules"]]
+    rows = [["region", "kind", "uses", "holding", "chunk", "loops", "modules"]]
     for r in regions:
-        rows.append([r.name, r.kind, str(r.uses), str(r.chunk), str(len(r.loops)), _few(r.modules)])
-    return table(rows, right=(2, 3, 4))
+        counts = [str(n) for n in (r.uses, r.holds, r.chunk, len(r.loops))]
+        rows.append([r.name, r.kind, *counts, _few(r.modules)])
+    return table(rows, right=(2, 3, 4, 5))
 
 
 def _few(modules: Sequence[str]) -> str:

@@ -82,6 +82,12 @@ class Lowering:
             _USES[key] = not reason
         return _USES[key]
 
+    @property
+    def late(self) -> bool:
+        """Bodies are compiled at their first call: a program that a later length needs for the
+        first time would compile then."""
+        return self.mode == "inductor"
+
     def finish(self, program: Program) -> None:
         """With Inductor, loops are compiled at their first call."""
         if self.mode == "inductor":

@@ -158,7 +158,9 @@ class Step:
     def use(self, index: int) -> Use:
         code = self.graph.calls[index].code
         kind = "loss" if code.learns and code.is_loss else "forward"
-        return Use(code, self.graph.chunker(code, self.sizes), kind, "backward", code.learns)
+        held = "+" if index in self.graph.holding(self.sizes) else ""
+        rows = self.graph.chunker(code, self.sizes)
+        return Use(code, rows, kind + held, "backward" + held, code.learns)
 
     def forward(self) -> list[tuple[int, Saved]]:
         self._preamble()
@@ -175,8 +177,10 @@ class Step:
                 self.env[leaf] = storage
                 self.ledger.hold(storage)
             if use.learns:
-                gradients = values[count:] if use.forward.startswith("loss") else None
-                saved.append((index, self._save(call, use, gradients)))
+                rest = values[count:]
+                gradients = rest if use.forward.startswith("loss") else None
+                held = [v[0] for v in rest if v is not None] if gradients is None else []
+                saved.append((index, self._save(call, use, gradients, held)))
             self._drop(values)
             for leaf in call.release:
                 if (gone := self.env.pop(leaf, None)) is not None:
@@ -186,13 +190,15 @@ class Step:
         self.ledger.mark("after forward")
         return saved
 
-    def _save(self, call: RegionCall, use: Use, gradients: list[Any] | None) -> Saved:
+    def _save(
+        self, call: RegionCall, use: Use, gradients: list[Any] | None, held: list[Any]
+    ) -> Saved:
         kept = use.code.saved(gradients is not None, use.backward.removeprefix("backward"))
         leaves = [
             self.env[leaf]
             for leaf, keep in zip(call.leaves, kept, strict=False)
             if keep and leaf in self.env
-        ]
+        ] + held
         for storage in leaves:
             self.ledger.hold(storage)
         for gradient in gradients or []:
@@ -218,7 +224,7 @@ class Step:
     def region(self, index: int, entry: Saved, tangents: list[Any]) -> list[Any]:
         """Run one region's backward; its gradients, each held once."""
         use = entry.use
-        over = self._overwritten(entry.call, tangents)
+        over = self._overwritten(entry, tangents) if tangents else {}
         begin = [*self._started(index, entry), *over]
         run = profile(use.code, use.backward, self.sizes, use.chunk, begin)
         self._masks(entry.call, run)
@@ -241,9 +247,10 @@ class Step:
         names = [(program.outputs[i], use.code.values[i].dtype) for i in owned]
         return [name for name, dtype in names if name is not None and sums.get(name) == dtype]
 
-    def _overwritten(self, call: RegionCall, tangents: list[Any]) -> dict[str, Any]:
+    def _overwritten(self, entry: Saved, tangents: list[Any]) -> dict[str, Any]:
         """Buffers that take a tangent's place, and its storage."""
-        program = call.code.program("backward")
+        call = entry.call
+        program = call.code.program(entry.use.backward)
         sole = [s for s, d in zip(call.sole, call.code.differentiable, strict=True) if d]
         names = call.code.tangents(program)
         free = {n: t for n, t, s in zip(names, tangents, sole, strict=False) if s and t is not None}

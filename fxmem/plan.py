@@ -45,6 +45,10 @@ class Stream:
         logits: ``"drop"`` does not keep the logits of a captured model that also returns a loss:
             reading them raises DroppedLogitsError. ``"keep"`` keeps them, at sequence length x
             vocabulary elements.
+        hold: ``"auto"`` holds the results of attention from forward to backward, instead of making
+            them again, in as many of the last layers as leave the peak of the step where it is:
+            their memory is free until the gradients of the earlier layers need it. This counts on
+            a backward after every forward. ``"none"`` makes everything again.
 
     Raises:
         PlanError: for an unknown option or an impossible value.
@@ -54,12 +58,14 @@ class Stream:
     loss_chunk: int | Literal["auto"] = "auto"
     offload: Literal["none"] = "none"
     logits: Literal["drop", "keep"] = "drop"
+    hold: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
         tokens("Stream.chunk", self.chunk)
         tokens("Stream.loss_chunk", self.loss_chunk)
         choice("Stream.offload", self.offload, ("none",), ("cpu",))
         choice("Stream.logits", self.logits, ("drop", "keep"), ())
+        choice("Stream.hold", self.hold, ("auto", "none"), ())
 
     def to_dict(self) -> dict[str, int | str]:
         """The fields as a dict of plain values."""

@@ -20,6 +20,7 @@ from fxmem import joint as joint_trace
 from fxmem.chunks import footprint
 from fxmem.emit import BodyPass, Emitter
 from fxmem.errors import FxmemWarning
+from fxmem.held import mixed
 from fxmem.joint import Caller, Joint
 from fxmem.keep_sum import keep_sum
 from fxmem.labels import Barrier
@@ -42,6 +43,10 @@ class Lowering(Protocol):
 
     def uses(self, kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a kernel that a program calls through something else may run."""
+
+    @property
+    def late(self) -> bool:
+        """Programs compile at their first call, not when they are made."""
 
     def finish(self, program: Program) -> None:
         """Give the loops of a finished program their compiled form, if they have one."""
@@ -72,6 +77,7 @@ class RegionCode:
         self._packing: tuple[Packing | None] | None = None
         self.joint = self._trace()
         self.footprint = footprint(self.joint)
+        self.held = [] if self.is_loss or not self.learns else mixed(self.joint)
         self.programs: dict[tuple[str, bool], Program] = {}
         self.half = any(v.dtype == torch.float16 for v in self.values) and self.is_loss
 
@@ -104,7 +110,8 @@ class RegionCode:
 
         ``backward:01w0`` (as for ``loss``) is the variant that makes the gradients of the inputs
         marked 1 or w alone, scheduled from the same trace; those marked w keep the precision of
-        their sums.
+        their sums. ``forward+`` also makes the values in ``held``, and ``backward+`` takes them as
+        further inputs instead of making them again.
         """
         key = (kind, causal)
         if key not in self.programs:
@@ -114,16 +121,20 @@ class RegionCode:
             outputs, grads = joint.outputs, joint.grads
             if mask:
                 grads = [None if m == "0" else g for g, m in zip(grads, mask, strict=True)]
-            wanted = {"forward": outputs, "backward": grads, "loss": [*outputs, *grads]}[base]
+            wanted = {
+                "forward": outputs, "forward+": [*outputs, *self.held], "backward": grads,
+                "backward+": grads, "loss": [*outputs, *grads],
+            }[base]  # fmt: skip
             roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
-            plan = schedule(joint, roots, causal=causal)
-            label = f"{self.name}_{kind}".replace(":", "_")
+            held = self.held if base == "backward+" else []
+            plan = schedule(joint, roots, causal=causal, held=held)
+            label = f"{self.name}_{kind}".replace(":", "_").replace("+", "_held")
             passes = self.lowering.body_passes(self.device)
             program = Emitter(plan, label, causal, self._handlers, passes).run()
             self.lowering.finish(program)
             names = dict(zip(roots, program.outputs, strict=True))
             program.outputs = [names[n] if isinstance(n, torch.fx.Node) else None for n in wanted]
-            if base == "backward":
+            if base.startswith("backward"):
                 program.overwrites = overwrites(program, self.tangents(program))
             for m, name in zip(reversed(mask), reversed(program.outputs), strict=False):
                 if m == "w" and name is not None:
@@ -136,7 +147,8 @@ class RegionCode:
 
     def tangents(self, program: Program) -> list[str]:
         """Names of the program's inputs that are gradients of the region's outputs."""
-        return program.inputs[len(self.values) + 1 :]
+        count = sum(t is not None for t in self.joint.tangents)
+        return program.inputs[len(self.values) + 1 :][:count]
 
     def variant(self, wanted: Sequence[bool], sums: Collection[int] = ()) -> str:
         """Suffix of the programs that make these gradients alone; empty where that is all.
@@ -195,6 +207,15 @@ class RegionCode:
         k = len(joint.outputs)
         return [t for t in results[:k] if t is not None], list(results[k:])
 
+    def forward_held(
+        self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs, and the values in ``held`` for :meth:`backward`."""
+        given = [*tensors, seed, *(None for t in self.joint.tangents if t is not None)]
+        results = [t for t in self._execute("forward+", state, chunk, given) if t is not None]
+        count = len(results) - len(self.held)
+        return results[:count], results[count:]
+
     def _loss(
         self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, unit: Tensor,
         variant: str,
@@ -235,13 +256,16 @@ class RegionCode:
         start: dict[int, Tensor] | None = None,
         variant: str = "",
         free: Sequence[bool] = (),
+        held: Sequence[Tensor] = (),
     ) -> list[Tensor | None]:
         """Gradients of the inputs that want one, ``None`` for the others.
 
         ``start``: by input position, a gradient to add this one to (in place where it can be).
         ``free``: which tangents nobody reads afterwards, so that a result may take their place.
+        ``held``: what :meth:`forward_held` gave.
         """
-        given = [*saved, seed, *tangents]
+        variant = "+" if held else variant
+        given = [*saved, seed, *tangents, *held]
         begin: dict[str, Tensor] = {}
         if start or any(free):
             program = self.choose("backward" + variant, state, chunk, given)

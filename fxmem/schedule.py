@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class Loop:
 @dataclass(slots=True)
 class Schedule:
     """``straight[k]`` runs before loop ``k``; ``loops`` are in order; ``flex`` values asked for
-    whole.
+    whole; ``held`` values are given whole, as inputs are.
     """
 
     labels: Labels
@@ -62,6 +62,7 @@ class Schedule:
     loops: list[Loop]
     straight: dict[int, list[fx.Node]]
     buffers: set[fx.Node]
+    held: list[fx.Node]
 
     @property
     def cost(self) -> tuple[int, float]:
@@ -74,13 +75,15 @@ class Schedule:
         )
 
 
-def schedule(joint: Joint, roots: Sequence[fx.Node], *, causal: bool) -> Schedule:
-    """The cheapest schedule that produces ``roots``."""
+def schedule(
+    joint: Joint, roots: Sequence[fx.Node], *, causal: bool, held: Sequence[fx.Node] = ()
+) -> Schedule:
+    """The cheapest schedule that produces ``roots``, where ``held`` values exist already."""
     best: Schedule | None = None
-    first = build(joint, roots, causal=causal, directions=())
+    first = build(joint, roots, causal=causal, directions=(), held=held)
     depth = min(MAX_STAGES, len(first.loops))
     for directions in itertools.product((ASCENDING, DESCENDING), repeat=depth):
-        candidate = build(joint, roots, causal=causal, directions=directions)
+        candidate = build(joint, roots, causal=causal, directions=directions, held=held)
         if best is None or candidate.cost < best.cost:
             best = candidate
     assert best is not None
@@ -88,10 +91,11 @@ def schedule(joint: Joint, roots: Sequence[fx.Node], *, causal: bool) -> Schedul
 
 
 def build(
-    joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: Sequence[int]
-) -> Schedule:
+    joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: Sequence[int],
+    held: Sequence[fx.Node] = (),
+) -> Schedule:  # fmt: skip
     labels = analyse(joint, causal=causal, directions=directions)
-    need = _Needs(labels, list(roots))
+    need = _Needs(labels, list(roots), held)
     loops: dict[int, Loop] = {}
     for node in joint.graph.nodes:
         label = labels.label.get(node)
@@ -114,7 +118,8 @@ def build(
                 straight.setdefault(label.stage, []).append(node)
     run = {producer(n) for n in need.items}
     labels.barriers = [b for b in labels.barriers if b.node in run]
-    return Schedule(labels, list(roots), [loops[k] for k in sorted(loops)], straight, need.buffers)
+    in_order = [loops[k] for k in sorted(loops)]
+    return Schedule(labels, list(roots), in_order, straight, need.buffers, list(held))
 
 
 class _Needs:
@@ -122,11 +127,12 @@ class _Needs:
     written by loops.
     """
 
-    def __init__(self, labels: Labels, roots: list[fx.Node]) -> None:
+    def __init__(self, labels: Labels, roots: list[fx.Node], held: Collection[fx.Node]) -> None:
         self.labels = labels
+        self.held = set(held)
         self.items: set[fx.Node] = set()
         self.buffers: set[fx.Node] = set()
-        self._backward = _depends(labels.joint, [t for t in labels.joint.tangents if t is not None])
+        self._backward = backward_nodes(labels.joint)
         self._limit = max(
             (
                 per_token(i.shape)
@@ -143,7 +149,7 @@ class _Needs:
 
     def whole(self, node: fx.Node) -> None:
         """``node`` must exist as a complete tensor."""
-        if node in self.items:
+        if node in self.items or node in self.held:
             return
         self.items.add(node)
         if self.labels.of(node).kind is Kind.CUT:
@@ -188,6 +194,8 @@ class _Needs:
             return []
         if use.cut != label.cut:
             self.whole(use.operand)
+            return []
+        if use.operand in self.held:
             return []
         if use.operand in self.buffers and label.stage < stage:
             return []
@@ -238,8 +246,9 @@ def _streams(info: Any) -> bool:
     )
 
 
-def _depends(joint: Joint, sources: Sequence[fx.Node]) -> set[fx.Node]:
-    reached = set(sources)
+def backward_nodes(joint: Joint) -> set[fx.Node]:
+    """The tangents and everything that follows from them."""
+    reached = {t for t in joint.tangents if t is not None}
     for n in joint.graph.nodes:
         if any(a in reached for a in n.all_input_nodes):
             reached.add(n)

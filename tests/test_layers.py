@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "labels",
         "schedule",
+        "held",
         "program",
         "loop_body",
         "emit",
@@ -52,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lowering",
         "executor",
         "blocks",
+        "holding",
         "compiled",
         "memory",
         "explain",

@@ -15,7 +15,7 @@ from fxmem.overwrite import overwrites
 from fxmem.program import Buffer, Loop, Program
 from fxmem.sizes import T
 
-PLAN = fxmem.Plan(stream=fxmem.Stream(chunk=32, loss_chunk=32))
+PLAN = fxmem.Plan(stream=fxmem.Stream(chunk=32, loss_chunk=32, hold="none"))
 
 
 def grads_and_peak(net: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
