@@ -144,7 +144,7 @@ class CompiledGraph:
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
         state = CallState(sizes, names={id(args[i]): name for i, name in self._parameters})
         step = self._step(table, env) if table is not None else None
-        fresh = all(args[i].grad is None for i, _ in self._parameters)
+        fresh = not any(args[i].is_leaf and args[i].grad is not None for i, _ in self._parameters)
         holding = self.holding(sizes, fresh) if step is None and torch.is_grad_enabled() else ()
         del by_node, args
         for i, call in enumerate(self.calls):

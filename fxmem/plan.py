@@ -48,7 +48,9 @@ class Stream:
         hold: ``"auto"`` holds the results of attention from forward to backward, instead of making
             them again, in as many of the last layers as leave the peak of the step where it is:
             their memory is free until the gradients of the earlier layers need it. This counts on
-            a backward after every forward. ``"none"`` makes everything again.
+            a backward after every forward and on gradients that stay until its end; where hooks
+            free them, take ``"none"``, which makes everything again. Not with
+            ``lower="inductor"``, nor with ``Plan.blocks``.
 
     Raises:
         PlanError: for an unknown option or an impossible value.
