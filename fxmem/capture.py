@@ -102,7 +102,7 @@ def analyse(
     ambient: Sequence[tuple[str, torch.dtype, bool]],
 ) -> Capture:
     """Split ``gm``, which must be free of writes in place, into preamble and main."""
-    contexts, nodes = _contexts(gm, ambient)
+    contexts, nodes = contexts_of(gm, ambient)
     inputs = list(gm.graph.find_nodes(op="placeholder"))
     output = next(iter(gm.graph.find_nodes(op="output")))
     nodes = _live(nodes, output)
@@ -162,9 +162,10 @@ def _bindings(
     return out
 
 
-def _contexts(
-    gm: fx.GraphModule, ambient: Sequence[tuple[str, torch.dtype, bool]]
+def contexts_of(
+    gm: fx.GraphModule, ambient: Sequence[tuple[str, torch.dtype, bool]] = ()
 ) -> tuple[dict[fx.Node, Context], list[fx.Node]]:
+    """Under what each node runs, and the nodes that compute; ``ambient``: autocast of the call."""
     grad, casts, opened = True, list(ambient), {}
     contexts, nodes = {}, []
     for n in gm.graph.nodes:

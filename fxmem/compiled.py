@@ -36,8 +36,11 @@ from fxmem.passes.functionalize import Functionalize
 from fxmem.passes.global_mean import GlobalMean
 from fxmem.passes.inline_checkpoints import InlineCheckpoints
 from fxmem.passes.lower import HANDLERS
+from fxmem.passes.scalar_inputs import ScalarInputs, fix_numbers
+from fxmem.passes.select_log_probs import SelectLogProbs
 from fxmem.passes.share_kv_heads import ShareKvHeads
 from fxmem.passes.simplify import Simplify
+from fxmem.passes.slice_rows_first import SliceRowsFirst
 from fxmem.pipeline import Pass, copy_graph, run_passes
 from fxmem.plan import Plan, Stream
 from fxmem.region_code import RegionCode
@@ -66,7 +69,8 @@ class Counter:
 COUNTER = Counter()
 _CODES: dict[str, RegionCode] = {}
 GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
-    InlineCheckpoints(), Functionalize(), DropIdentities(), ShareKvHeads(),
+    InlineCheckpoints(), ScalarInputs(), Functionalize(), DropIdentities(), ShareKvHeads(),
+    SliceRowsFirst(), SelectLogProbs(),
 )  # fmt: skip
 """Rewrites of the captured graph, in order."""
 JOINT_PASSES: tuple[Pass[Joint], ...] = (FreeFactories(), GlobalMean(), Simplify())
@@ -233,8 +237,10 @@ def compile_graph(
 ) -> CompiledGraph:  # fmt: skip
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`."""
     start = time.perf_counter()
-    gm = run_passes(GRAPH_PASSES, copy_graph(plain))
+    gm = copy_graph(plain)
     _compat.unify_sizes(gm)
+    fix_numbers(gm)
+    gm = run_passes(GRAPH_PASSES, gm)
     ambient = _ambient(example_inputs)
     capture = cap.analyse(gm, example_inputs, ambient)
     if plan.stream is not None and plan.stream.logits == "drop":

@@ -34,6 +34,11 @@ def assigned(base: Tensor, value: Tensor, steps: Sequence[tuple[str, Any, Any]])
     return y
 
 
+def selected_log_probs(logits: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """``log_softmax(logits [..., V])`` in ``dtype``, at one ``index [..., 1]`` per row."""
+    return logits.log_softmax(-1, dtype).gather(-1, index)
+
+
 def view_name(op: str, target: Any) -> str | None:
     """A name that stands for a view op in :func:`assigned`; None where there is none."""
     if op == "call_method":

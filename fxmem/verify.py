@@ -16,6 +16,7 @@ from torch import fx
 
 from fxmem._compat import is_control_node
 from fxmem.axes import TensorInfo
+from fxmem.capture import Context, contexts_of
 from fxmem.errors import VerificationError
 from fxmem.joint import Joint, info_of
 from fxmem.sizes import same
@@ -49,6 +50,7 @@ class Verifier:
             raise VerificationError(f"pass {name} changed the signature")
         if isinstance(result, Joint):
             _check_joint(name, result)
+        contexts = contexts_of(result)[0] if isinstance(result, fx.GraphModule) else {}
         known = set(self.before)
         touched: set[fx.Node] = set()
         for node in result.graph.nodes:
@@ -57,7 +59,8 @@ class Verifier:
             moved = any(a in touched for a in node.all_input_nodes)
             if full or moved or _line(node) not in known:
                 touched.add(node)
-                _true_value(name, node)
+                with contexts.get(node, Context()).enter():
+                    _true_value(name, node)
 
 
 def _line(node: fx.Node) -> str:

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxmem import _compat
+from fxmem import _compat, functional
 from fxmem.capture import call_node, module_path, source_line
 from fxmem.errors import UnsupportedOpError
 from fxmem.kernels.attention import attention as attention_op
 from fxmem.kernels.dropout import dropout as dropout_op
 from fxmem.kernels.token_nll import token_nll as token_nll_op
+
+_NO_INDEX = torch.iinfo(torch.int64).min
+"""Ignored by the token loss and not a place of any tensor: wrong indices stay an error."""
 
 
 class Canonicalize:
@@ -38,6 +41,7 @@ class Canonicalize:
             F.dropout: self.dropout,
             torch.dropout: self.dropout,
             torch.cat: self.cat,
+            functional.selected_log_probs: self.selected_log_probs,
         }
 
     def __call__(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -141,6 +145,11 @@ class Canonicalize:
             smooth = -(logp if weight is None else logp * weight).sum(-1).masked_fill(~valid, 0)
             nll = nll * (1 - label_smoothing) + smooth * (label_smoothing / logits.shape[-1])
         return _reduce(nll, scale, reduction, target.shape)
+
+    def selected_log_probs(self, logits: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = logits.reshape(-1, logits.shape[-1]).to(dtype)
+        nll, _ = token_nll_op(rows, index.reshape(-1), _NO_INDEX)
+        return -nll.reshape(index.shape)
 
     def nll_loss(
         self, input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: Any = None,

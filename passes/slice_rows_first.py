@@ -1,0 +1,102 @@
+"""Slice rows first: ``linear(x)[:, a:b]`` becomes ``linear(x[:, a:b])``.
+
+Objectives drop the last row of the logits after the head has made them. Sliced logits of several
+sequences are not contiguous, so that what follows copies them, a vocabulary wide; a slice of the
+hidden states is small. Rows of a product do not depend on each other, and what stands between
+product and slice (a change of dtype, a temperature, a softcap) works entry by entry.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxmem.capture import Context, contexts_of, fake_call, value_of
+from fxmem.pipeline import copy_graph
+
+_POINTWISE = frozenset((operator.mul, operator.truediv, torch.mul, torch.div, torch.tanh))
+_METHODS = frozenset(("float", "double", "to", "mul", "div", "tanh", "contiguous"))
+
+
+@dataclass(frozen=True, slots=True)
+class SliceRowsFirst:
+    """Rewrite slices whose only source is a linear layer, directly or through pointwise ops."""
+
+    name: str = "slice_rows_first"
+
+    def run(self, gm: fx.GraphModule) -> fx.GraphModule:
+        gm = copy_graph(gm)
+        for node in list(gm.graph.nodes):
+            chain = _chain(node) if _slices_rows(node) else None
+            if chain:
+                _move(gm, node, chain)
+        return gm
+
+
+def _slices_rows(node: fx.Node) -> bool:
+    """``x[:, a:b]`` and the like: slices of step 1, the last dimension whole."""
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return False
+    source, index = node.args
+    value = value_of(source) if isinstance(source, fx.Node) else None
+    if not isinstance(value, Tensor) or not isinstance(index, tuple):
+        return False
+    if any(not (i is Ellipsis or isinstance(i, slice)) for i in index):
+        return False
+    cut = [i for i in index if i is not Ellipsis]
+    reaches_last = len(cut) == value.dim() or (Ellipsis in index and index[-1] is not Ellipsis)
+    whole = not reaches_last or cut[-1] == slice(None)
+    return whole and all(i.step in (None, 1) for i in cut)
+
+
+def _chain(node: fx.Node) -> list[fx.Node]:
+    """From the linear layer to what ``node`` slices; empty where something else reads one of them,
+    the source is not a linear layer, or the slice's bounds are not known before it.
+    """
+    found: list[fx.Node] = []
+    if len(node.all_input_nodes) > 1:
+        return found
+    at: Any = node.args[0]
+    while isinstance(at, fx.Node) and len(at.users) == 1:
+        found.insert(0, at)
+        if at.target is F.linear:
+            return found if value_of(at.args[0]).dim() == value_of(at).dim() else []
+        if not _entry_by_entry(at):
+            return []
+        at = at.args[0]
+    return []
+
+
+def _entry_by_entry(node: fx.Node) -> bool:
+    """One tensor operand, the first; the rest are numbers or dtypes."""
+    if node.target not in (_METHODS if node.op == "call_method" else _POINTWISE):
+        return False
+    rest = (*node.args[1:], *node.kwargs.values())
+    plain = all(isinstance(a, (int, float, bool, torch.dtype)) for a in rest)
+    return plain and isinstance(node.args[0], fx.Node)
+
+
+def _move(gm: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> None:
+    """Every step again on the slice, where it stands: autocast may end before ``node``."""
+    contexts, _ = contexts_of(gm)
+    now = _emit(chain[0], node, (chain[0].args[0], node.args[1]), contexts[node])
+    for one in chain:
+        now = _emit(one, one, (now, *one.args[1:]), contexts[one])
+    node.replace_all_uses_with(now)
+    gm.graph.erase_node(node)
+    for one in reversed(chain):
+        gm.graph.erase_node(one)
+
+
+def _emit(at: fx.Node, like: fx.Node, args: tuple[Any, ...], context: Context) -> fx.Node:
+    with at.graph.inserting_before(at):
+        new = at.graph.create_node(like.op, like.target, args, dict(like.kwargs))
+    new.meta = {k: v for k, v in like.meta.items() if k not in ("example_value", "val")}
+    with context.enter():
+        new.meta["example_value"] = fake_call(new, value_of(like).requires_grad)
+    return new
