@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxmem._compat import FakeTensor
+
 try:
     import triton
     import triton.language as tl
@@ -93,8 +95,10 @@ def on_amd() -> bool:
 
 
 def launch(fn: Any, grid: tuple[int, ...], config: Config, /, **args: Any) -> None:
-    """Start ``fn`` on ``grid`` programs; an empty grid starts nothing."""
-    if 0 in grid:
+    """Start ``fn`` on ``grid`` programs; an empty grid starts nothing, nor do fake tensors, over
+    which memory is predicted.
+    """
+    if 0 in grid or any(isinstance(x, FakeTensor) for x in args.values()):
         return
     if _records:
         _records[-1][0].append(Launch(fn, grid, config, args))

@@ -84,15 +84,20 @@ def test_small_steps_descend(alpha: float, beta: float, seed: int, epochs: int) 
 
 
 def toy(seed: int) -> tuple[Tower, torch.Tensor, torch.Tensor]:
+    """256 samples of a random ReLU network of 8 layers, and another one to learn them."""
     torch.manual_seed(seed)
-    x = torch.randn(2, 128, 64)
-    teacher, student = (Tower([64] * 9, torch.relu) for _ in range(2))
-    for net in (teacher, student):
-        for p in net.parameters():
-            p.data = torch.randn(64, 64) / 8 * 1.4
+    samples = torch.randn(256, 64)
+    teacher, student = ([torch.randn(64, 64) / 8 * 1.4 for _ in range(8)] for _ in range(2))
+    drawn = torch.get_rng_state()
+    nets = [Tower([64] * 9, torch.relu) for _ in range(2)]
+    for net, weights in zip(nets, (teacher, student), strict=True):
+        for p, value in zip(net.parameters(), weights, strict=True):
+            p.data = value
+    x = samples.view(2, 128, 64)
     with torch.no_grad():
-        y = teacher(x)
-    return student, x, y
+        y = nets[0](x)
+    torch.set_rng_state(drawn)
+    return nets[1], x, y
 
 
 @pytest.mark.slow

@@ -107,6 +107,29 @@ for name in ("llama", "gpt2", "gemma2"):
     for key, g in reference.items():
         error = float((grads[key] - g).abs().max()) / max(float(g.abs().max()), floor)
         assert error < 2e-5 or float(g.abs().max()) <= floor, (name, key, error)
+
+net = small("llama", "triton")
+tiny.step(net, tiny.batch(1, 11))
+assert fxmem.explain(net).predicted_peak_bytes
+
+def preference(lower):
+    """Loss and gradients of one sequence against another, the loss in the compiled function."""
+    net = tiny.model("llama", num_hidden_layers=1)
+    ids = tiny.batch(2, 11)["input_ids"]
+    def loss(ids):
+        logits = net(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        chosen = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum((1, 2))
+        return -torch.nn.functional.logsigmoid(chosen[0] - chosen[1])
+    plan = fxmem.Plan(stream=fxmem.Stream(chunk=8, loss_chunk=8), lower=lower)
+    out = torch.compile(loss, backend=fxmem.backend(plan))(ids)
+    out.backward()
+    return [out.detach(), *(p.grad for p in net.parameters())]
+
+before = lowering.matches()
+for a, b in zip(preference("eager"), preference("triton"), strict=True):
+    assert float((a - b).abs().max()) < 2e-5 * float(a.abs().max())
+assert {"linear_nll", "linear_nll_backward"} & set(replaced(before)), replaced(before)
+
 def moved(lower, inactive):
     """Weights after the updates of one backward that runs in one chunk."""
     net = tiny.model("llama")
