@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from blocks_cases import (
     LENGTH,
@@ -22,7 +23,7 @@ from blocks_cases import (
 from torch import Tensor, nn
 
 import fxmem
-from fxmem import SGD, Blocks, LowRank, SignSGD
+from fxmem import SGD, BlockAdamW, Blocks, LowRank, Plan, SignSGD, Stream
 
 BETA, LR = 0.1, 0.01
 OUTER = ("embed.weight", "norm.weight", "norm.bias", "head.weight")
@@ -200,6 +201,24 @@ def test_thirty_blocks_compile_nothing_new(kind: Any, stream: Any) -> None:
     assert len(set(counts)) == 1
     # equal layers share their programs: idle, active and tail
     assert report.distinct_programs == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [SGD(1e-3), LowRank(rank=2)], ids=["sgd", "low rank"])
+def test_thirty_layers_of_a_llama_compile_nothing_new(kind: Any) -> None:
+    layers = 30
+    net = tiny.model("llama", num_hidden_layers=layers)
+    blocks = Blocks(inactive=kind, steps=1, order="ascending")
+    fxmem.transform(net, Plan(stream=Stream(chunk=8, loss_chunk=8), blocks=blocks))
+    opt = BlockAdamW(net, lr=1e-3)
+    counts = set()
+    for _ in range(layers + 1):
+        net(**tiny.batch(1, 19)).loss.backward()
+        opt.step()
+        net.zero_grad()
+        report = fxmem.explain(net)
+        counts.add((report.captures, report.traces, report.programs))
+    assert len(counts) == 1
 
 
 def test_lengths_and_schedules_build_nothing() -> None:
