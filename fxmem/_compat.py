@@ -122,15 +122,17 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
 
 
 def capture_config() -> contextlib.AbstractContextManager[Any]:
-    """How Dynamo captures a model: logger calls are skipped, Python floats stay constants, and a
-    model inside DistributedDataParallel is not split at its buckets.
+    """How Dynamo captures a model: logger calls are skipped, Python floats stay constants, a model
+    inside DistributedDataParallel is not split at its buckets, and captures of other models of the
+    process, which run the same code, do not count.
     """
     levels = ("debug", "info", "warning", "warning_once", "info_once", "warning_advice", "error")
     methods = {getattr(logging.Logger, n) for n in levels if hasattr(logging.Logger, n)}
     known = torch._dynamo.config.ignore_logging_functions
     return torch._dynamo.config.patch(
-        ignore_logging_functions={*known, *methods}, specialize_float=True, optimize_ddp=False
-    )
+        ignore_logging_functions={*known, *methods}, specialize_float=True, optimize_ddp=False,
+        accumulated_recompile_limit=1 << 30,
+    )  # fmt: skip
 
 
 def is_control_node(node: fx.Node) -> str | None:

@@ -186,6 +186,13 @@ def test_the_model_can_be_collected() -> None:
     assert alive() is None
 
 
+def test_any_number_of_models_in_one_process() -> None:
+    """Models of one class share their code, for whose captures Dynamo has a limit."""
+    with torch._dynamo.config.patch(accumulated_recompile_limit=2):
+        for _ in range(4):
+            tiny.step(streamed(), tiny.batch(1))
+
+
 def test_dropout_replays_the_same_mask() -> None:
     net = streamed("gpt2", resid_pdrop=0.5, embd_pdrop=0.1)
     torch.manual_seed(3)
