@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
-from torch import fx
+from torch import Tensor, fx
 
+from fxmem.capture import Context, fake_call, value_of
 from fxmem.joint import Joint
 from fxmem.verify import Program, Verifier
 
@@ -64,3 +65,20 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     return fx.GraphModule(gm, graph)
+
+
+def call_before(
+    at: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *,
+    like: fx.Node, context: Context | None = None,
+) -> fx.Node:  # fmt: skip
+    """A call of a function, or of a method where ``target`` is a name, before ``at``, with the
+    origin of ``like`` and its value under ``context``.
+    """
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    with at.graph.inserting_before(at):
+        new = at.graph.create_node(kind, target, args, dict(kwargs or {}))
+    new.meta = {k: v for k, v in like.meta.items() if k not in ("example_value", "val")}
+    grad = isinstance(value := value_of(like), Tensor) and value.requires_grad
+    with (context or Context()).enter():
+        new.meta["example_value"] = fake_call(new, grad)
+    return new

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmem.capture import fake_call, value_of
-from fxmem.pipeline import copy_graph
+from fxmem.capture import value_of
+from fxmem.pipeline import call_before, copy_graph
 
 _ARITHMETIC = frozenset(
     (operator.mul, operator.truediv, operator.add, operator.sub, torch.mul, torch.div, torch.add,
@@ -44,7 +44,8 @@ class ScalarInputs:
                     # else two tensors of no dimension would promote to the number's type
                     partner = _partner(user, node)
                     assert partner is not None
-                    new = _emit(user, "to", (new, value_of(partner).dtype))
+                    cast = (new, value_of(partner).dtype)
+                    new = call_before(user, "to", cast, like=node)
                 _substitute(user, node, new)
         for node in reversed(now):
             gm.graph.erase_node(node)
@@ -86,7 +87,8 @@ def _replacement(number: fx.Node, now: dict[fx.Node, Any]) -> Any:
     """The number as a tensor of no dimension, in Python's own precision."""
     if number.target == "item":
         return number.args[0]
-    return _emit(number, number.target, fx.map_arg(number.args, lambda a: now[a]))
+    args = fx.map_arg(number.args, lambda a: now[a])
+    return call_before(number, number.target, args, like=number)
 
 
 def _partner(user: fx.Node, number: fx.Node) -> fx.Node | None:
@@ -101,16 +103,6 @@ def _partner(user: fx.Node, number: fx.Node) -> fx.Node | None:
     value = value_of(other) if isinstance(other, fx.Node) else None
     usable = isinstance(value, Tensor) and value.is_floating_point()
     return other if usable else None
-
-
-def _emit(at: fx.Node, target: Any, args: Any) -> fx.Node:
-    """A call before ``at``, with its origin."""
-    kind = "call_method" if isinstance(target, str) else "call_function"
-    with at.graph.inserting_before(at):
-        new = at.graph.create_node(kind, target, tuple(args))
-    new.meta = {k: v for k, v in at.meta.items() if k not in ("example_value", "val")}
-    new.meta["example_value"] = fake_call(new, grad=False)
-    return new
 
 
 def _substitute(user: fx.Node, old: fx.Node, new: Any) -> None:

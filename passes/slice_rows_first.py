@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxmem.capture import Context, contexts_of, fake_call, value_of
-from fxmem.pipeline import copy_graph
+from fxmem.capture import contexts_of, value_of
+from fxmem.pipeline import call_before, copy_graph
 
 _POINTWISE = frozenset((operator.mul, operator.truediv, torch.mul, torch.div, torch.tanh))
 _METHODS = frozenset(("float", "double", "to", "mul", "div", "tanh", "contiguous"))
@@ -84,19 +84,12 @@ def _entry_by_entry(node: fx.Node) -> bool:
 def _move(gm: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> None:
     """Every step again on the slice, where it stands: autocast may end before ``node``."""
     contexts, _ = contexts_of(gm)
-    now = _emit(chain[0], node, (chain[0].args[0], node.args[1]), contexts[node])
+    source = (chain[0].args[0], node.args[1])
+    now = call_before(chain[0], node.target, source, like=node, context=contexts[node])
     for one in chain:
-        now = _emit(one, one, (now, *one.args[1:]), contexts[one])
+        rest = (now, *one.args[1:])
+        now = call_before(one, one.target, rest, one.kwargs, like=one, context=contexts[one])
     node.replace_all_uses_with(now)
     gm.graph.erase_node(node)
     for one in reversed(chain):
         gm.graph.erase_node(one)
-
-
-def _emit(at: fx.Node, like: fx.Node, args: tuple[Any, ...], context: Context) -> fx.Node:
-    with at.graph.inserting_before(at):
-        new = at.graph.create_node(like.op, like.target, args, dict(like.kwargs))
-    new.meta = {k: v for k, v in like.meta.items() if k not in ("example_value", "val")}
-    with context.enter():
-        new.meta["example_value"] = fake_call(new, value_of(like).requires_grad)
-    return new
