@@ -27,8 +27,11 @@ FLOOR_BYTES = 24 << 20
 FIXED_SHARE = 16
 """A chunk's working set is at most this part of weights, gradients and saved states."""
 FLOOR_TOKENS = 128
-CAP_TOKENS = {"cpu": 512}
+CAP_TOKENS = {"cpu": 256}
 CAP_TOKENS_DEVICE = 2048
+UPDATE_TOKENS = {"cpu": 1024}
+UPDATE_TOKENS_DEVICE = 4096
+"""Up to which a layer whose backward changes weights is one chunk."""
 WHOLE_SHARE = 4
 """A call whose activations are under this part of weights and gradients is not streamed."""
 
@@ -82,7 +85,7 @@ class Chunker:
 
     def __call__(self, code: Any, sizes: Mapping[str, int], *, updates: bool = False) -> int:
         """``updates``: the region's backward changes weights, which in one chunk it does one
-        gradient at a time; so it may be one chunk of twice the cap.
+        gradient at a time.
         """
         wanted = self.stream.loss_chunk if code.is_loss else self.stream.chunk
         if wanted != "auto":
@@ -93,7 +96,8 @@ class Chunker:
         tokens = budget / max(1.0, _working(code))
         cap = CAP_TOKENS.get(self.fixed.device, CAP_TOKENS_DEVICE)
         length = sizes.get("T", 1)
-        if updates and not code.is_loss and length * batch <= min(tokens, 2 * cap):
+        whole = UPDATE_TOKENS.get(self.fixed.device, UPDATE_TOKENS_DEVICE)
+        if updates and not code.is_loss and length * batch <= min(tokens, whole):
             return length
         tokens = min(cap, max(FLOOR_TOKENS, tokens))
         rows = max(1, int(tokens) // batch)

@@ -10,6 +10,7 @@ it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,10 @@ class ScalarInputs:
     def run(self, gm: fx.GraphModule) -> fx.GraphModule:
         gm = copy_graph(gm)
         now: dict[fx.Node, Any] = {}
-        for node in _numbers(gm):
-            now[node] = _replacement(node, now) if _stays_free(node) else float(value_of(node))
+        numbers = _numbers(gm)
+        for node in numbers:
+            free = _stays_free(node, numbers)
+            now[node] = _replacement(node, now) if free else float(value_of(node))
         for node in list(now):
             for user in [u for u in node.users if u not in now]:
                 new = now[node]
@@ -56,8 +59,9 @@ def fix_numbers(gm: fx.GraphModule) -> None:
     """Guard the floats of which :class:`ScalarInputs` makes constants: before any pass runs, since
     a guard rewrites recorded values.
     """
-    for node in _numbers(gm):
-        if not _stays_free(node):
+    numbers = _numbers(gm)
+    for node in numbers:
+        if not _stays_free(node, numbers):
             float(value_of(node))
 
 
@@ -74,11 +78,11 @@ def _numbers(gm: fx.GraphModule) -> list[fx.Node]:
     return list(found)
 
 
-def _stays_free(number: fx.Node) -> bool:
+def _stays_free(number: fx.Node, numbers: Sequence[fx.Node]) -> bool:
     """Every use is arithmetic with a tensor of floats, or makes a number of which that is true."""
     for user in number.users:
-        inner = user.target in _ARITHMETIC and isinstance(value_of(user), torch.SymFloat)
-        if not (_stays_free(user) if inner else _partner(user, number)):
+        inner = user in numbers
+        if not (_stays_free(user, numbers) if inner else _partner(user, number)):
             return False
     return True
 

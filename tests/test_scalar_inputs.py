@@ -38,6 +38,10 @@ def as_epsilon(logits: Tensor, ids: Tensor, beta: float) -> Tensor:
     return F.layer_norm(logits, (17,), eps=beta).square().mean() + logits.square().mean() * beta
 
 
+def with_a_size(logits: Tensor, ids: Tensor, beta: float) -> Tensor:
+    return logits.square().sum() * (beta / ids.shape[1]) + logits.mean() * beta
+
+
 def step(net: nn.Module, call: Callable[[Tensor, float], Tensor], ids: Tensor, beta: float):
     net.zero_grad()
     loss = call(ids, beta)
@@ -45,7 +49,9 @@ def step(net: nn.Module, call: Callable[[Tensor, float], Tensor], ids: Tensor, b
     return [loss.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize(("objective", "captures"), [(weighted, 2), (as_epsilon, 4)])
+@pytest.mark.parametrize(
+    ("objective", "captures"), [(weighted, 2), (as_epsilon, 4), (with_a_size, 4)]
+)
 def test_a_coefficient_may_change_from_step_to_step(objective: Objective, captures: int) -> None:
     net, ids = Net().double(), torch.randint(17, (2, 13))
 
