@@ -132,6 +132,10 @@ def markdown(data: Record) -> str:
     starts = {f"{r['start']:.4f}" for r in rows if "start" in r}
     if starts:
         text.append(f"- held-out loss before training: {', '.join(sorted(starts))}")
+    for row in rows:
+        if rates := row.get("rates"):
+            sizes = ", ".join(f"{name} {rates[name]:g}" for name in SETUPS[row["setup"]].rates)
+            text.append(f"- step sizes of {SETUPS[row['setup']].label}: {sizes}")
     text += ["", "| setup | " + " | ".join(name for name, _ in COLUMNS) + " |"]
     text.append("|---" + "|---:" * len(COLUMNS) + "|")
     for row in rows:
@@ -146,11 +150,10 @@ def _conditions(part: str, o: Record) -> str:
     if part != "learning":
         text = f"{o['length']} tokens, {layers}, {o['threads']} threads"
         return text
-    rates = ", ".join(f"{name} {value:g}" for name, value in o["rates"].items())
     return (
         f"{o['learn_steps']} steps of {o['batch']} x {o['window']} tokens of "
         f"{o['data'] or 'pydoc_data.topics'}, {layers}, {o['visit']} steps per visit, "
-        f"{len(o['seeds'])} seed(s), {o['held_out']} held-out windows; step sizes: {rates}"
+        f"{len(o['seeds'])} seed(s), {o['held_out']} held-out windows"
     )
 
 
@@ -162,6 +165,14 @@ def write(data: Record, path: Path) -> list[Path]:
     return [path, page, picture]
 
 
+BARS = (
+    ("peak", MIB, "peak, MiB above the parameters", "{:,.0f}"),
+    ("live_gradients", MIB, "gradients + optimizer state, MiB", "{:,.0f}"),
+    ("seconds", 1.0, "seconds per step", "{:.2f}"),
+)
+"""Key of a row, its unit, the label of its panel and the form of its numbers."""
+
+
 def draw(data: Record, path: Path) -> None:
     """Bars of memory and time, and the learning curves."""
     require("matplotlib").use("Agg")
@@ -169,22 +180,21 @@ def draw(data: Record, path: Path) -> None:
     rows = summarise(data["records"])
     style = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT}
     with plt.rc_context(style):
-        figure, panels = plt.subplots(
-            1, 4, figsize=(17, 1.6 + 0.5 * max(6, len(rows))), layout="constrained",
-            width_ratios=(1, 1, 1, 1.5),
+        bars = [b for b in BARS if any(row.get(b[0]) for row in rows)]
+        curves = _part(data["records"], "learning")
+        widths = [1.0] * len(bars) + [1.5] * bool(curves) or [1.0]
+        figure, (panels,) = plt.subplots(
+            1, len(widths), figsize=(2.5 + 3.2 * sum(widths), 1.6 + 0.5 * max(6, len(rows))),
+            layout="constrained", width_ratios=widths, squeeze=False,
         )  # fmt: skip
-        bars = (
-            ("peak", MIB, "peak, MiB above the parameters", "{:,.0f}"),
-            ("live_gradients", MIB, "gradients + optimizer state, MiB", "{:,.0f}"),
-            ("seconds", 1.0, "seconds per step", "{:.2f}"),
-        )
         for i, (panel, (key, scale, label, form)) in enumerate(zip(panels, bars, strict=False)):
             _bars(panel, rows, key, scale, form)
             panel.set_xlabel(label)
             panel.set_yticks(range(len(rows)), [SETUPS[r["setup"]].label for r in rows])
             if i:
                 panel.set_yticklabels([])
-        _curves(panels[-1], _part(data["records"], "learning"))
+        if curves:
+            _curves(panels[-1], curves)
         for panel in panels:
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(color=FAINT)
@@ -218,10 +228,7 @@ def _curves(panel: Any, records: Sequence[Record]) -> None:
     panel.set_xlabel("step")
     panel.set_ylabel("held-out loss")
     panel.grid(axis="y", color=FAINT, lw=0.8)
-    if records:
-        panel.legend(frameon=False, fontsize=8)
-    else:
-        panel.set_visible(False)
+    panel.legend(frameon=False, fontsize=8)
 
 
 __all__ = ["draw", "line", "markdown", "summarise", "write"]

@@ -43,22 +43,28 @@ class Setup:
         label: what tables call it.
         blocks: it trains one block at a time, so that a pass has as many steps as blocks.
         needs: package beside the project's own that it needs.
+        rates: the step sizes it takes, names of :class:`Rates`.
     """
 
     label: str
     blocks: bool = False
     needs: str = ""
+    rates: tuple[str, ...] = ("adam",)
 
 
 SETUPS: dict[str, Setup] = {
     "adamw": Setup("AdamW"),
     "adamw+checkpoint": Setup("AdamW, checkpointing"),
-    "badam": Setup("badam 1.4 from PyPI, checkpointing", blocks=True, needs="badam"),
-    "fxmem-badam": Setup("fxmem, inactive blocks frozen (BAdam)", blocks=True),
-    "bread-sgd": Setup("fxmem, SGD on deeper blocks (BREAD)", blocks=True),
-    "bread-lora": Setup("fxmem, low rank on deeper blocks (BREAD)", blocks=True),
-    "bread-sgd-all": Setup("fxmem, SGD on all blocks (BREAD)", blocks=True),
-    "lora": Setup("LoRA (peft), checkpointing", needs="peft"),
+    "badam": Setup(
+        "badam 1.4 from PyPI, checkpointing", blocks=True, needs="badam", rates=("block",)
+    ),
+    "fxmem-badam": Setup("fxmem, inactive blocks frozen (BAdam)", blocks=True, rates=("block",)),
+    "bread-sgd": Setup("fxmem, SGD on deeper blocks (BREAD)", blocks=True, rates=("block", "sgd")),
+    "bread-lora": Setup(
+        "fxmem, low rank on deeper blocks (BREAD)", blocks=True, rates=("block", "low_rank")
+    ),
+    "bread-sgd-all": Setup("fxmem, SGD on all blocks (BREAD)", blocks=True, rates=("block", "sgd")),
+    "lora": Setup("LoRA (peft), checkpointing", needs="peft", rates=("low_rank",)),
 }
 
 

@@ -132,6 +132,7 @@ def test_times_are_compared_within_a_repeat_and_losses_averaged(tmp_path: Path) 
     options = {**asdict(Options()), "out": None}
     data = {"options": {"time": options, "learning": options}, "records": RECORDS}
     assert "pip / install" in markdown(data)
+    assert "(BREAD): block 0.0001, sgd 0.01\n" in markdown(data)
     files = write(data, tmp_path / "blocks-tiny.json")
     assert [f.suffix for f in files] == [".json", ".md", ".png"]
     assert files[2].stat().st_size > 10_000
