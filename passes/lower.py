@@ -180,6 +180,7 @@ def _dies_here(body: Body, operand: fx.Node, node: fx.Node) -> bool:
             return str(operand.target) in (
                 "aten.mm.default",
                 "aten.addmm.default",
+                "aten.add.Tensor",
                 "aten._to_copy.default",
                 "aten.mul.Tensor",
                 "aten.div.Tensor",
