@@ -1,7 +1,8 @@
-"""Writes in place as functions of values: what the functionalised graph calls.
+"""Functions that passes put into the captured graph.
 
-They copy, write to the copy and return it. The trace of a region turns that into plain ATen ops
-(``slice_scatter`` and the like), so no copy is made for the sake of the write alone.
+Writes in place, as functions of values, copy, write to the copy and return it. The trace of a
+region turns that into plain ATen ops (``slice_scatter`` and the like), so no copy is made for the
+sake of the write alone.
 """
 
 from __future__ import annotations

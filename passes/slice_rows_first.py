@@ -62,7 +62,7 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     if len(node.all_input_nodes) > 1:
         return found
     at: Any = node.args[0]
-    while isinstance(at, fx.Node) and len(at.users) == 1:
+    while isinstance(at, fx.Node) and len(at.users) == 1 and at.args:
         found.insert(0, at)
         if at.target is F.linear:
             return found if value_of(at.args[0]).dim() == value_of(at).dim() else []

@@ -169,6 +169,14 @@ def test_logits_that_are_read_whole_are_not_computed_twice() -> None:
     assert_streams_exactly(whole_too)
 
 
+def test_a_head_called_by_keywords() -> None:
+    def keyword_head(logits: Tensor, ids: Tensor) -> Tensor:
+        again = F.linear(input=logits, weight=torch.ones(V, V, dtype=logits.dtype))[:, :-1]
+        return again.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
+
+    assert_streams_exactly(keyword_head)
+
+
 def test_under_autocast_inside_the_function() -> None:
     def autocast(logits: Tensor, ids: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
