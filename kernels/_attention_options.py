@@ -90,3 +90,13 @@ def strides(names: str, x: Tensor | None) -> dict[str, int]:
     """The first strides of ``x`` by name, all 0 for None."""
     split = names.split()
     return dict(zip(split, [0] * len(split) if x is None else x.stride(), strict=False))
+
+
+WIDE, PART = 128, 32
+
+
+def parts(q: Tensor, f: int) -> int:
+    """How many columns of a head a program reads and makes at a time, 0 for all: float32 heads
+    above ``WIDE`` do not fit in registers.
+    """
+    return PART if q.dtype == torch.float32 and max(q.shape[-1], f) > WIDE else 0

@@ -64,4 +64,5 @@ def sample(wrap: Callable[..., Any] | None = None) -> tuple[Sample, ...]:
         one(256, "E 256, softcap", softcap=50.0),
         one(128, "E 128, all masks", window=4096, softcap=50.0, **_everything()),
         one(128, "E 128, float32", torch.float32),
+        one(256, "E 256, float32", torch.float32),
     )

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmem.kernels._attention_options import Options, strides
+from fxmem.kernels._attention_options import Options, parts, strides
 from fxmem.kernels._attention_samples import sample
-from fxmem.kernels._device import tanh
+from fxmem.kernels._attention_tiles import hide, product, tile_scores
 from fxmem.kernels._triton import (
     Config,
     cdiv,
@@ -58,57 +58,31 @@ def reference(
 
 
 @jit
-def tile_scores(
-    q, k, m, n, b, h, rows, keys, offset, window, scale, softcap,
-    QSEG, KSEG, VALID, MASK, mask_b, mask_h, mask_c, mask_s,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ADDITIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores of a tile: capped, and with what is hidden at -inf."""
-    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if SOFTCAP:
-        x = softcap * tanh(x / softcap)
-    seen = (m < rows)[:, None] & (n < keys)[None, :]
-    if CAUSAL:
-        seen = seen & (n[None, :] <= m[:, None] + offset)
-    if WINDOW:
-        seen = seen & (n[None, :] > m[:, None] + offset - window)
-    if QSEG is not None:
-        q_segment = tl.load(QSEG + b * rows + m, mask=m < rows, other=0)
-        k_segment = tl.load(KSEG + b * keys + n, mask=n < keys, other=0)
-        seen = seen & (q_segment[:, None] == k_segment[None, :])
-    if VALID is not None:
-        seen = seen & (tl.load(VALID + b * keys + n, mask=n < keys, other=0) != 0)[None, :]
-    masked = x
-    if MASK is not None:
-        at = MASK + b * mask_b + h * mask_h + m[:, None].to(tl.int64) * mask_c + n[None, :] * mask_s
-        given = tl.load(at, mask=seen, other=0)
-        if ADDITIVE:
-            masked = x + given.to(tl.float32)
-        else:
-            seen = seen & (given != 0)
-    return x, tl.where(seen, masked, -float("inf"))
-
-
-@jit
 def _forward(
     Q, K, V, OUT, LSE, QSEG, KSEG, VALID, MASK, SINKS,
     q_b, q_h, q_c, k_b, k_g, k_s, v_b, v_g, v_s, mask_b, mask_h, mask_c, mask_s,
     heads, per_group, rows, keys, offset, window, scale, softcap,
     E: tl.constexpr, F: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+    PART: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ADDITIVE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Where ``PART`` is set, a program makes ``BLOCK_F`` of the columns and reads ``PART`` of those
+    of Q and K at a time; all programs of a block write the same logsumexp.
+    """
     first = tl.program_id(0) * BLOCK_M
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = tl.program_id(1) % heads
     g = h // per_group
     m = first + tl.arange(0, BLOCK_M)
     e = tl.arange(0, BLOCK_E)
-    f = tl.arange(0, BLOCK_F)
+    f = tl.program_id(2) * BLOCK_F + tl.arange(0, BLOCK_F)
     row = (m < rows)[:, None]
-    at = b * q_b + h * q_h + m[:, None].to(tl.int64) * q_c + e[None, :]
-    q = tl.load(Q + at, mask=row & (e < E)[None, :], other=0.0)
+    q_head = Q + b * q_b + h * q_h
+    k_head = K + b * k_b + g * k_g
+    if not PART:
+        at = q_head + m[:, None].to(tl.int64) * q_c + e[None, :]
+        q = tl.load(at, mask=row & (e < E)[None, :], other=0.0)
     # Keys [lo, hi) are all that any row of the block can see.
     lo = 0
     hi = keys
@@ -123,12 +97,22 @@ def _forward(
         n = start + tl.arange(0, BLOCK_N)
         key = (n < keys)[:, None]
         n_row = n[:, None].to(tl.int64)
-        k = tl.load(K + b * k_b + g * k_g + n_row * k_s + e[None, :], key & (e < E)[None, :], 0.0)
-        _, x = tile_scores(
-            q, k, m, n, b, h, rows, keys, offset, window, scale, softcap,
-            QSEG, KSEG, VALID, MASK, mask_b, mask_h, mask_c, mask_s,
-            CAUSAL, WINDOW, SOFTCAP, ADDITIVE, PRECISION,
-        )  # fmt: skip
+        if PART:
+            x = product(
+                q_head, k_head, m, n, rows, keys, q_c, k_s, E, PART, PRECISION, BLOCK_M, BLOCK_N
+            )
+            _, x = hide(
+                x * scale, m, n, b, h, rows, keys, offset, window, softcap,
+                QSEG, KSEG, VALID, MASK, mask_b, mask_h, mask_c, mask_s,
+                CAUSAL, WINDOW, SOFTCAP, ADDITIVE,
+            )  # fmt: skip
+        else:
+            k = tl.load(k_head + n_row * k_s + e[None, :], key & (e < E)[None, :], 0.0)
+            _, x = tile_scores(
+                q, k, m, n, b, h, rows, keys, offset, window, scale, softcap,
+                QSEG, KSEG, VALID, MASK, mask_b, mask_h, mask_c, mask_s,
+                CAUSAL, WINDOW, SOFTCAP, ADDITIVE, PRECISION,
+            )  # fmt: skip
         new = tl.maximum(top, tl.max(x, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
         p = tl.exp(x - base[:, None])
@@ -159,16 +143,14 @@ CONFIGS = (
     config(8, 1, M=128, N=32),
     config(8, 1, M=64, N=32),
     config(8, 1, M=32, N=32),
-    config(8, 1, M=16, N=16),
 )
 
 
 def choose(q: Tensor, f: int) -> Config:
     """The default configuration for a head size and dtype: the widest that spills nothing."""
-    large = max(q.shape[-1], f) > 128
     if q.dtype == torch.float32:
-        return CONFIGS[6] if large else CONFIGS[5]
-    if large:
+        return CONFIGS[5]
+    if max(q.shape[-1], f) > 128:
         return CONFIGS[4]
     return CONFIGS[3] if on_amd() else CONFIGS[0]
 
@@ -188,12 +170,14 @@ def launcher(
     q, k, v = (rows_last(x) for x in (q, k, v))
     out, lse = q.new_empty(b, h, c, f), q.new_empty(b, h, c, dtype=torch.float32)
     config = config or choose(q, f)
+    part = parts(q, f)
+    width = part or power_of_2(f, 16)
     launch(
-        _forward, (cdiv(c, config.blocks["BLOCK_M"]), b * h), config,
+        _forward, (cdiv(c, config.blocks["BLOCK_M"]), b * h, cdiv(f, width)), config,
         Q=q, K=k, V=v, OUT=out, LSE=lse, SINKS=given.sinks, **given.arguments(q, k),
         **strides("q_b q_h q_c", q), **strides("k_b k_g k_s", k), **strides("v_b v_g v_s", v),
         heads=h, per_group=h // k.shape[1], rows=c, keys=k.shape[2],
-        E=e, F=f, BLOCK_E=power_of_2(e, 16), BLOCK_F=power_of_2(f, 16),
+        E=e, F=f, BLOCK_E=power_of_2(e, 16), BLOCK_F=width, PART=part,
         PRECISION=dot_precision(q.dtype),
     )  # fmt: skip
     return out, lse
@@ -210,6 +194,6 @@ KERNELS = (
         launch=launcher,
         configs=CONFIGS,
         samples=sample(),
-        limits="head sizes up to 256; in float32 those above 128 spill registers",
+        limits="head sizes up to 256",
     ),
 )

@@ -4,7 +4,7 @@ Letters as in the forward. Two kernels. One goes over the keys of a block of que
 and ``delta = rowsum(dout * out)``; the other goes over the query rows, and the n query heads of the
 group, for a block of keys. Each key block has one owner, so dK and dV are read, added to and
 written without atomics: the sum over chunks is the same in every run (FlashAttention-2, Dao 2023,
-algorithm 2).
+algorithm 2). Float32 heads above 128 go by parts: :mod:`_attention_wide`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmem.kernels._attention_options import Options, strides
+from fxmem.kernels._attention_options import Options, parts, strides
 from fxmem.kernels._attention_samples import sample
+from fxmem.kernels._attention_tiles import tile_scores
+from fxmem.kernels._attention_wide import dkv_wide, dq_wide
 from fxmem.kernels._triton import (
     Config,
     cdiv,
@@ -28,7 +30,6 @@ from fxmem.kernels._triton import (
     rows_last,
     tl,
 )
-from fxmem.kernels.chunk_attention import tile_scores
 from fxmem.kernels.registry import Kernel, signature
 
 
@@ -204,7 +205,6 @@ CONFIGS = (
     config(8, 1, M=32, N=32),
     config(4, 1, M=32, N=32),
     config(4, 1, M=16, N=16),
-    config(8, 1, M=16, N=16),
 )
 
 
@@ -212,7 +212,7 @@ def choose(q: Tensor, f: int) -> Config:
     """The default configuration for a head size and dtype: the widest that spills nothing."""
     widest = max(q.shape[-1], f)
     if q.dtype == torch.float32:
-        return CONFIGS[6] if widest > 128 else CONFIGS[5]
+        return CONFIGS[3] if parts(q, f) else CONFIGS[5]
     if on_amd():
         return CONFIGS[4]
     if widest <= 32:
@@ -241,19 +241,24 @@ def launcher(
     lse = lse.contiguous()
     dq, delta = q.new_empty(b, h, c, e), torch.empty_like(lse)
     config = config or choose(q, f)
+    part = parts(q, f)
+    blocks = {"BLOCK_E": power_of_2(e, 16), "BLOCK_F": power_of_2(f, 16)}
     shared = {
         "DOUT": dout, "Q": q, "K": k, "V": v, "LSE": lse, "DELTA": delta, **given.arguments(q, k),
         **strides("q_b q_h q_c", q), **strides("k_b k_g k_s", k), **strides("v_b v_g v_s", v),
         **strides("d_b d_h d_c", dout), "heads": h, "per_group": h // groups, "rows": c,
-        "keys": keys, "E": e, "F": f, "BLOCK_E": power_of_2(e, 16), "BLOCK_F": power_of_2(f, 16),
+        "keys": keys, "E": e, "F": f, **({"PART": part} if part else blocks),
         "PRECISION": dot_precision(q.dtype),
     }  # fmt: skip
     launch(
-        _dq, (cdiv(c, config.blocks["BLOCK_M"]), b * h), config, **shared,
-        **strides("o_b o_h o_c", out), OUT=out, DQ=dq,
+        dq_wide if part else _dq,
+        (cdiv(c, config.blocks["BLOCK_M"]), b * h, cdiv(e, part) if part else 1),
+        config, **shared, **strides("o_b o_h o_c", out), OUT=out, DQ=dq,
     )  # fmt: skip
     launch(
-        _dkv, (cdiv(keys, config.blocks["BLOCK_N"]), b * groups), config, **shared, DK=dk, DV=dv,
+        dkv_wide if part else _dkv,
+        (cdiv(keys, config.blocks["BLOCK_N"]), b * groups, cdiv(max(e, f), part) if part else 1),
+        config, **shared, DK=dk, DV=dv,
         **strides("dk_b dk_g dk_s", dk), **strides("dv_b dv_g dv_s", dv),
     )  # fmt: skip
     return dq, sink_gradient(given.sinks, lse, delta)
@@ -282,6 +287,6 @@ KERNELS = (
         configs=CONFIGS,
         samples=sample(arguments),
         accumulators=("dk", "dv"),
-        limits="head sizes up to 256 (float32 above 128: registers spill); dk and dv in float32",
+        limits="head sizes up to 256; dk and dv in float32",
     ),
 )

@@ -189,7 +189,6 @@ EVERY_HEAD = [
     for size in (16, 32, 64, 80, 96, 128, 160, 192, 256)
     for target in ("sm_80", "sm_90", "gfx942")
     if (size, dtype, target) != (128, "float32", "sm_90")
-    and not (size > 128 and dtype == "float32")  # a stated limit of the kernels
 ]
 
 

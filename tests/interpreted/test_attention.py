@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxmem.kernels import chunk_attention, chunk_attention_backward
+from fxmem.kernels import _attention_options, chunk_attention, chunk_attention_backward
 from fxmem.kernels._triton import config
 
 SMALL = config(4, 1, M=16, N=16)
@@ -101,9 +102,32 @@ def test_ragged_sizes(
     check(sizes, dtype, **masks(tuple(kinds), b, g * n, c, s, offset))
 
 
-@pytest.mark.parametrize("size", (80, 256))
-def test_head_sizes(size: int) -> None:
-    check((1, 1, 2, 17, 33, size, size), torch.float32, offset=16)
+@pytest.mark.parametrize(("e", "f"), ((80, 80), (256, 256), (192, 128)))
+def test_head_sizes(e: int, f: int) -> None:
+    check((1, 1, 2, 17, 33, e, f), torch.float32, offset=16)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.tuples(
+        st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.integers(1, 20),
+        st.integers(1, 40), st.sampled_from((3, 16, 40)), st.sampled_from((1, 33, 48)),
+    ),
+    st.integers(-20, 50),
+    st.sets(st.sampled_from(KINDS)),
+    st.sampled_from((0.0, 2.0)),
+    st.booleans(),
+)  # fmt: skip
+def test_wide_heads_by_parts(
+    sizes: tuple[int, ...], offset: int, kinds: set[str], softcap: float, sinks: bool
+) -> None:
+    """The kernels of float32 heads above 128, at sizes that the interpreter can bear."""
+    torch.manual_seed(1)
+    b, g, n, c, s, _, _ = sizes
+    given = masks(tuple(kinds), b, g * n, c, s, offset)
+    with mock.patch.multiple(_attention_options, WIDE=0, PART=16):
+        given["sinks"] = torch.randn(g * n) if sinks else None
+        check(sizes, torch.float32, softcap=softcap, **given)
 
 
 @pytest.mark.parametrize("chosen", (None, *chunk_attention.CONFIGS), ids=str)
