@@ -27,7 +27,7 @@ FLOOR_BYTES = 24 << 20
 FIXED_SHARE = 16
 """A chunk's working set is at most this part of weights, gradients and saved states."""
 FLOOR_TOKENS = 128
-CAP_TOKENS = {"cpu": 256}
+CAP_TOKENS = {"cpu": 384}
 CAP_TOKENS_DEVICE = 2048
 UPDATE_TOKENS = {"cpu": 1024}
 UPDATE_TOKENS_DEVICE = 4096

@@ -149,7 +149,8 @@ class CompiledGraph:
         state = CallState(sizes, names={id(args[i]): name for i, name in self._parameters})
         step = self._step(table, env) if table is not None else None
         fresh = not any(args[i].is_leaf and args[i].grad is not None for i, _ in self._parameters)
-        holding = self.holding(sizes, fresh) if step is None and torch.is_grad_enabled() else ()
+        learns = step is None and torch.is_grad_enabled()
+        holding = self.holding.to_run(sizes, fresh) if learns else ()
         del by_node, args
         for i, call in enumerate(self.calls):
             chunk = self.chunk(i)

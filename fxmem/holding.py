@@ -7,8 +7,9 @@ the step where it was. A call is taken to be one forward with its backward.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fxmem.capture import canonical_shape
@@ -18,6 +19,9 @@ from fxmem.sizes import evaluate_shape, has_axis
 
 if TYPE_CHECKING:
     from fxmem.compiled import RegionCall
+    from fxmem.region_code import RegionCode
+
+FORMS = ("forward", "forward+", "backward", "backward+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +78,25 @@ class Holding:
         self, calls: Sequence[RegionCall], chunker: Chunker, stream: Stream | None
     ) -> None:
         self.calls, self.chunker = calls, chunker
-        # a length that needs a program for the first time would compile it then
-        late = any(c.code.lowering.late for c in calls)
-        self.off = stream is None or stream.hold == "none" or late
+        self.off = stream is None or stream.hold == "none"
         self.known: dict[tuple[Any, ...], frozenset[int]] = {}
+        self.uses = Counter(id(c.code) for c in calls)
+
+    def to_run(self, sizes: Mapping[str, int], fresh: bool) -> frozenset[int]:
+        """What the call about to run holds.
+
+        Until programs that compile at their first call have run in both forms, some regions hold
+        and some do not, so that no later length compiles anything.
+        """
+        chosen = self(sizes, fresh)
+        waiting = set() if self.off else {id(c.code) for c in self.calls if _waits(c.code)}
+        for code in waiting:
+            uses = [i for i, c in enumerate(self.calls) if id(c.code) == code]
+            if len(uses) > 1 and not chosen & set(uses):
+                chosen |= {uses[-1]}
+            elif len(uses) > 1 and chosen >= set(uses):
+                chosen -= {uses[0]}
+        return chosen
 
     def __call__(self, sizes: Mapping[str, int], fresh: bool = True) -> frozenset[int]:
         """``fresh``: no parameter has a gradient yet."""
@@ -87,14 +106,27 @@ class Holding:
         if key not in self.known:
             self._build()
             found = moments(self.calls, sizes, self.chunker)
+            found = [
+                m if self._able(c.code) else replace(m, held=0)
+                for m, c in zip(found, self.calls, strict=True)
+            ]
             self.known[key] = choose(found, accumulates=fresh)
         return self.known[key]
+
+    def _able(self, code: RegionCode) -> bool:
+        """One use alone cannot compile both forms in the first call."""
+        return not code.lowering.late or self.uses[id(code)] > 1
 
     def _build(self) -> None:
         """All programs now: another length may need those that this one does not."""
         for code in {id(c.code): c.code for c in self.calls if c.code.held}.values():
-            for kind in ("forward", "forward+", "backward", "backward+"):
+            for kind in FORMS:
                 code.program(kind)
+
+
+def _waits(code: RegionCode) -> bool:
+    """Some form compiles when it first runs, and has not."""
+    return bool(code.held) and code.lowering.late and not all(map(code.has_compiled, FORMS))
 
 
 def moments(

@@ -41,7 +41,7 @@ class CompiledBody:
     def __init__(self, label: str, loop: Loop, program: Program) -> None:
         self.label, self.loop = label, loop
         self.shapes = [program.shapes[t][0] for t in loop.tensors]
-        self.forms: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self.forms: dict[Any, Callable[..., None]] = {}
 
     def bind(self, tensors: Sequence[Tensor]) -> Callable[..., None]:
         """The compiled body for tensors of these types and layouts, not sizes."""

@@ -55,7 +55,9 @@ class Straight:
 
 
 class Compiled(Protocol):
-    """A body in another form."""
+    """A body in another form; ``forms`` has those that were made so far."""
+
+    forms: dict[Any, Any]
 
     def bind(self, tensors: Sequence[Any], /) -> Callable[..., Any]:
         """What takes the module's place for a loop over these tensors."""

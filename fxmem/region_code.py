@@ -145,6 +145,11 @@ class RegionCode:
             self.counter.lower_seconds += time.perf_counter() - start
         return self.programs[key]
 
+    def has_compiled(self, kind: str) -> bool:
+        """Some program of this kind has run, where bodies are compiled when they first run."""
+        made = [p for (k, _), p in self.programs.items() if k == kind]
+        return any(all(s.compiled and s.compiled.forms for s in p.loops) for p in made)
+
     def tangents(self, program: Program) -> list[str]:
         """Names of the program's inputs that are gradients of the region's outputs."""
         count = sum(t is not None for t in self.joint.tangents)

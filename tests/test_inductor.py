@@ -16,7 +16,7 @@ from double import everything_in_double, largest_difference
 from torch import nn
 
 import fxmem
-from fxmem import Plan, Stream, _compat_inductor, inductor, measure
+from fxmem import Plan, Stream, _compat_inductor, api, inductor, measure
 
 
 def transformed(lower: str, chunk: int = 8, **changes: int) -> nn.Module:
@@ -49,6 +49,22 @@ def test_peak_memory_is_that_of_eager_bodies_and_depth_compiles_nothing() -> Non
     before = inductor.STATS.segments
     tiny.step(transformed("inductor", 64, **wide, num_hidden_layers=5), tiny.batch(1, 200))
     assert inductor.STATS.segments == before
+
+
+def test_results_of_attention_are_held_and_both_forms_compile_at_first() -> None:
+    """How many layers hold depends on the length; what they run was compiled in the first step."""
+    wide = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 4096}
+    net = transformed("inductor", 64, **wide, num_hidden_layers=4)
+    tiny.step(net, tiny.batch(1, 128))
+    net.zero_grad(set_to_none=True)
+    before, counts = (inductor.STATS.bodies, inductor.STATS.segments), set()
+    (graph,) = api._TRANSFORMED[net].graphs
+    for length in (200, 900, 3000):
+        counts.add(len(graph.holding.to_run({**graph.sizes, "T": length}, fresh=True)))
+        tiny.step(net, tiny.batch(1, length))
+        net.zero_grad(set_to_none=True)
+    assert len(counts) > 1
+    assert (inductor.STATS.bodies, inductor.STATS.segments) == before
 
 
 SCRIPT = """
