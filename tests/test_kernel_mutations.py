@@ -17,7 +17,7 @@ from test_kernels_interpreted import run
 # name -> (file, line as it is, line as it breaks, the tests that must notice)
 MUTATIONS = {
     "the causal offset is one too large": (
-        "chunk_attention.py",
+        "_attention_tiles.py",
         "seen = seen & (n[None, :] <= m[:, None] + offset)",
         "seen = seen & (n[None, :] <= m[:, None] + offset + 1)",
         "test_attention.py",
@@ -50,6 +50,18 @@ MUTATIONS = {
         "chunk_attention_backward.py",
         "hi = tl.minimum(rows, first + BLOCK_N - 1 + window - offset)",
         "hi = tl.minimum(rows, first + window - offset)",
+        "test_attention.py",
+    ),
+    "scores of a wide head are those of its last part": (
+        "_attention_tiles.py",
+        "x = tl.dot(a, tl.trans(b), x, input_precision=PRECISION)",
+        "x = tl.dot(a, tl.trans(b), input_precision=PRECISION)",
+        "test_attention.py",
+    ),
+    "every program of a wide head makes its first part": (
+        "_attention_wide.py",
+        "i = (tl.program_id(2) * PART + tl.arange(0, PART))[None, :]",
+        "i = tl.arange(0, PART)[None, :]",
         "test_attention.py",
     ),
     "the temperature is left out of the gradient": (
