@@ -49,8 +49,9 @@ class Stream:
             them again, in as many of the last layers as leave the peak of the step where it is:
             their memory is free until the gradients of the earlier layers need it. This counts on
             a backward after every forward and on gradients that stay until its end; where hooks
-            free them, take ``"none"``, which makes everything again. Not with
-            ``lower="inductor"``, nor with ``Plan.blocks``.
+            free them, take ``"none"``, which makes everything again. Not with ``Plan.blocks``; with
+            ``lower="inductor"`` only among equal layers, of which one at least then holds in the
+            first step and one does not, so that both forms are compiled.
 
     Raises:
         PlanError: for an unknown option or an impossible value.
