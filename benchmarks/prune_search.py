@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxmem
 
-POINTS = 3
+POINTS = 6
 """Masks on the way whose held-out loss is measured; that is not part of what a search spends."""
 
 

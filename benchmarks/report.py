@@ -40,8 +40,15 @@ def summarise(records: Sequence[Record]) -> list[Record]:
     for record in records:
         key = (record["length"], record["objective"], record["setup"])
         groups.setdefault(key, []).append(record)
-    seconds = {_case(r): r["median_seconds"] for r in records if r["status"] == OK}
-    return [_row(members, seconds) for _, members in sorted(groups.items(), key=_in_order)]
+    worked = {_case(r): r for r in records if r["status"] == OK}
+    base = reference(records)
+    return [_row(members, worked, base) for _, members in sorted(groups.items(), key=_in_order)]
+
+
+def reference(records: Sequence[Record]) -> str:
+    """The setup that times are relative to: checkpointing, or the first where that did not run."""
+    setups = [record["setup"] for record in records]
+    return REFERENCE if REFERENCE in setups else setups[0]
 
 
 def _case(record: Record, setup: str | None = None) -> tuple[Any, ...]:
@@ -54,32 +61,43 @@ def _in_order(item: tuple[tuple[int, str, str], Any]) -> tuple[int, int, int]:
     return length, ("sft", "dpo", "grpo").index(objective), list(SETUPS).index(setup)
 
 
-def _row(members: list[Record], seconds: dict[tuple[Any, ...], float]) -> Record:
+def _ratio(record: Record, base: Record) -> float:
+    """Median over the steps, each divided by the other setup's step of the same number."""
+    pairs = zip(_timed(record), _timed(base), strict=True)
+    return statistics.median(own / other for own, other in pairs)
+
+
+def _timed(record: Record) -> list[float]:
+    seconds: list[float] = record["seconds"]
+    return seconds[1:] or seconds
+
+
+def _row(members: list[Record], done: dict[tuple[Any, ...], Record], base: str) -> Record:
     row = {key: members[0][key] for key in ("length", "objective", "setup")}
     worked = [record for record in members if record["status"] == OK]
     if not worked:
         return {**row, "status": members[0]["status"], "reason": members[0]["reason"]}
     for key in ("peak", "process_peak", "median_seconds", "first_seconds"):
         row[key] = statistics.median(record[key] for record in worked)
-    row["best_seconds"] = min(min(r["seconds"][1:] or r["seconds"]) for r in worked)
-    references = [(r, seconds.get(_case(r, REFERENCE))) for r in worked]
-    ratios = [record["median_seconds"] / base for record, base in references if base]
+    row["best_seconds"] = min(min(_timed(r)) for r in worked)
+    pairs = [(r, done.get(_case(r, base))) for r in worked]
+    ratios = [_ratio(record, other) for record, other in pairs if other is not None]
     row["ratio"] = statistics.median(ratios) if ratios else None
     row["loss"] = worked[0]["losses"][0]
     row["difference"] = next((r["difference"] for r in worked if "difference" in r), None)
     return {**row, "status": OK, "repeats": len(worked)}
 
 
-def markdown(rows: Iterable[Record], title: str) -> str:
-    """The table, one per objective and length."""
+def markdown(rows: Iterable[Record], title: str, base: str = REFERENCE) -> str:
+    """The table, one per objective and length; times are relative to the setup ``base``."""
     lines = [
         f"# {title}",
         "",
         "Medians over repeats, one process per figure. Peak: live tensors above the parameters,",
         "gradients included. Process: resident peak while training. ms: one forward and backward,",
         "median over repeats of each process's median; best: the fastest of all, which other load",
-        "on the machine disturbs least. Time: relative to checkpointing in the same repeat.",
-        "First: the first step, compilation included. Gradients: largest",
+        f"on the machine disturbs least. Time: relative to {SETUPS[base].label}, step by step in",
+        "each repeat, median. First: the first step, compilation included. Gradients: largest",
         "max|difference| / max|reference| over all parameters, against plain autograd.",
     ]
     heading: tuple[Any, ...] = ()
@@ -119,7 +137,7 @@ def write(records: Sequence[Record], out: Path, stem: str, title: str) -> list[P
     rows = summarise(records)
     out.mkdir(parents=True, exist_ok=True)
     table = out / f"{stem}.md"
-    table.write_text(markdown(rows, title))
+    table.write_text(markdown(rows, title, reference(records)))
     worked = [row for row in rows if row["status"] == OK]
     if not worked:
         return [table]

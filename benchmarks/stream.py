@@ -2,7 +2,9 @@
 
 Every figure comes from a fresh process. A repeat runs all setups one after the other, so setups are
 compared under the same load; figures are medians over repeats, and times are also given relative to
-checkpointing in the same repeat. Peak: live tensor bytes above the parameters, gradients included.
+checkpointing in the same repeat (to the first setup where that does not run). With ``--by-turns``
+the processes of a repeat live together and make one step each in turn, for differences of a few
+percent. Peak: live tensor bytes above the parameters, gradients included.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,6 +27,7 @@ import torch
 from benchmarks.objectives import OBJECTIVES
 from benchmarks.report import write
 from benchmarks.setups import DEFAULT, SETUPS, why_not
+from benchmarks.turns import Turns
 from fxmem.demo.fetch import smollm2
 from fxmem.demo.models import SMOLLM2, TINY, resolve
 from fxmem.errors import FxmemError
@@ -43,6 +47,7 @@ class Options:
     steps: int = 3
     threads: int = 2
     chunk: int | Literal["auto"] = "auto"
+    by_turns: bool = False
     out: Path = Path("benchmarks/results")
 
 
@@ -71,22 +76,50 @@ def run(options: Options) -> list[dict[str, Any]]:
     model = resolve(str(smollm2(say=print)) if options.model == SMOLLM2 else options.model)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fxmem-benchmark-") as scratch:
-        for case in cases(options):
-            record = {**vars(case), **measure(case, options, model, Path(scratch))}
-            records.append(record)
-            print(line(record), flush=True)
-            save(records, options)
+        for together in groups(options):
+            for record in measure_group(together, options, model, Path(scratch)):
+                records.append(record)
+                print(line(record), flush=True)
+                save(records, options)
     return records
 
 
-def measure(case: Case, options: Options, model: str, scratch: Path) -> dict[str, Any]:
-    """One process, unless the setup cannot run the objective."""
+def groups(options: Options) -> Iterator[list[Case]]:
+    """Cases that are measured together: by turns all setups of a repeat, else one."""
+    count = len(options.setups) if options.by_turns else 1
+    everything = list(cases(options))
+    for first in range(0, len(everything), count):
+        yield everything[first : first + count]
+
+
+def measure_group(
+    together: Sequence[Case], options: Options, model: str, scratch: Path
+) -> Iterator[dict[str, Any]]:
+    """Records in the order of the cases; each has a process of its own, and one works at a time."""
+    turns = Turns([case.setup for case in together])
+
+    def work(case: Case) -> dict[str, Any]:
+        turns.take(case.setup)
+        try:
+            figures = measure(case, options, model, scratch, lambda _: turns.pass_on(case.setup))
+            return {**vars(case), **figures}
+        finally:
+            turns.leave(case.setup)
+
+    with ThreadPoolExecutor(len(together)) as pool:
+        yield from pool.map(work, together)
+
+
+def measure(
+    case: Case, options: Options, model: str, scratch: Path, pause: Callable[[Any], None]
+) -> dict[str, Any]:
+    """One process, unless the setup cannot run the objective; ``pause`` is called between steps."""
     setup = SETUPS[case.setup]
     reason = why_not(setup, case.objective)
     if reason is not None:
         return {"status": "not applicable", "reason": reason}
     reference = scratch / f"{case.objective}-{case.length}.pt"
-    gradients = reference if case.setup == "plain" else scratch / "other.pt"
+    gradients = reference if case.setup == "plain" else scratch / f"{case.setup}.pt"
     request = {
         "model": model,
         "setup": case.setup,
@@ -97,7 +130,9 @@ def measure(case: Case, options: Options, model: str, scratch: Path) -> dict[str
         "chunk": options.chunk,
         "gradients": str(gradients) if case.repeat == 0 else None,
     }
-    result = run_isolated("benchmarks.worker", request, threads=options.threads)
+    result = run_isolated(
+        "benchmarks.worker", request, pause, options.threads, in_step=options.by_turns
+    )
     if result["status"] == OK and case.repeat == 0 and gradients != reference:
         if reference.exists():
             worst = largest_difference(reference, gradients)
@@ -171,6 +206,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--steps", type=int, default=plain.steps, help="timed, after one more; 0: memory alone")
     add("--threads", type=int, default=plain.threads)
     add("--chunk", type=lambda text: "auto" if text == "auto" else int(text), default=plain.chunk)
+    add("--by-turns", action="store_true", help="all setups of a repeat together, a step each")
     add("--out", type=Path, default=plain.out)
     given = vars(parser.parse_args(arguments))
     tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}

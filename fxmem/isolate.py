@@ -28,6 +28,7 @@ Job = Callable[[Message, Callable[[Message], None]], Message]
 OK, FAILED, OUT_OF_MEMORY = "ok", "failed", "out of memory"
 
 _TAIL_CHARACTERS = 2000
+_IN_STEP = "--in-step"
 _SIGNAL_KILL = -9
 
 
@@ -36,8 +37,13 @@ def run_isolated(
     request: Mapping[str, Any],
     on_message: Callable[[Message], None] = lambda message: None,
     threads: int | None = None,
+    *,
+    in_step: bool = False,
 ) -> Message:
     """Run ``python -m module`` on ``request`` and return its result.
+
+    With ``in_step`` the job waits after every message until ``on_message`` returns, so that the
+    caller says when it works on.
 
     The result always holds ``status``: ``"ok"``, ``"out of memory"`` or ``"failed"``; the latter
     two come with ``reason``, one line, and ``detail``, the end of the job's error output.
@@ -47,12 +53,14 @@ def run_isolated(
         asked.write_text(json.dumps(dict(request)))
         # -P: a file in the current folder must not hide an installed module.
         command = [sys.executable, "-P", "-m", module, str(asked), str(answered)]
+        command += [_IN_STEP] * in_step
         with (
             errors.open("w") as stderr,
             subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=_environment(threads)
+                command, stdin=subprocess.PIPE if in_step else None, stdout=subprocess.PIPE,
+                stderr=stderr, text=True, env=_environment(threads),
             ) as process,
-        ):
+        ):  # fmt: skip
             _follow(process, on_message)
         detail = errors.read_text(errors="replace")[-_TAIL_CHARACTERS:]
         return _result(process.returncode, answered, detail)
@@ -61,9 +69,10 @@ def run_isolated(
 def serve(job: Job) -> None:
     """Entry point of a job's module: ``if __name__ == "__main__": serve(job)``."""
     asked, answered = (Path(argument) for argument in sys.argv[1:3])
+    emit = _emit_and_wait if _IN_STEP in sys.argv[3:] else _emit
     _limit_memory()
     try:
-        result = {"status": OK, **job(json.loads(asked.read_text()), _emit)}
+        result = {"status": OK, **job(json.loads(asked.read_text()), emit)}
     except Exception as error:  # the process ends here; the parent reports what happened
         traceback.print_exc()
         result = {"status": _status_of(error), "reason": _one_line(error)}
@@ -72,6 +81,12 @@ def serve(job: Job) -> None:
 
 def _emit(message: Message) -> None:
     print(json.dumps(message), flush=True)
+
+
+def _emit_and_wait(message: Message) -> None:
+    _emit(message)
+    if not sys.stdin.readline():
+        raise RuntimeError("the process that waits for this one is gone")
 
 
 def _follow(process: subprocess.Popen[str], on_message: Callable[[Message], None]) -> None:
@@ -83,6 +98,9 @@ def _follow(process: subprocess.Popen[str], on_message: Callable[[Message], None
                 message = json.loads(line)
                 if isinstance(message, dict):
                     on_message(message)
+                    if process.stdin is not None:
+                        process.stdin.write("\n")
+                        process.stdin.flush()
     except BaseException:
         process.kill()
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.report import markdown, summarise, write
 from benchmarks.setups import DEFAULT, SETUPS, build, why_not
 from benchmarks.stream import Options, cases, parse
 from benchmarks.tiled import find_mlps, tile_mlps
+from benchmarks.turns import Turns
 from benchmarks.worker import make_ids
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +144,34 @@ def test_times_are_compared_within_a_repeat() -> None:
     assert rows["chunker"]["status"] == "failed"
 
 
+def test_without_checkpointing_times_are_relative_to_the_first_setup() -> None:
+    rows = {r["setup"]: r for r in summarise([r for r in RECORDS if r["setup"] != "checkpoint"])}
+    assert rows["fxmem"]["ratio"] == 2.0
+    assert rows["plain"]["ratio"] == 1.0
+
+
+def test_steps_are_compared_one_by_one() -> None:
+    slow_then_fast = {**record(0, "plain", 0.0), "seconds": [9.0, 4.0, 1.0, 1.0]}
+    same_weather = {**record(0, "fxmem", 0.0), "seconds": [9.0, 8.0, 2.0, 2.0]}
+    rows = summarise([slow_then_fast, same_weather])
+    assert [row["ratio"] for row in rows] == [1.0, 2.0]
+
+
+def test_turns_go_round_and_leave_nobody_waiting() -> None:
+    turns, order = Turns(["a", "b", "c"]), []
+
+    def work(name: str, steps: int) -> None:
+        turns.take(name)
+        for step in range(steps):
+            order.append(f"{name}{step}")
+            turns.pass_on(name)
+        turns.leave(name)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, ("c", "b", "a"), (1, 3, 2)))
+    assert order == ["a0", "b0", "c0", "a1", "b1", "b2"]
+
+
 def test_table_and_pictures(tmp_path: Path) -> None:
     text = markdown(summarise(RECORDS), "title")
     assert "| **fxmem** | 1 | 2 | 6500 | 3000 | 1.00 | 9.0 | 1.5 | 1.0e-07 |" in text
@@ -150,6 +180,18 @@ def test_table_and_pictures(tmp_path: Path) -> None:
     files = write(RECORDS + longer, tmp_path, "stream", "title")
     assert [file.name for file in files] == ["stream.md", "stream.png", "stream-lengths.png"]
     assert all(file.stat().st_size > 0 for file in files)
+
+
+def test_short_run_by_turns(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.stream", "--lengths", "64", "--repeats", "1"]
+    command += ["--steps", "2", "--objectives", "sft", "--out", str(tmp_path)]
+    command += ["--setups", "plain", "fxmem", "--by-turns"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "stream-tiny.json").read_text())["records"]
+    assert [row["setup"] for row in records] == ["plain", "fxmem"]
+    assert all(row["status"] == "ok" and len(row["seconds"]) == 3 for row in records)
+    assert records[1]["difference"] < 1e-4
 
 
 def test_short_run(tmp_path: Path) -> None:

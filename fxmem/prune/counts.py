@@ -17,6 +17,7 @@ class Counts:
         skipped: steps without a finite loss.
         ess: smallest effective sample fraction at each refresh.
         clipped: fraction of ratios that the clip changed, per step.
+        cut: losses above their ceiling; see `fxmem.prune.outliers`.
         losses: mean loss per step.
         cap: largest log second moment reached after a step.
         building: seconds in which this rank built sub-models.
@@ -28,6 +29,7 @@ class Counts:
     forwards: int = 0
     used: int = 0
     skipped: int = 0
+    cut: int = 0
     ess: list[float] = field(default_factory=list)
     clipped: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)

@@ -22,6 +22,7 @@ from fxmem.prune import estimator
 from fxmem.prune.control import History
 from fxmem.prune.counts import Counts
 from fxmem.prune.options import Prune
+from fxmem.prune.outliers import ceilings, robust_variance
 from fxmem.prune.projection import project
 
 Loss = Callable[[Any], float]
@@ -128,11 +129,15 @@ class Loop:
         alive = torch.isfinite(losses)
         masks, finite = self.masks[alive], losses[alive]
         self.counts.losses.append(float(finite.mean()) if len(finite) else math.nan)
-        rest = finite - (masks.double() - self.s0) @ self.slopes
-        baseline = self._baseline(rest)
-        own = float(rest.var()) if len(rest) >= 2 else 0.0
+        known = (masks.double() - self.s0) @ self.slopes
+        own = self._variance(finite - known)
         if self.spread is None and own > 0:
             self.spread = own
+        ceiling = self._ceiling(finite)
+        cut = finite if ceiling is None else torch.minimum(finite, ceiling)
+        self.counts.cut += int((cut < finite).sum())
+        rest = cut - known
+        baseline = self._baseline(rest, finite, ceiling, known)
         if baseline is None:
             self.counts.skipped += 1
         else:
@@ -145,8 +150,18 @@ class Loop:
             if self.spread is not None and len(rest) >= 2:
                 self.spread = 0.8 * self.spread + 0.2 * own
             if self.options.history:
-                self.history.add(masks, finite, self.done)
+                self.history.add(masks, cut, self.done)
         return losses
+
+    def _variance(self, rest: Tensor) -> float:
+        if len(rest) < 2:
+            return 0.0
+        return robust_variance(rest) if math.isfinite(self.options.outlier) else float(rest.var())
+
+    def _ceiling(self, finite: Tensor) -> Tensor | None:
+        if len(finite) < 2 or not self.spread or not math.isfinite(self.options.outlier):
+            return None
+        return ceilings(finite, self.options.outlier * math.sqrt(self.spread))
 
     def _worn_out(self) -> bool:
         if not len(self.masks) or self.age >= self.options.age:
@@ -211,13 +226,19 @@ class Loop:
         self.counts.forwards += len(everything)
         return everything
 
-    def _baseline(self, finite: Tensor) -> Tensor | None:
-        if len(finite) >= 2 and self.options.baseline == "loo":
-            return estimator.leave_one_out(finite)
-        if not len(finite) or self.average is None:
+    def _baseline(
+        self, rest: Tensor, finite: Tensor, ceiling: Tensor | None, known: Tensor
+    ) -> Tensor | None:
+        if len(rest) >= 2 and self.options.baseline == "loo":
+            if ceiling is None:
+                return estimator.leave_one_out(rest)
+            # Under the sample's own ceiling, which does not know its mask, like the rest of this.
+            others = torch.minimum(finite, ceiling[:, None]) - known
+            return (others.sum(1) - rest) / (len(rest) - 1)
+        if not len(rest) or self.average is None:
             # One loss and no history: nothing says whether it is good or bad.
             return None
-        return torch.full_like(finite, self.average)
+        return torch.full_like(rest, self.average)
 
     def _update(self, masks: Tensor, losses: Tensor, baseline: Tensor) -> None:
         options, s, s0, block = self.options, self.s, self.s0, self.block

@@ -55,6 +55,8 @@ class Prune:
         trust: log second moment of the ratios that one step may add (``"step"``) or that all steps
             since the snapshot may reach (``"strict"``); the size is `trust_cap`.
         baseline: ``"loo"``, mean of the other samples' losses, or ``"ema"`` of past losses.
+        outlier: losses this many spreads above the median of the other samples' are cut to that,
+            ``inf`` cuts none; see `fxmem.prune.outliers`.
         history: latest losses that a linear control variate is fitted to, 0 for none; see
             `fxmem.prune.control`. Fitting takes a time cubic in it, or in the units if fewer.
         ess: a block's effective sample fraction below which new masks are drawn.
@@ -89,6 +91,7 @@ class Prune:
     trust: Literal["step", "strict"] = "step"
     trust_cap: float = 0.4
     baseline: Literal["loo", "ema"] = "loo"
+    outlier: float = 4.0
     history: int = 512
     ess: float = 0.5
     age: int = 8
@@ -111,8 +114,8 @@ class Prune:
             _count(f"Prune.{field}", getattr(self, field), 1)
         for field in ("steps", "seed", "history"):
             _count(f"Prune.{field}", getattr(self, field), 0)
-        for field, high in (("lr", math.inf), ("trust_cap", math.inf), ("init_scale", math.inf)):
-            _number(f"Prune.{field}", getattr(self, field), 0, high, open_low=True)
+        for field in ("lr", "trust_cap", "init_scale", "outlier"):
+            _number(f"Prune.{field}", getattr(self, field), 0, math.inf, open_low=True)
         _number("Prune.clip", self.clip, 1, math.inf)
         _number("Prune.alpha", self.alpha, 0.5, 1)
         _number("Prune.ess", self.ess, 0, 1)
