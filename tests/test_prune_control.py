@@ -52,7 +52,20 @@ def test_history_is_limited_and_needs_pairs() -> None:
     assert float(history.fit().abs().max()) == 0
     for step in range(1, 4):
         history.add(torch.eye(3, dtype=torch.bool), torch.arange(3).double(), step)
-    assert len(history.losses) == 5 and history.step.tolist() == [2, 2, 3, 3, 3]
+    assert len(history.losses) == 5 and history.snapshot.tolist() == [2, 2, 3, 3, 3]
+
+
+def test_a_mask_of_many_batches_is_one_row() -> None:
+    history, masks = History(3, rows=9), torch.eye(3, dtype=torch.bool)
+    alive = torch.tensor([True, True, True])
+    history.note(torch.tensor([1.0, 2.0, 6.0]).double(), alive)
+    history.note(torch.tensor([13.0, 11.0]).double(), torch.tensor([True, True, False]))
+    assert len(history.losses) == 0
+    history.close(masks, 7)
+    assert history.losses.tolist() == [-0.5, -1.0, 3.0]
+    assert history.snapshot.tolist() == [7, 7, 7] and torch.equal(history.masks, masks)
+    history.close(masks, 8)
+    assert len(history.losses) == 3
 
 
 def test_slopes_come_from_earlier_snapshots_only() -> None:
@@ -62,9 +75,9 @@ def test_slopes_come_from_earlier_snapshots_only() -> None:
         if step < 4:
             assert float(loop.slopes.abs().max()) == 0
         elif step % 4 == 0:
-            before = loop.history.step <= step
-            again = fit(loop.history.masks[before], loop.history.losses[before],
-                        loop.history.step[before])  # fmt: skip
+            rows = loop.history
+            assert int(rows.snapshot.max()) == step // 4
+            again = fit(rows.masks, rows.losses, rows.snapshot)
             assert torch.equal(loop.slopes, again)
 
 

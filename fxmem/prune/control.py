@@ -16,18 +16,19 @@ from torch import Tensor
 RIDGES = 10.0 ** torch.arange(-3, 3, 0.5, dtype=torch.float64)
 
 
-def fit(masks: Tensor, losses: Tensor, step: Tensor) -> Tensor:
+def fit(masks: Tensor, losses: Tensor, snapshot: Tensor) -> Tensor:
     """Ridge regression of losses on masks: float64 (n,), the loss that each kept unit adds.
 
     The strength of the ridge is the one of the least generalised cross-validation error (Golub,
-    Heath and Wahba, 1979). Losses and masks are compared within one step, which shares its batch.
+    Heath and Wahba, 1979). Losses and masks are compared within one snapshot, whose masks saw the
+    same batches.
 
     Args:
         masks: bool (N, n).
         losses: float64 (N,), finite.
-        step: int (N,), the step of each row.
+        snapshot: int (N,), the snapshot of each row.
     """
-    groups = torch.unique(step, return_inverse=True)[1]
+    groups = torch.unique(snapshot, return_inverse=True)[1]
     x, y = _centred(masks.double(), groups), _centred(losses[:, None], groups)[:, 0]
     wide = x.shape[1] > len(x)
     values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
@@ -60,36 +61,61 @@ def _centred(x: Tensor, groups: Tensor) -> Tensor:
 
 
 class History:
-    """The latest losses with their masks.
+    """The latest masks with their losses, a row per mask, however many batches it has seen.
 
     Attributes:
         rows: most rows that are kept.
-        masks: bool (N, n). losses: float64 (N,). step: int (N,).
+        masks: bool (N, n). losses: float64 (N,), mean over batches. snapshot: int (N,).
+        sums: float64 (K,), losses of the present snapshot's masks, above the mean of their step.
+        counts: int (K,), steps in `sums`.
     """
 
     def __init__(self, units: int, rows: int) -> None:
         self.rows = rows
         self.masks = torch.zeros(0, units, dtype=torch.bool)
         self.losses = torch.zeros(0, dtype=torch.float64)
-        self.step = torch.zeros(0, dtype=torch.int64)
+        self.snapshot = torch.zeros(0, dtype=torch.int64)
+        self.sums = torch.zeros(0, dtype=torch.float64)
+        self.counts = torch.zeros(0, dtype=torch.int64)
 
-    def add(self, masks: Tensor, losses: Tensor, step: int) -> None:
-        """Append one step's finite losses."""
-        at = torch.full((len(losses),), step)
+    def note(self, losses: Tensor, alive: Tensor) -> None:
+        """Losses of one step.
+
+        Args:
+            losses: float64 (m,), of the masks that `alive` selects.
+            alive: bool (K,), masks whose loss was finite.
+        """
+        if len(self.sums) != len(alive):
+            self.sums = torch.zeros(len(alive), dtype=torch.float64)
+            self.counts = torch.zeros(len(alive), dtype=torch.int64)
+        self.sums[alive] += losses - losses.mean()
+        self.counts[alive] += 1
+
+    def close(self, masks: Tensor, snapshot: int) -> None:
+        """A row for every mask, bool (K, n), of a snapshot that is used up."""
+        if len(self.sums):
+            seen = self.counts > 0
+            self.add(masks[seen], self.sums[seen] / self.counts[seen], snapshot)
+        self.sums, self.counts = self.sums[:0], self.counts[:0]
+
+    def add(self, masks: Tensor, losses: Tensor, snapshot: int) -> None:
+        """Append one snapshot's finite losses."""
+        at = torch.full((len(losses),), snapshot)
         self.masks = torch.cat([self.masks, masks])[-self.rows :]
         self.losses = torch.cat([self.losses, losses])[-self.rows :]
-        self.step = torch.cat([self.step, at])[-self.rows :]
+        self.snapshot = torch.cat([self.snapshot, at])[-self.rows :]
 
     def fit(self) -> Tensor:
         """The control variate of these rows; zero where they are too few."""
-        if len(self.losses) < 2 or not int(self.step.unique().numel()) < len(self.losses):
+        if len(self.losses) < 2 or not int(self.snapshot.unique().numel()) < len(self.losses):
             return torch.zeros(self.masks.shape[1], dtype=torch.float64)
-        return fit(self.masks, self.losses, self.step)
+        return fit(self.masks, self.losses, self.snapshot)
 
     def state(self) -> list[Tensor]:
         """What `load` needs."""
-        return [self.masks, self.losses, self.step]
+        return [self.masks, self.losses, self.snapshot, self.sums, self.counts]
 
     def load(self, state: list[Tensor]) -> None:
         """The rows of `state`."""
-        self.masks, self.losses, self.step = (x.clone() for x in state)
+        rows = (x.clone() for x in state)
+        self.masks, self.losses, self.snapshot, self.sums, self.counts = rows

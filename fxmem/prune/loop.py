@@ -150,7 +150,7 @@ class Loop:
             if self.spread is not None and len(rest) >= 2:
                 self.spread = 0.8 * self.spread + 0.2 * own
             if self.options.history:
-                self.history.add(masks, cut, self.done)
+                self.history.note(cut, alive)
         return losses
 
     def _variance(self, rest: Tensor) -> float:
@@ -172,6 +172,9 @@ class Loop:
         options, exchange = self.options, self.exchange
         if len(self.masks):
             self.counts.ess.append(estimator.effective_fraction(self.s, self.s0, self.block))
+        if options.history:
+            self.history.close(self.masks, self.snapshot)
+            self.slopes = self.history.fit()
         exchange.agree(self.s)
         self.s0 = self.s.clamp(options.epsilon, 1 - options.epsilon)
         self._draw(self.snapshot)
@@ -179,8 +182,6 @@ class Loop:
         self.age = 0
         self.counts.instantiations += 1
         self.counts.submodels += options.samples
-        if options.history:
-            self.slopes = self.history.fit()
         self._table, self._live = None, []
         self._instantiate()
 

@@ -57,7 +57,7 @@ class Prune:
         baseline: ``"loo"``, mean of the other samples' losses, or ``"ema"`` of past losses.
         outlier: losses this many spreads above the median of the other samples' are cut to that,
             ``inf`` cuts none; see `fxmem.prune.outliers`.
-        history: latest losses that a linear control variate is fitted to, 0 for none; see
+        history: latest masks that a linear control variate is fitted to, 0 for none; see
             `fxmem.prune.control`. Fitting takes a time cubic in it, or in the units if fewer.
         ess: a block's effective sample fraction below which new masks are drawn.
         age: steps after which new masks are drawn whatever the ESS; 1 is plain policy gradient.
