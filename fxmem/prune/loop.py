@@ -22,7 +22,7 @@ from fxmem.prune import estimator
 from fxmem.prune.control import History
 from fxmem.prune.counts import Counts
 from fxmem.prune.options import Prune
-from fxmem.prune.outliers import ceilings, robust_variance
+from fxmem.prune.outliers import against_others, robust_variance
 from fxmem.prune.projection import project
 
 Loss = Callable[[Any], float]
@@ -133,11 +133,8 @@ class Loop:
         own = self._variance(finite - known)
         if self.spread is None and own > 0:
             self.spread = own
-        ceiling = self._ceiling(finite)
-        cut = finite if ceiling is None else torch.minimum(finite, ceiling)
-        self.counts.cut += int((cut < finite).sum())
-        rest = cut - known
-        baseline = self._baseline(rest, finite, ceiling, known)
+        rest, baseline = self._rest(finite, known)
+        self.counts.cut += int((rest < finite - known).sum())
         if baseline is None:
             self.counts.skipped += 1
         else:
@@ -150,18 +147,13 @@ class Loop:
             if self.spread is not None and len(rest) >= 2:
                 self.spread = 0.8 * self.spread + 0.2 * own
             if self.options.history:
-                self.history.note(cut, alive)
+                self.history.note(rest + known, alive)
         return losses
 
     def _variance(self, rest: Tensor) -> float:
         if len(rest) < 2:
             return 0.0
         return robust_variance(rest) if math.isfinite(self.options.outlier) else float(rest.var())
-
-    def _ceiling(self, finite: Tensor) -> Tensor | None:
-        if len(finite) < 2 or not self.spread or not math.isfinite(self.options.outlier):
-            return None
-        return ceilings(finite, self.options.outlier * math.sqrt(self.spread))
 
     def _worn_out(self) -> bool:
         if not len(self.masks) or self.age >= self.options.age:
@@ -227,19 +219,20 @@ class Loop:
         self.counts.forwards += len(everything)
         return everything
 
-    def _baseline(
-        self, rest: Tensor, finite: Tensor, ceiling: Tensor | None, known: Tensor
-    ) -> Tensor | None:
-        if len(rest) >= 2 and self.options.baseline == "loo":
-            if ceiling is None:
-                return estimator.leave_one_out(rest)
-            # Under the sample's own ceiling, which does not know its mask, like the rest of this.
-            others = torch.minimum(finite, ceiling[:, None]) - known
-            return (others.sum(1) - rest) / (len(rest) - 1)
+    def _rest(self, finite: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Losses without outliers and control variate, and their baselines if there are any."""
+        rest, others = finite - known, None
+        if len(finite) >= 2 and self.spread and math.isfinite(self.options.outlier):
+            width = self.options.outlier * math.sqrt(self.spread)
+            rest, others = against_others(finite, known, width)
+        elif len(finite) >= 2:
+            others = estimator.leave_one_out(rest)
+        if others is not None and self.options.baseline == "loo":
+            return rest, others
         if not len(rest) or self.average is None:
             # One loss and no history: nothing says whether it is good or bad.
-            return None
-        return torch.full_like(rest, self.average)
+            return rest, None
+        return rest, torch.full_like(rest, self.average)
 
     def _update(self, masks: Tensor, losses: Tensor, baseline: Tensor) -> None:
         options, s, s0, block = self.options, self.s, self.s0, self.block

@@ -22,6 +22,23 @@ def ceilings(losses: Tensor, width: float) -> Tensor:
     return others.quantile(0.5, dim=1) + width
 
 
+def against_others(losses: Tensor, known: Tensor, width: float) -> tuple[Tensor, Tensor]:
+    """Cut losses less their control variate, and each sample's baseline: both (K,), K >= 2.
+
+    The baseline is the mean of the other samples' losses, cut at this sample's ceiling and less
+    their control variates: like the ceiling it does not know the sample's own mask.
+
+    Args:
+        losses: float64 (K,).
+        known: float64 (K,), control variate of each sample.
+        width: of the ceiling above the others' median.
+    """
+    ceiling = ceilings(losses, width)
+    rest = torch.minimum(losses, ceiling) - known
+    everyone = torch.minimum(losses, ceiling[:, None]) - known
+    return rest, (everyone.sum(1) - rest) / (len(losses) - 1)
+
+
 def robust_variance(losses: Tensor) -> float:
     """Variance of a normal law with the losses' median absolute deviation; theirs where that is 0.
 
