@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Options:
     samples: int = 6
     age: int = 4
     lr: float = 0.5
+    widen: float = 1.0
+    resident: Literal["all", "one"] = "one"
     search_length: int = 128
     batch: int = 2
     length: int = 256
@@ -123,8 +125,8 @@ class Bench:
         """The row's masks, and what finding them cost."""
         o, start = self.options, time.perf_counter()
         how = fxmem.Prune(
-            keep=keep, steps=o.steps, samples=o.samples, age=o.age, lr=o.lr, seed=o.seed,
-            init_batches=o.calibration,
+            keep=keep, steps=o.steps, samples=o.samples, age=o.age, lr=o.lr, widen=o.widen,
+            resident=o.resident, seed=o.seed, init_batches=o.calibration,
         )  # fmt: skip
         some = self.batches
         scored = o.calibration * o.batch * o.length
@@ -243,8 +245,8 @@ def _times(bench: Bench, records: list[dict[str, Any]]) -> None:
 def _options(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prune", description=__doc__)
     default = Options()
-    for name in ("model", "steps", "samples", "age", "lr", "search_length", "batch", "length",
-                 "held", "calibration", "pairs", "time_length", "time_batch", "repeats",
+    for name in ("model", "steps", "samples", "age", "lr", "widen", "resident", "search_length",
+                 "batch", "length", "held", "calibration", "pairs", "time_length", "time_batch", "repeats",
                  "peer_seconds", "threads", "seed", "out"):  # fmt: skip
         value = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)

@@ -19,7 +19,7 @@ POINTS = 6
 def variant(kind: str, how: fxmem.Prune) -> fxmem.Prune:
     """New masks every step, or masks used for `age` steps without and with their ratios."""
     if kind == "fresh":
-        return replace(how, age=1)
+        return replace(how, age=1, widen=1.0)
     return replace(how, scope="none" if kind == "stale" else "layer")
 
 

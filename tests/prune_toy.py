@@ -12,7 +12,8 @@ from torch import Tensor
 from fxmem.errors import FxmemError
 from fxmem.prune import estimator as est
 from fxmem.prune.distributed import Ranks, reduce_gradients
-from fxmem.prune.loop import Loop, draw
+from fxmem.prune.draws import draw
+from fxmem.prune.loop import Loop
 from fxmem.prune.options import Prune
 
 N = 12

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fxmem.errors import BudgetError, PlanError
 from fxmem.prune import estimator as est
-from fxmem.prune.loop import Alone, Loop, draw
+from fxmem.prune.draws import draw
+from fxmem.prune.loop import Alone, Loop
 from fxmem.prune.options import Prune
 from fxmem.prune.projection import project, top
 

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from fxmem import _compat
 from fxmem.errors import MaskError
 from fxmem.prune.attributes import Attributes, apply, attributes
+from fxmem.prune.gates import gated, gates
 from fxmem.prune.inert import padded, silence
 from fxmem.prune.masks import Masks
 from fxmem.prune.materialize import coupling as couple
@@ -56,8 +57,12 @@ class Instances:
     def _forward(self, parameters: dict[str, Tensor], batch: dict[str, Any]) -> Any:
         return functional_call(self.skeleton, parameters, (), batch, tie_weights=True)
 
-    def __call__(self, masks: Masks) -> Callable[[Batch], Any]:
-        """A sub-model as ``callable(batch)``: keyword arguments of the forward -> its output."""
+    def __call__(self, masks: Masks) -> Callable[..., Any]:
+        """A sub-model as ``callable(batch)``: keyword arguments of the forward -> its output.
+
+        ``callable(batch, inside)`` runs it, uncompiled, with the units off that the masks
+        ``inside`` (of the dense model) do not keep.
+        """
         model = self.model()
         if model is None:
             raise MaskError("the dense model of these sub-models no longer exists")
@@ -76,9 +81,13 @@ class Instances:
             silence(values, self.coupling, masks, bare)
         self.instantiations += 1
 
-        def call(batch: Batch) -> Any:
+        def call(batch: Batch, inside: Masks | None = None) -> Any:
             apply(self.skeleton, self.found, masks)
-            return self.run(values, dict(batch))
+            if inside is None:
+                return self.run(values, dict(batch))
+            closed = gates(self.coupling, masks, inside)
+            with gated(self.skeleton, values, closed) as own:
+                return self._forward(own, dict(batch))
 
         return call
 

@@ -7,7 +7,6 @@ re-weights their losses until the likelihood ratios are used up.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +20,13 @@ from fxmem.errors import BudgetError
 from fxmem.prune import estimator
 from fxmem.prune.control import History
 from fxmem.prune.counts import Counts
+from fxmem.prune.draws import draw, nested, widened
 from fxmem.prune.options import Prune
 from fxmem.prune.outliers import against_others, robust_variance
 from fxmem.prune.projection import project
 
-Loss = Callable[[Any], float]
+Loss = Callable[..., float]
+"""Of a batch; where masks are nested, of a batch and the mask inside the sub-model's own."""
 Factory = Callable[[Tensor], Loss]
 
 
@@ -53,13 +54,6 @@ class Alone:
 
     def agree(self, s: Tensor) -> None:
         """Nothing to compare with."""
-
-
-def draw(s0: Tensor, seed: int, snapshot: int, sample: int) -> Tensor:
-    """Mask number `sample` of a snapshot, bool (n,): the same for every number of ranks."""
-    text = f"{seed}/{snapshot}/{sample}".encode()
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7]))
-    return torch.rand(len(s0), generator=generator, dtype=torch.float64) < s0
 
 
 class Loop:
@@ -106,6 +100,7 @@ class Loop:
         self.block = estimator.scope_blocks(layer, options.scope)
         self.s = project(start.double(), self.cost, self.budget, options.epsilon)
         self.s0 = self.s.clone()
+        self.wide = self.s.clone()
         self.masks = torch.zeros(0, len(start), dtype=torch.bool)
         self.done, self.snapshot, self.age = 0, 0, 0
         self.average: float | None = None
@@ -122,14 +117,15 @@ class Loop:
         """One update of the probabilities; returns the K losses it used."""
         if self._worn_out():
             self._refresh()
-        losses = self._losses()
+        drawn, law = self._inside(self.age)
+        losses = self._losses(drawn)
         self.age += 1
         self.done += 1
         self.counts.used += len(losses)
         alive = torch.isfinite(losses)
-        masks, finite = self.masks[alive], losses[alive]
+        masks, finite = drawn[alive], losses[alive]
         self.counts.losses.append(float(finite.mean()) if len(finite) else math.nan)
-        known = (masks.double() - self.s0) @ self.slopes
+        known = (masks.double() - law) @ self.slopes
         own = self._variance(finite - known)
         if self.spread is None and own > 0:
             self.spread = own
@@ -138,7 +134,7 @@ class Loop:
         if baseline is None:
             self.counts.skipped += 1
         else:
-            self._update(masks, rest, baseline)
+            self._update(masks, rest, baseline, law)
         if len(finite):
             # After use: an average that holds the sample's own loss would shrink its gradient.
             mean = float(rest.mean())
@@ -146,7 +142,9 @@ class Loop:
             self.average = 0.8 * old + 0.2 * mean
             if self.spread is not None and len(rest) >= 2:
                 self.spread = 0.8 * self.spread + 0.2 * own
-            if self.options.history:
+            if self.options.history and self.options.widen > 1:
+                self.history.add(masks, rest + known, self.done)
+            elif self.options.history:
                 self.history.note(rest + known, alive)
         return losses
 
@@ -158,12 +156,32 @@ class Loop:
     def _worn_out(self) -> bool:
         if not len(self.masks) or self.age >= self.options.age:
             return True
-        return estimator.effective_fraction(self.s, self.s0, self.block) < self.options.ess
+        return self._effective() < self.options.ess
+
+    def _effective(self) -> float:
+        """Smallest effective sample fraction of any block, were the next step taken now."""
+        return estimator.effective_fraction(self.s, self._law(), self.block)
+
+    def _law(self) -> Tensor:
+        """Probabilities of the masks that the next step uses.
+
+        Where sub-models stay, masks inside them are drawn at the probabilities of the moment;
+        where they run one at a time over all batches, at those of the snapshot.
+        """
+        here = self.options.widen > 1 and self.options.resident == "all"
+        return torch.minimum(self.s, self.wide) if here else self.s0
+
+    def _inside(self, step: int) -> tuple[Tensor, Tensor]:
+        """The masks of one step of the snapshot, bool (K, n), and their probabilities."""
+        law, options = self._law(), self.options
+        if options.widen == 1:
+            return self.masks, law
+        return nested(self.wide, self.masks, law, options.seed, self.snapshot - 1, step)
 
     def _refresh(self) -> None:
         options, exchange = self.options, self.exchange
         if len(self.masks):
-            self.counts.ess.append(estimator.effective_fraction(self.s, self.s0, self.block))
+            self.counts.ess.append(self._effective())
         if options.history:
             self.history.close(self.masks, self.snapshot)
             self.slopes = self.history.fit()
@@ -179,7 +197,8 @@ class Loop:
 
     def _draw(self, snapshot: int) -> None:
         seed, samples = self.options.seed, self.options.samples
-        self.masks = torch.stack([draw(self.s0, seed, snapshot, k) for k in range(samples)])
+        self.wide = widened(self.s0, self.options.widen) if self.options.widen > 1 else self.s0
+        self.masks = torch.stack([draw(self.wide, seed, snapshot, k) for k in range(samples)])
 
     def _instantiate(self) -> None:
         mine = self.masks[self.exchange.rank :: self.exchange.world]
@@ -189,10 +208,13 @@ class Loop:
         # Weights stand still, so losses do not depend on s: one sub-model at a time runs over all
         # the batches of the snapshot, and only scalars stay.
         last = min(self.options.age, self.options.steps - self.done)
+        inside = [
+            self._inside(t)[0][self.exchange.rank :: self.exchange.world] for t in range(last)
+        ]
         rows = []
-        for mask in mine:
+        for k, mask in enumerate(mine):
             submodel = self._build(mask)
-            rows.append([self._measure(submodel, t) for t in range(last)])
+            rows.append([self._measure(submodel, t, inside[t][k]) for t in range(last)])
             del submodel
         self._table = self.exchange.losses(torch.tensor(rows, dtype=torch.float64))
         self.counts.forwards += self._table.numel()
@@ -203,18 +225,19 @@ class Loop:
         self.counts.building += time.perf_counter() - begin
         return submodel
 
-    def _measure(self, submodel: Loss, ahead: int) -> float:
+    def _measure(self, submodel: Loss, ahead: int, mask: Tensor) -> float:
+        batch = self.batches[(self.done + ahead) % len(self.batches)]
         begin = time.perf_counter()
-        loss = float(submodel(self.batches[(self.done + ahead) % len(self.batches)]))
+        loss = float(submodel(batch, mask) if self.options.widen > 1 else submodel(batch))
         self.counts.running += time.perf_counter() - begin
         return loss
 
-    def _losses(self) -> Tensor:
+    def _losses(self, drawn: Tensor) -> Tensor:
         if self._table is not None:
             return self._table[:, self.age]
-        local = torch.tensor(
-            [[self._measure(submodel, 0)] for submodel in self._live], dtype=torch.float64
-        )
+        mine = drawn[self.exchange.rank :: self.exchange.world]
+        pairs = zip(self._live, mine, strict=True)
+        local = torch.tensor([[self._measure(x, 0, m)] for x, m in pairs], dtype=torch.float64)
         everything = self.exchange.losses(local)[:, 0]
         self.counts.forwards += len(everything)
         return everything
@@ -234,12 +257,12 @@ class Loop:
             return rest, None
         return rest, torch.full_like(rest, self.average)
 
-    def _update(self, masks: Tensor, losses: Tensor, baseline: Tensor) -> None:
-        options, s, s0, block = self.options, self.s, self.s0, self.block
-        logs = estimator.log_ratio(masks, s, s0, block)
+    def _update(self, masks: Tensor, losses: Tensor, baseline: Tensor, law: Tensor) -> None:
+        options, s, block = self.options, self.s, self.block
+        logs = estimator.log_ratio(masks, s, law, block)
         self.counts.clipped.append(estimator.clipped_fraction(logs, options.clip))
         slope = estimator.gradient(
-            masks, losses, baseline, s, s0, block, clip=options.clip, alpha=options.alpha
+            masks, losses, baseline, s, law, block, clip=options.clip, alpha=options.alpha
         )
         slope += self.slopes * estimator.variance(s) ** options.alpha
         weight = None if options.metric == "euclidean" else estimator.variance(s) ** options.alpha
@@ -248,11 +271,11 @@ class Loop:
         moved = s - self._rate() * slope
         delta = project(moved, self.cost, self.budget, options.epsilon, weight) - s
         if options.trust == "strict":
-            scale = estimator.trust_strict(delta, s, s0, block, options.trust_cap)
+            scale = estimator.trust_strict(delta, s, law, block, options.trust_cap)
         else:
             scale = estimator.trust(delta, s, block, options.trust_cap)
         self.s = s + scale * delta
-        moment = float(estimator.log_second_moment(self.s, s0, block).max())
+        moment = float(estimator.log_second_moment(self.s, law, block).max())
         self.counts.cap = max(self.counts.cap, moment)
 
     def _rate(self) -> float:

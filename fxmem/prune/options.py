@@ -59,6 +59,10 @@ class Prune:
             ``inf`` cuts none; see `fxmem.prune.outliers`.
         history: latest masks that a linear control variate is fitted to, 0 for none; see
             `fxmem.prune.control`. Fitting takes a time cubic in it, or in the units if fewer.
+        widen: sub-models are built with every unit's odds times this, and each step draws masks
+            inside them by gates on activations; 1 uses the built masks as they are. Sub-models
+            are larger (units between keep and drop mostly stay), and a snapshot's steps see masks
+            of their own; see `fxmem.prune.draws`.
         ess: a block's effective sample fraction below which new masks are drawn.
         age: steps after which new masks are drawn whatever the ESS; 1 is plain policy gradient.
         resident: ``"all"`` keeps the K sub-models, ``"one"`` one at a time over all `age` batches.
@@ -93,6 +97,7 @@ class Prune:
     baseline: Literal["loo", "ema"] = "loo"
     outlier: float = 4.0
     history: int = 512
+    widen: float = 1.0
     ess: float = 0.5
     age: int = 8
     resident: Literal["all", "one"] = "one"
@@ -117,6 +122,7 @@ class Prune:
         for field in ("lr", "trust_cap", "init_scale", "outlier"):
             _number(f"Prune.{field}", getattr(self, field), 0, math.inf, open_low=True)
         _number("Prune.clip", self.clip, 1, math.inf)
+        _number("Prune.widen", self.widen, 1, 1e6)
         _number("Prune.alpha", self.alpha, 0.5, 1)
         _number("Prune.ess", self.ess, 0, 1)
         _number("Prune.epsilon", self.epsilon, 0, 0.4)

@@ -29,14 +29,16 @@ def masked(model: nn.Module, masks: Masks, coupling: Coupling | None = None) -> 
             owner = model.get_submodule(path)
             weight = getattr(owner, leaf)
             if weight.dim() == 2 and not list(owner.children()):
-                handle = owner.register_forward_pre_hook(_multiply(keep))
+                handle = owner.register_forward_pre_hook(multiply(keep))
                 stack.callback(handle.remove)
             else:
                 _swap(stack, owner, leaf, weight, keep, axis)
         yield model
 
 
-def _multiply(keep: Tensor) -> Any:
+def multiply(keep: Tensor) -> Any:
+    """A forward pre-hook that multiplies a module's first argument by ``keep`` (last axis)."""
+
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0] * keep.to(args[0]), *args[1:])
 

@@ -121,9 +121,10 @@ def _factory(model: nn.Module, coupled: Coupling) -> session.Instantiate:
     def instantiate(bools: Mapping[str, Tensor]) -> Loss:
         small = instances(Masks.from_bools(coupled, bools))
 
-        def loss(batch: Mapping[str, Any]) -> float:
+        def loss(batch: Mapping[str, Any], *inside: Mapping[str, Tensor]) -> float:
+            masks = [Masks.from_bools(coupled, m) for m in inside]
             with torch.no_grad():
-                return float(small({"use_cache": False, **batch}).loss)
+                return float(small({"use_cache": False, **batch}, *masks).loss)
 
         return loss
 

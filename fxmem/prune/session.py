@@ -23,6 +23,7 @@ from fxmem.prune.scores import importance
 from fxmem.prune.space import Group, Space, start
 
 Instantiate = Callable[[dict[str, Tensor]], Loss]
+"""A sub-model from a mask per group: ``loss(batch)``, or ``loss(batch, masks inside those)``."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def run(
         space.layer,
         options.keep * space.budget_base,
         options,
-        lambda mask: instantiate(space.bools(mask)),
+        lambda mask: _over_units(instantiate(space.bools(mask)), space),
         data,
         exchange,
     )
@@ -117,6 +118,15 @@ def run(
             callback(Step(*seen, space, options))
     mask = space.final(loop.s, options)
     return Found(space.bools(mask), loop.s, loop.counts, space)
+
+
+def _over_units(loss: Loss, space: Space) -> Loss:
+    """The loss of a sub-model, with masks inside it over search units."""
+
+    def run(batch: Any, *inside: Tensor) -> float:
+        return loss(batch, *map(space.bools, inside))
+
+    return run
 
 
 def _bar(steps: range, shown: bool) -> Iterable[int]:
