@@ -246,8 +246,8 @@ def _options(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prune", description=__doc__)
     default = Options()
     for name in ("model", "steps", "samples", "age", "lr", "widen", "resident", "search_length",
-                 "batch", "length", "held", "calibration", "pairs", "time_length", "time_batch", "repeats",
-                 "peer_seconds", "threads", "seed", "out"):  # fmt: skip
+                 "batch", "length", "held", "calibration", "pairs", "time_length",
+                 "time_batch", "repeats", "peer_seconds", "threads", "seed", "out"):  # fmt: skip
         value = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--blimp", type=Path, help="JSON lines of minimal pairs: good, bad, uid")
