@@ -15,6 +15,7 @@ from fxmem.prune.distributed import Ranks, reduce_gradients
 from fxmem.prune.draws import draw
 from fxmem.prune.loop import Loop
 from fxmem.prune.options import Prune
+from fxmem.prune.snapshot import Snapshot
 
 N = 12
 COST = torch.ones(N, dtype=torch.float64)
@@ -56,6 +57,12 @@ class Toy:
 def make(options: Prune, toy: Any = None, start: Tensor = HALF, **kw: Any) -> Loop:
     toy = toy or Toy()
     return Loop(start, COST, LAYER, N / 2, options, toy, list(range(7)), **kw)
+
+
+def drawn(loop: Loop) -> Snapshot:
+    """The snapshot that the loop uses."""
+    assert loop.snapshot is not None
+    return loop.snapshot
 
 
 def run(loop: Loop, steps: int | None = None) -> Tensor:

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from prune_toy import BASE, COST, HALF, LAYER, N, Toy, make, run, run_rank, sparse_step
+from prune_toy import BASE, COST, HALF, LAYER, N, Toy, drawn, make, run, run_rank, sparse_step
 from torch import Tensor
 
 from fxmem.errors import BudgetError, PlanError
 from fxmem.prune import estimator as est
 from fxmem.prune.draws import draw
-from fxmem.prune.loop import Alone, Loop
+from fxmem.prune.loop import Loop
 from fxmem.prune.options import Prune
 from fxmem.prune.projection import project, top
+from fxmem.prune.snapshot import Alone
 
 
 @pytest.mark.parametrize("scope", ["full", "layer", "none"])
@@ -40,9 +41,9 @@ def test_instantiations_are_one_and_the_refreshes() -> None:
     options = replace(BASE, age=5, lr=0.3, trust_cap=2.0, resident="all")
     loop, refreshes = make(options, toy), 0
     for _ in range(options.steps):
-        worn = len(loop.masks) and (
+        worn = loop.snapshot is not None and (
             loop.age == options.age
-            or est.effective_fraction(loop.s, loop.s0, loop.block) < options.ess
+            or est.effective_fraction(loop.s, drawn(loop).s0, loop.block) < options.ess
         )
         refreshes += bool(worn)
         loop.step()
@@ -78,7 +79,7 @@ def test_strict_trust_never_exceeds_its_cap() -> None:
     loop = make(replace(BASE, lr=1.0, trust="strict", trust_cap=0.15, age=8, steps=60))
     for _ in range(60):
         loop.step()
-        assert float(est.log_second_moment(loop.s, loop.s0, loop.block).max()) <= 0.15
+        assert float(est.log_second_moment(loop.s, drawn(loop).s0, loop.block).max()) <= 0.15
     assert loop.counts.cap > 0.05
 
 
@@ -100,7 +101,7 @@ def test_a_lost_loss_equals_one_sample_less() -> None:
     less = make(replace(BASE, age=1, steps=1, samples=3), Toy())
     less.step()
     assert torch.equal(loop.s, less.s)
-    assert not torch.equal(loop.s, loop.s0)
+    assert not torch.equal(loop.s, drawn(loop).s0)
 
 
 def test_without_finite_losses_nothing_moves() -> None:
@@ -114,9 +115,9 @@ def test_without_finite_losses_nothing_moves() -> None:
 def test_single_samples_use_the_average_of_the_past() -> None:
     loop = make(replace(BASE, samples=1, age=2))
     loop.step()
-    assert loop.counts.skipped == 1 and torch.equal(loop.s, loop.s0)
+    assert loop.counts.skipped == 1 and torch.equal(loop.s, drawn(loop).s0)
     loop.step()
-    assert not torch.equal(loop.s, loop.s0)
+    assert not torch.equal(loop.s, drawn(loop).s0)
 
 
 @pytest.mark.parametrize(("epsilon", "returns"), [(0.02, True), (0.0, False)])
@@ -218,7 +219,7 @@ def test_masks_and_probabilities_are_the_same_for_every_world_size(
         try:
             for _ in range(options.steps):
                 loop.step()
-                seen += [loop.masks.clone(), loop.s.clone()]
+                seen += [drawn(loop).masks.clone(), loop.s.clone()]
         except BaseException:
             barrier.abort()
             raise
@@ -232,18 +233,18 @@ def test_masks_and_probabilities_are_the_same_for_every_world_size(
     for t in range(options.steps):
         alone.step()
         for seen in every:
-            assert torch.equal(seen[2 * t], alone.masks)
+            assert torch.equal(seen[2 * t], drawn(alone).masks)
             assert float((seen[2 * t + 1] - alone.s).abs().max()) <= 1e-12
     assert alone.counts.instantiations > 1
 
 
 def test_masks_follow_from_seed_snapshot_and_sample() -> None:
-    drawn = [
+    masks = [
         draw(HALF, seed, snapshot, k) for seed in (0, 1) for snapshot in (0, 1) for k in (0, 1)
     ]
-    assert len(torch.unique(torch.stack(drawn), dim=0)) == len(drawn)
+    assert len(torch.unique(torch.stack(masks), dim=0)) == len(masks)
     torch.manual_seed(123)  # The global generator has no say.
-    assert torch.equal(draw(HALF, 0, 0, 1), drawn[1])
+    assert torch.equal(draw(HALF, 0, 0, 1), masks[1])
 
 
 @pytest.mark.parametrize(

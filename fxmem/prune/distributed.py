@@ -66,7 +66,7 @@ def reduce_gradients(
         kept: for all K masks, the kept indices per parameter; uncut parameters may be left out.
         ratios: float64 (K,), full likelihood ratio of each mask.
         shapes: dense shape of every parameter.
-        exchange: `Ranks`, or `fxmem.prune.loop.Alone`.
+        exchange: `Ranks`, or `fxmem.prune.snapshot.Alone`.
 
     Returns:
         Dense gradients; entries that no mask keeps are exactly 0.

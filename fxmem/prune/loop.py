@@ -1,17 +1,16 @@
 """The search loop, over any model that can be instantiated from a mask.
 
 Nothing here knows about networks: a factory turns a bool mask into a function from a batch to a
-loss. Building that sub-model is the expensive line; the loop builds K of them per snapshot and
-re-weights their losses until the likelihood ratios are used up.
+loss. A snapshot (`fxmem.prune.snapshot`) builds K of them; the loop re-weights their losses until
+the likelihood ratios are used up.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,40 +19,10 @@ from fxmem.errors import BudgetError
 from fxmem.prune import estimator
 from fxmem.prune.control import History
 from fxmem.prune.counts import Counts
-from fxmem.prune.draws import draw, nested, widened
 from fxmem.prune.options import Prune
 from fxmem.prune.outliers import against_others, robust_variance
 from fxmem.prune.projection import project
-
-Loss = Callable[..., float]
-"""Of a batch; where masks are nested, of a batch and the mask inside the sub-model's own."""
-Factory = Callable[[Tensor], Loss]
-
-
-class Exchange(Protocol):
-    """How ranks share the losses of their masks; see `fxmem.prune.distributed`."""
-
-    rank: int
-    world: int
-
-    def losses(self, local: Tensor) -> Tensor:
-        """All ranks' rows of a (K / world, T) table, as (K, T), row k from rank k % world."""
-
-    def agree(self, s: Tensor) -> None:
-        """Raise where the ranks' probabilities differ."""
-
-
-class Alone:
-    """One process."""
-
-    rank, world = 0, 1
-
-    def losses(self, local: Tensor) -> Tensor:
-        """The table as it is."""
-        return local
-
-    def agree(self, s: Tensor) -> None:
-        """Nothing to compare with."""
+from fxmem.prune.snapshot import Alone, Exchange, Factory, Shop, Snapshot
 
 
 class Loop:
@@ -89,36 +58,30 @@ class Loop:
                 f"{len(start)} prunable units and {len(batches)} batches",
                 advice="a search needs at least one of each",
             )
-        self.exchange = exchange or Alone()
+        self.exchange, self.factory, self.batches = exchange or Alone(), factory, batches
         if options.samples % self.exchange.world:
             raise BudgetError(
                 f"{options.samples} masks over {self.exchange.world} ranks",
                 advice="Prune.samples must be a multiple of the number of ranks",
             )
         self.cost, self.budget, self.options = cost.double(), float(budget), options
-        self.factory, self.batches = factory, batches
         self.block = estimator.scope_blocks(layer, options.scope)
         self.s = project(start.double(), self.cost, self.budget, options.epsilon)
-        self.s0 = self.s.clone()
-        self.wide = self.s.clone()
-        self.masks = torch.zeros(0, len(start), dtype=torch.bool)
-        self.done, self.snapshot, self.age = 0, 0, 0
+        self.done, self.age = 0, 0
+        self.snapshot: Snapshot | None = None
         self.average: float | None = None
         self.spread: float | None = None
         self.history = History(len(start), options.history)
         self.slopes = torch.zeros_like(self.s)
         self.counts = Counts()
-        self._table: Tensor | None = None
-        self._live: list[Loss] = []
 
     # -- one step
 
     def step(self) -> Tensor:
         """One update of the probabilities; returns the K losses it used."""
-        if self._worn_out():
-            self._refresh()
-        drawn, law = self._inside(self.age)
-        losses = self._losses(drawn)
+        now = self._usable()
+        drawn, law = now.inside(self.done, self.s)
+        losses = now.losses(self.done, drawn)
         self.age += 1
         self.done += 1
         self.counts.used += len(losses)
@@ -153,94 +116,29 @@ class Loop:
             return 0.0
         return robust_variance(rest) if math.isfinite(self.options.outlier) else float(rest.var())
 
-    def _worn_out(self) -> bool:
-        if not len(self.masks) or self.age >= self.options.age:
-            return True
-        return self._effective() < self.options.ess
-
-    def _effective(self) -> float:
-        """Smallest effective sample fraction of any block, were the next step taken now."""
-        return estimator.effective_fraction(self.s, self._law(), self.block)
-
-    def _law(self) -> Tensor:
-        """Probabilities of the masks that the next step uses.
-
-        Where sub-models stay, masks inside them are drawn at the probabilities of the moment;
-        where they run one at a time over all batches, at those of the snapshot.
-        """
-        here = self.options.widen > 1 and self.options.resident == "all"
-        return torch.minimum(self.s, self.wide) if here else self.s0
-
-    def _inside(self, step: int) -> tuple[Tensor, Tensor]:
-        """The masks of one step of the snapshot, bool (K, n), and their probabilities."""
-        law, options = self._law(), self.options
-        if options.widen == 1:
-            return self.masks, law
-        return nested(self.wide, self.masks, law, options.seed, self.snapshot - 1, step)
-
-    def _refresh(self) -> None:
-        options, exchange = self.options, self.exchange
-        if len(self.masks):
-            self.counts.ess.append(self._effective())
-        if options.history:
-            self.history.close(self.masks, self.snapshot)
-            self.slopes = self.history.fit()
-        exchange.agree(self.s)
-        self.s0 = self.s.clamp(options.epsilon, 1 - options.epsilon)
-        self._draw(self.snapshot)
-        self.snapshot += 1
+    def _usable(self) -> Snapshot:
+        """The snapshot, or a new one where it is too old or the probabilities have moved away."""
+        now, options, number = self.snapshot, self.options, 0
+        if now is not None:
+            ess = estimator.effective_fraction(self.s, now.law(self.s), self.block)
+            if self.age < options.age and ess >= options.ess:
+                return now
+            self.counts.ess.append(ess)
+            number = now.number + 1
+            if options.history:
+                self.history.close(now.masks, now.number)
+                self.slopes = self.history.fit()
+        self.exchange.agree(self.s)
+        s0 = self.s.clamp(options.epsilon, 1 - options.epsilon)
+        self.snapshot = now = Snapshot(self._shop(), s0, number, self.done)
         self.age = 0
         self.counts.instantiations += 1
         self.counts.submodels += options.samples
-        self._table, self._live = None, []
-        self._instantiate()
+        now.instantiate()
+        return now
 
-    def _draw(self, snapshot: int) -> None:
-        seed, samples = self.options.seed, self.options.samples
-        self.wide = widened(self.s0, self.options.widen) if self.options.widen > 1 else self.s0
-        self.masks = torch.stack([draw(self.wide, seed, snapshot, k) for k in range(samples)])
-
-    def _instantiate(self) -> None:
-        mine = self.masks[self.exchange.rank :: self.exchange.world]
-        if self.options.resident == "all":
-            self._live = [self._build(mask) for mask in mine]
-            return
-        # Weights stand still, so losses do not depend on s: one sub-model at a time runs over all
-        # the batches of the snapshot, and only scalars stay.
-        last = min(self.options.age, self.options.steps - self.done)
-        inside = [
-            self._inside(t)[0][self.exchange.rank :: self.exchange.world] for t in range(last)
-        ]
-        rows = []
-        for k, mask in enumerate(mine):
-            submodel = self._build(mask)
-            rows.append([self._measure(submodel, t, inside[t][k]) for t in range(last)])
-            del submodel
-        self._table = self.exchange.losses(torch.tensor(rows, dtype=torch.float64))
-        self.counts.forwards += self._table.numel()
-
-    def _build(self, mask: Tensor) -> Loss:
-        begin = time.perf_counter()
-        submodel = self.factory(mask)
-        self.counts.building += time.perf_counter() - begin
-        return submodel
-
-    def _measure(self, submodel: Loss, ahead: int, mask: Tensor) -> float:
-        batch = self.batches[(self.done + ahead) % len(self.batches)]
-        begin = time.perf_counter()
-        loss = float(submodel(batch, mask) if self.options.widen > 1 else submodel(batch))
-        self.counts.running += time.perf_counter() - begin
-        return loss
-
-    def _losses(self, drawn: Tensor) -> Tensor:
-        if self._table is not None:
-            return self._table[:, self.age]
-        mine = drawn[self.exchange.rank :: self.exchange.world]
-        pairs = zip(self._live, mine, strict=True)
-        local = torch.tensor([[self._measure(x, 0, m)] for x, m in pairs], dtype=torch.float64)
-        everything = self.exchange.losses(local)[:, 0]
-        self.counts.forwards += len(everything)
-        return everything
+    def _shop(self) -> Shop:
+        return Shop(self.options, self.factory, self.batches, self.exchange, self.counts)
 
     def _rest(self, finite: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None]:
         """Losses without outliers and control variate, and their baselines if there are any."""
@@ -289,17 +187,16 @@ class Loop:
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed search needs, as tensors and plain values."""
+        now = self.snapshot
         return {
             "s": self.s.clone(),
-            "s0": self.s0.clone(),
             "done": self.done,
-            "snapshot": self.snapshot,
+            "snapshot": None if now is None else [now.s0, now.number, now.begin, now.table],
             "age": self.age,
             "average": self.average,
             "spread": self.spread,
             "history": self.history.state(),
             "slopes": self.slopes,
-            "table": self._table,
             "counts": asdict(self.counts),
             "options": self.options.to_dict(),
         }
@@ -315,14 +212,12 @@ class Loop:
                 "the checkpoint is of a search with other options or units",
                 advice="resume with the same options and model, or delete the checkpoint",
             )
-        self.s, self.s0 = state["s"].clone(), state["s0"].clone()
-        self.done, self.snapshot, self.age = state["done"], state["snapshot"], state["age"]
+        self.s, self.done, self.age = state["s"].clone(), state["done"], state["age"]
         self.average, self.spread = state["average"], state["spread"]
-        self._table = state["table"]
         self.history.load(state["history"])
         self.slopes = state["slopes"].clone()
         self.counts = Counts(**state["counts"])
-        if self.snapshot:
-            self._draw(self.snapshot - 1)
+        if state["snapshot"] is not None:
+            self.snapshot = Snapshot(self._shop(), *state["snapshot"])
             if self.options.resident == "all":
-                self._instantiate()
+                self.snapshot.instantiate()

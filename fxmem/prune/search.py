@@ -13,11 +13,11 @@ from fxmem.errors import PlanError
 from fxmem.prune import session
 from fxmem.prune.distributed import Ranks
 from fxmem.prune.instances import Instances
-from fxmem.prune.loop import Loss
 from fxmem.prune.masks import Masks
 from fxmem.prune.materialize import coupling
 from fxmem.prune.options import Prune
 from fxmem.prune.scores import importance as measure
+from fxmem.prune.snapshot import Loss
 from fxmem.prune.space import Space, standardise
 from fxmem.prune.units import Coupling
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.prune.counts import Counts
-from fxmem.prune.loop import Alone, Exchange, Loop, Loss
+from fxmem.prune.loop import Loop
 from fxmem.prune.options import Prune
 from fxmem.prune.scores import importance
+from fxmem.prune.snapshot import Alone, Exchange, Loss
 from fxmem.prune.space import Group, Space, start
 
 Instantiate = Callable[[dict[str, Tensor]], Loss]
