@@ -35,7 +35,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
     ("tokens", lambda r: r.get("tokens"), "{:,}"),
     ("s to find", lambda r: r.get("find_seconds"), "{:.0f}"),
 )  # fmt: skip
-STARTS, KINDS = ("wanda", "taylor"), ("fresh", "stale", "re-weighted")
+STARTS, KINDS = ("wanda", "taylor"), ("fresh", "stale", "un-nested", "re-weighted")
 BASELINES = ("random", "magnitude", "wanda", "taylor")
 PEERS = ("torch-pruning", "torch-pruning of MLPs")
 ROWS = (*BASELINES, *PEERS, *(f"{kind} from {start}" for start in STARTS for kind in KINDS))

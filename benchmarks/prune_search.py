@@ -17,10 +17,17 @@ POINTS = 6
 
 
 def variant(kind: str, how: fxmem.Prune) -> fxmem.Prune:
-    """New masks every step, or masks used for `age` steps without and with their ratios."""
+    """The ways of a search that the benchmark compares.
+
+    ``fresh``: new sub-models every step. The others use theirs for up to `age` steps: ``stale``
+    without the ratios of other units, ``un-nested`` with them, ``re-weighted``, which is what
+    `fxmem.search` does, with new masks every step inside the sub-models as well.
+    """
     if kind == "fresh":
         return replace(how, age=1, widen=1.0)
-    return replace(how, scope="none" if kind == "stale" else "layer")
+    if kind == "re-weighted":
+        return how
+    return replace(how, widen=1.0, scope="none" if kind == "stale" else "layer")
 
 
 def search(

@@ -28,6 +28,7 @@ BASE = Prune(
     epsilon=0.02,
     decay="none",
     history=0,
+    widen=1.0,
     standardise=False,
     alpha=0.5,
     metric="euclidean",

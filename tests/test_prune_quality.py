@@ -13,7 +13,8 @@ from fxmem.prune.options import Prune
 from fxmem.prune.session import run
 
 PLAIN = Prune(
-    init="uniform", alpha=0.5, metric="euclidean", history=0, standardise=False, steps=300
+    init="uniform", alpha=0.5, metric="euclidean", history=0, standardise=False, widen=1.0,
+    steps=300
 )  # fmt: skip
 PLANTED = replace(
     PLAIN, block=8, order="index", ranking="kind", decay="none", samples=16, age=1, lr=0.05,

@@ -85,7 +85,7 @@ class Prune:
     order: Literal["importance", "index"] = "importance"
     steps: int = 200
     samples: int = 4
-    lr: float = 0.5
+    lr: float = 0.1
     standardise: bool = True
     decay: Literal["cosine", "none"] = "cosine"
     scope: Literal["full", "layer", "none"] = "layer"
@@ -97,7 +97,7 @@ class Prune:
     baseline: Literal["loo", "ema"] = "loo"
     outlier: float = 4.0
     history: int = 512
-    widen: float = 1.0
+    widen: float = 4.0
     ess: float = 0.5
     age: int = 8
     resident: Literal["all", "one"] = "one"
