@@ -73,6 +73,7 @@ def search(
         "steps": last[-1].step,
         "instantiations": counts.instantiations,
         "submodels": counts.submodels,
+        "built_size": counts.size / counts.submodels,
         "forwards": counts.forwards,
         "tokens": counts.forwards * batches[0]["input_ids"].numel(),
         "instantiate_ms": 1e3 * counts.building / counts.submodels,

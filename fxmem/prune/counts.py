@@ -12,6 +12,7 @@ class Counts:
     Attributes:
         instantiations: snapshots whose sub-models were built.
         submodels: sub-models built, all ranks together.
+        size: part of the prunable cost that each of them kept, summed.
         forwards: losses measured, all ranks together.
         used: losses that entered an update; an early refresh wastes some of a table.
         skipped: steps without a finite loss.
@@ -26,6 +27,7 @@ class Counts:
 
     instantiations: int = 0
     submodels: int = 0
+    size: float = 0.0
     forwards: int = 0
     used: int = 0
     skipped: int = 0

@@ -134,6 +134,7 @@ class Loop:
         self.age = 0
         self.counts.instantiations += 1
         self.counts.submodels += options.samples
+        self.counts.size += float((now.masks.double() @ self.cost).sum() / self.cost.sum())
         now.instantiate()
         return now
 
