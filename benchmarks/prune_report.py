@@ -103,16 +103,16 @@ def table(records: Sequence[Record], options: Any) -> str:
         f"{o.threads} CPU thread(s).",
         "",
         f"Searches ran **{o.steps} steps** with {o.samples} masks per snapshot, at most {o.age} "
-        f"steps per snapshot (1 in fresh), {o.search_length} tokens per step. Re-weighted draws new "
-        f"masks every step inside sub-models built with odds times {o.widen:g}; un-nested and stale "
-        "use the built masks, stale without the other units' ratios. "
+        f"steps per snapshot (1 in fresh), {o.search_length} tokens per step. Re-weighted draws "
+        f"new masks every step inside sub-models built with odds times {o.widen:g}; un-nested and "
+        "stale use the built masks, stale without the other units' ratios. "
         f"Importance: {o.calibration} batches of {o.batch} x {o.length} tokens; held out: "
         f"{o.held} x {o.length} tokens of other topics, perplexity at length {o.length}"
         + (f"; {o.pairs} BLiMP pairs" if o.blimp else "")
         + f". Forward at {o.time_batch} x {o.time_length} tokens, best of {o.repeats}; speedups "
         "against the dense model timed in turn; peak: live tensors above the weights in that "
-        "forward. Snapshots: times that sub-models were built; their size: part of the prunable parameters "
-        "that those kept, on average. "
+        "forward. Snapshots: times that sub-models were built; their size: mean part of the "
+        "prunable parameters in them. "
         "The search is a formulation consistent with the abstract of Gradient Reweighting "
         "(NeurIPS 2025).",
         "",
