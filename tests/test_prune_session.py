@@ -56,12 +56,13 @@ def by_hooks(model: nn.Module, groups: list[Unit]) -> Callable[[dict[str, Tensor
     """The oracle of pruning: the mask multiplies the consumer's input."""
 
     def instantiate(bools: dict[str, Tensor]) -> Any:
-        def loss(batch: dict[str, Tensor]) -> float:
+        def loss(batch: dict[str, Tensor], inside: dict[str, Tensor]) -> float:
             handles = []
+            assert not any(bool((inside[name] & ~bools[name]).any()) for name in bools)
             for group in groups:
                 module = model.get_submodule(group.consumer[0][0].rpartition(".")[0])
                 width = module.weight.shape[1] // group.size
-                scale = bools[group.name].float().repeat_interleave(width)
+                scale = inside[group.name].float().repeat_interleave(width)
                 handles.append(
                     module.register_forward_pre_hook(lambda m, a, scale=scale: (a[0] * scale,))
                 )
