@@ -55,6 +55,25 @@ class Masks:
         )
 
     @classmethod
+    def without(cls, coupling: Coupling, *paths: str) -> Masks:
+        """Everything stays but the groups below these modules, such as ``"model.layers.3"`` (the
+        whole layer) or ``"model.layers.3.mlp"``: they keep no unit. An output bias stays.
+
+        Raises:
+            MaskError: a path with no group below it.
+        """
+        gone: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            below = [g.name for g in coupling.groups if f"{g.name}.".startswith(f"{path}.")]
+            if not below:
+                raise MaskError(
+                    f"no unit group below {path!r}",
+                    advice="print(fxmem.coupling(model)) lists them",
+                )
+            gone |= dict.fromkeys(below, ())
+        return cls.from_kept(coupling, gone)
+
+    @classmethod
     def from_bools(cls, coupling: Coupling, bools: Mapping[str, Tensor]) -> Masks:
         """``bools``: group name -> ``[units]``; for KV groups also ``[query heads]``.
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxmem.errors import PlanError
 from fxmem.prune import session
 from fxmem.prune.distributed import Ranks
 from fxmem.prune.instances import Instances
@@ -20,6 +19,7 @@ from fxmem.prune.scores import importance as measure
 from fxmem.prune.snapshot import Loss
 from fxmem.prune.space import Space, standardise
 from fxmem.prune.units import Coupling
+from fxmem.prune.wholes import chosen_kinds
 
 
 def search(
@@ -104,13 +104,10 @@ def score(
 
 def _chosen(coupled: Coupling, options: Prune) -> list[Any]:
     """Groups of the wanted kinds; by default all that lie inside one layer."""
-    known = dict.fromkeys(group.kind for group in coupled.groups)
-    for kind in options.kinds:
-        if kind not in known:
-            raise PlanError(f"no unit of kind {kind!r}", advice=f"kinds: {', '.join(known)}")
-    return [
-        g for g in coupled.groups if (g.kind in options.kinds if options.kinds else g.layer >= 0)
-    ]
+    if not options.kinds:
+        return [g for g in coupled.groups if g.layer >= 0]
+    kinds = chosen_kinds(options.kinds, dict.fromkeys(g.kind for g in coupled.groups))
+    return [g for g in coupled.groups if g.kind in kinds and (not kinds[g.kind] or g.layer >= 0)]
 
 
 def _factory(model: nn.Module, coupled: Coupling) -> session.Instantiate:

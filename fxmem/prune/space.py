@@ -14,6 +14,7 @@ from fxmem.errors import BudgetError
 from fxmem.prune.options import Prune
 from fxmem.prune.projection import top
 from fxmem.prune.units import Member
+from fxmem.prune.wholes import parts_of_wholes
 
 
 class Group(Protocol):
@@ -46,8 +47,9 @@ class Space:
         unit: per group int (size,), the search unit of each of its units.
         cost: float64 (n,), parameters of each search unit, or 1 where units are counted.
         layer: int (n,), decoder layer of each.
-        owner: int (n,), the group of each, as an index into `groups`.
+        owner: int (n,), the group of each, as an index into `groups`; the first one of a whole.
         block: channels per search unit.
+        wholes: names of the groups that are searched as a whole -> the kind of the whole.
     """
 
     groups: tuple[Group, ...]
@@ -56,6 +58,7 @@ class Space:
     layer: Tensor
     owner: Tensor
     block: int
+    wholes: Mapping[str, str]
 
     @classmethod
     def build(
@@ -78,22 +81,32 @@ class Space:
         """
         if not groups:
             raise BudgetError("no group of units to prune", advice="see fxmem.coupling(model)")
-        units, costs, layers, owners, first = [], [], [], [], 0
+        whole = parts_of_wholes(groups, options.kinds)
+        width = block or options.block
+        units, costs, layers, owners = [], [], [], []
+        made: dict[tuple[str, int], int] = {}
         for number, group in enumerate(groups):
-            width = (block or options.block) if group.size > FINE else 1
-            rank = torch.arange(group.size)
-            if width > 1 and options.order == "importance":
-                order = torch.sort(importance[group.name], descending=True, stable=True).indices
-                rank[order] = torch.arange(group.size)
-            local = rank // width
-            size = torch.bincount(local)
+            key = (whole.get(group.name, ""), group.layer)
+            each = group.cost if options.cost == "parameters" else 1
+            if key in made:  # a further group of a layer that is kept or removed as one
+                units.append(torch.full((group.size,), made[key]))
+                costs[made[key]] += group.size * group.cost * (options.cost == "parameters")
+                continue
+            first = len(costs)
+            if key[0]:
+                made[key] = first
+                local = torch.zeros(group.size, dtype=torch.int64)
+                size = [group.size * each if options.cost == "parameters" else 1]
+            else:
+                local = _blocks(group, width, options, importance)
+                size = (torch.bincount(local) * each).tolist()
             units.append(first + local)
-            costs.append(size * (group.cost if options.cost == "parameters" else 1))
-            layers.append(torch.full_like(size, group.layer))
-            owners.append(torch.full_like(size, number))
-            first += len(size)
-        parts = (torch.cat(costs).double(), torch.cat(layers), torch.cat(owners))
-        return cls(tuple(groups), tuple(units), *parts, block or options.block)
+            costs += size
+            layers += [group.layer] * len(size)
+            owners += [number] * len(size)
+        cost = torch.tensor(costs, dtype=torch.float64)
+        parts = (cost, torch.tensor(layers), torch.tensor(owners))
+        return cls(tuple(groups), tuple(units), *parts, width, whole)
 
     @property
     def budget_base(self) -> float:
@@ -101,12 +114,13 @@ class Space:
         return float(self.cost.sum())
 
     def pool(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Mean of per-unit values over each search unit: float64 (n,)."""
+        """Mean of per-unit values over each search unit, by cost: float64 (n,)."""
         total = torch.zeros(len(self.cost), dtype=torch.float64)
         count = torch.zeros_like(total)
         for group, unit in zip(self.groups, self.unit, strict=True):
-            total.index_add_(0, unit, values[group.name].double())
-            count.index_add_(0, unit, torch.ones(len(unit), dtype=torch.float64))
+            weight = torch.full((len(unit),), float(group.cost), dtype=torch.float64)
+            total.index_add_(0, unit, weight * values[group.name].double())
+            count.index_add_(0, unit, weight)
         return total / count
 
     def bools(self, mask: Tensor) -> dict[str, Tensor]:
@@ -119,7 +133,7 @@ class Space:
         if options.ranking == "joint":
             return self._top(s, torch.ones(len(s), dtype=torch.bool), options)
         kept = torch.zeros(len(s), dtype=torch.bool)
-        kinds = [group.kind for group in self.groups]
+        kinds = [self.wholes.get(group.name, group.kind) for group in self.groups]
         for kind in dict.fromkeys(kinds):
             mine = torch.tensor([k == kind for k in kinds])[self.owner]
             kept |= self._top(s, mine, options)
@@ -128,13 +142,23 @@ class Space:
     def _top(self, s: Tensor, among: Tensor, options: Prune) -> Tensor:
         index = among.nonzero()[:, 0]
         cost, owner = self.cost[index], self.owner[index]
-        fine = torch.tensor([g.size > FINE for g in self.groups])
+        fine = torch.tensor([g.size > FINE and g.name not in self.wholes for g in self.groups])
         wanted = math.lcm(options.round_to, self.block) // self.block
         multiple = torch.where(fine, wanted, 1)
         kept = torch.zeros(len(s), dtype=torch.bool)
         budget = options.keep * float(cost.sum())
         kept[index[top(s[index], cost, budget, owner, multiple)]] = True
         return kept
+
+
+def _blocks(group: Group, width: int, options: Prune, importance: Mapping[str, Tensor]) -> Tensor:
+    """Search unit of each unit of one group, from 0: int (size,)."""
+    width = width if group.size > FINE else 1
+    rank = torch.arange(group.size)
+    if width > 1 and options.order == "importance":
+        order = torch.sort(importance[group.name], descending=True, stable=True).indices
+        rank[order] = torch.arange(group.size)
+    return rank // width
 
 
 def start(space: Space, importance: Mapping[str, Tensor], options: Prune) -> Tensor:
@@ -169,8 +193,9 @@ def standardise(space: Space, importance: Mapping[str, Tensor], method: str) -> 
     out = {}
     for group in space.groups:
         x = importance[group.name].double()
-        if method == "taylor":
-            # A change of the loss: comparable everywhere, per parameter it frees.
+        if method == "taylor" or group.name in space.wholes:
+            # A change of the loss: comparable everywhere, per parameter it frees. Of a whole group
+            # nothing else is left to compare: over its units, standardised values sum to zero.
             out[group.name] = x / group.cost
         else:
             spread = x.std(correction=0)
