@@ -68,7 +68,7 @@ class Masks:
             if not below:
                 raise MaskError(
                     f"no unit group below {path!r}",
-                    advice="print(fxmem.coupling(model)) lists them",
+                    advice="fxmem.coupling(model) lists the groups",
                 )
             gone |= dict.fromkeys(below, ())
         return cls.from_kept(coupling, gone)

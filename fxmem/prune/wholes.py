@@ -1,8 +1,8 @@
 """Whole blocks and layers as units of a search.
 
 A block that is removed is a group of which no unit stays: its branch adds nothing to the residual
-stream, except an output bias where there is one. So wholes need no masks of their own; a search over
-them keeps or removes all units of some groups at once.
+stream, except an output bias where there is one. So wholes need no masks of their own; a search
+over them keeps or removes all units of some groups at once.
 """
 
 from __future__ import annotations
