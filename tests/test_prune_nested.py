@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from prune_cases import build
-from prune_toy import BASE, HALF, Toy, make, run
+from prune_toy import BASE, HALF, Toy, drawn, make, run
 from torch import Tensor
 
 import fxmem
@@ -48,6 +48,21 @@ def test_a_unit_cannot_be_more_likely_than_in_the_wide_mask() -> None:
     inside, law = nested(wide, masks, torch.tensor([0.7, 0.2], dtype=torch.float64), 0, 0, 0)
     assert law.tolist() == [0.4, 0.2]
     assert bool(inside[0, 0])
+
+
+@pytest.mark.parametrize("resident", ["one", "all"])
+def test_units_without_gates_keep_their_built_mask(resident: Any) -> None:
+    gated = torch.arange(12) % 2 == 0
+    options = replace(BASE, widen=4.0, age=4, ess=0.0, resident=resident)
+    loop = make(options, Gated(), gated=gated)
+    for _ in range(8):
+        loop.step()
+        now = drawn(loop)
+        masks, law = now.inside(loop.done - 1, loop.s)
+        assert torch.equal(masks[:, ~gated], now.masks[:, ~gated])
+        assert torch.equal(law[~gated], now.s0[~gated])
+        assert torch.equal(now.wide[~gated], now.s0[~gated])
+        assert bool((now.wide[gated] > now.s0[gated]).all())
 
 
 class Gated(Toy):

@@ -16,6 +16,9 @@ from fxmem.prune.masks import Masks, axis_keeps, consumer_keeps
 from fxmem.prune.oracle import multiply
 from fxmem.prune.units import Coupling
 
+UNGATED = frozenset({"experts", "width"})
+"""Kinds of units that are not removed by a zero at what reads them; their masks are never nested."""
+
 Gates = dict[tuple[str, int], Tensor]
 
 

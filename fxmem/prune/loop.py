@@ -37,6 +37,7 @@ class Loop:
         factory: builds a sub-model from a mask.
         batches: measured in turn, from the start again when they are used up.
         exchange: how several ranks share their losses.
+        gated: bool (n,), units that a gate can remove from a built sub-model; None for all.
 
     Raises:
         BudgetError: no unit, no batch, a budget that cannot be met, or K not divisible over ranks.
@@ -52,6 +53,7 @@ class Loop:
         factory: Factory,
         batches: Sequence[Any],
         exchange: Exchange | None = None,
+        gated: Tensor | None = None,
     ) -> None:
         if not len(start) or not len(batches):
             raise BudgetError(
@@ -64,6 +66,7 @@ class Loop:
                 f"{options.samples} masks over {self.exchange.world} ranks",
                 advice="Prune.samples must be a multiple of the number of ranks",
             )
+        self.gated = gated
         self.cost, self.budget, self.options = cost.double(), float(budget), options
         self.block = estimator.scope_blocks(layer, options.scope)
         self.s = project(start.double(), self.cost, self.budget, options.epsilon)
@@ -139,7 +142,8 @@ class Loop:
         return now
 
     def _shop(self) -> Shop:
-        return Shop(self.options, self.factory, self.batches, self.exchange, self.counts)
+        own = (self.options, self.factory, self.batches, self.exchange, self.counts)
+        return Shop(*own, self.gated)
 
     def _rest(self, finite: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None]:
         """Losses without outliers and control variate, and their baselines if there are any."""

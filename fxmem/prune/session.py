@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.prune.counts import Counts
+from fxmem.prune.gates import UNGATED
 from fxmem.prune.loop import Loop
 from fxmem.prune.options import Prune
 from fxmem.prune.scores import importance
@@ -103,6 +104,7 @@ def run(
         lambda mask: _over_units(instantiate(space.bools(mask)), space),
         data,
         exchange,
+        torch.tensor([group.kind not in UNGATED for group in groups])[space.owner],
     )
     if saved is not None:
         loop.load(saved["loop"])

@@ -58,6 +58,8 @@ class Shop:
     batches: Sequence[Any]
     exchange: Exchange
     counts: Counts
+    gated: Tensor | None = None
+    """bool (n,), units that a gate can remove; None for all."""
 
     def build(self, mask: Tensor) -> Loss:
         """One sub-model; bool (n,)."""
@@ -100,7 +102,7 @@ class Snapshot:
 
     def __post_init__(self) -> None:
         o = self.shop.options
-        self.wide = widened(self.s0, o.widen) if o.widen > 1 else self.s0
+        self.wide = self._only_gated(widened(self.s0, o.widen)) if o.widen > 1 else self.s0
         self.masks = torch.stack(
             [draw(self.wide, o.seed, self.number, k) for k in range(o.samples)]
         )
@@ -133,7 +135,9 @@ class Snapshot:
         far as the wide ones allow; else at those of the snapshot.
         """
         o = self.shop.options
-        return torch.minimum(s, self.wide) if o.widen > 1 and o.resident == "all" else self.s0
+        if o.widen == 1 or o.resident == "one":
+            return self.s0
+        return self._only_gated(torch.minimum(s, self.wide))
 
     def inside(self, step: int, s: Tensor) -> tuple[Tensor, Tensor]:
         """Masks of one step of the search at `s`, bool (K, n), and their probabilities."""
@@ -151,6 +155,10 @@ class Snapshot:
         everything = self.shop.exchange.losses(torch.tensor(local, dtype=torch.float64))[:, 0]
         self.shop.counts.forwards += len(everything)
         return everything
+
+    def _only_gated(self, s: Tensor) -> Tensor:
+        gated = self.shop.gated
+        return s if gated is None else torch.where(gated, s, self.s0)
 
     def _own(self, rows: Tensor) -> Tensor:
         return rows[self.shop.exchange.rank :: self.shop.exchange.world]
