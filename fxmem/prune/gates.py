@@ -17,7 +17,7 @@ from fxmem.prune.oracle import multiply
 from fxmem.prune.units import Coupling
 
 UNGATED = frozenset({"experts", "width"})
-"""Kinds of units that are not removed by a zero at what reads them; their masks are never nested."""
+"""Kinds of units that a zero at what reads them does not remove: their masks are not nested."""
 
 Gates = dict[tuple[str, int], Tensor]
 
