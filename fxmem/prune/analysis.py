@@ -24,7 +24,7 @@ COMPOSITE = dict.fromkeys(("aten.layer_norm.default", "aten.rms_norm.default"), 
 
 class Walk:
     """Labels of every value of one graph. ``contracted``: (origin parameter, atom) pairs;
-    ``averaged``: axes that norms average over; ``looked_up``: axes along which an embedding is read.
+    ``averaged``: axes that norms average over; ``looked_up``: axes along which a lookup reads.
     """
 
     def __init__(self, model: nn.Module) -> None:

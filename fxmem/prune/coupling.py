@@ -133,7 +133,7 @@ def _collect(
         kind = "kv_groups" if atom.attention else "mlp_channels"
         kind = "width" if atom in widths else kind
         shared = commonprefix([n.split(".") for n, _, _ in members])
-        base = ".".join([*shared, kind])
+        base = ".".join([*([] if kind == "width" else shared), kind])
         name, k = base, 1
         while name in taken:
             k += 1

@@ -164,9 +164,10 @@ def module_of(node: fx.Node) -> str | None:
 
 
 def odd_use(averages: list[Average], graph: fx.Graph, origin: Mapping[fx.Node, str]) -> str | None:
-    """Why rescaling would change more than these norms: a weight or eps that something else uses."""
-    taken = {a.norm.parameter: {b.uses for b in averages if b.norm.parameter == a.norm.parameter}
-             for a in averages}  # fmt: skip
+    """Why rescaling would change more than these norms: a weight or eps used elsewhere."""
+    taken: dict[str, set[fx.Node]] = {}
+    for a in averages:
+        taken.setdefault(a.norm.parameter, set()).add(a.uses)
     for node in graph.nodes:
         name = origin.get(node)
         if node.op == "placeholder" and name in taken:

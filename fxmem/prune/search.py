@@ -103,11 +103,12 @@ def score(
 
 
 def _chosen(coupled: Coupling, options: Prune) -> list[Any]:
-    """Groups of the wanted kinds; by default all that lie inside one layer."""
+    """Groups of the wanted kinds; by default all that lie inside one layer: not the width."""
     known = dict.fromkeys(group.kind for group in coupled.groups)
     for kind in options.kinds:
         if kind not in known:
-            raise PlanError(f"no unit of kind {kind!r}", advice=f"kinds: {', '.join(known)}")
+            why = "fxmem.coupling(model).blocked has the reasons of axes that cannot be pruned"
+            raise PlanError(f"no unit of kind {kind!r}", advice=f"kinds: {', '.join(known)}; {why}")
     return [
         g for g in coupled.groups if (g.kind in options.kinds if options.kinds else g.layer >= 0)
     ]

@@ -17,8 +17,8 @@ from fxmem.prune.units import Norm
 from fxmem.rules import lookup
 
 _UNARY = {
-    "relu", "gelu", "silu", "tanh", "sin", "erf", "abs", "neg", "sign", "sqrt", "square", "embedding",
-    "index", "index_select", "gather", "div",
+    "relu", "gelu", "silu", "tanh", "sin", "erf", "abs", "neg", "sign", "sqrt", "square",
+    "embedding", "index", "index_select", "gather", "div",
 }  # fmt: skip
 """Zero where the first operand is."""
 _SUMS = {"add", "sub", "cat", "stack", "index_add", "scatter_add"}
