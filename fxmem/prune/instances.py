@@ -107,7 +107,7 @@ class Instances:
         def call(batch: Batch) -> Any:
             apply(self.skeleton, self.found, masks)
             for path, shape in shapes.items():
-                self.skeleton.get_submodule(path).normalized_shape = shape
+                setattr(self.skeleton.get_submodule(path), "normalized_shape", shape)  # noqa: B010
             return self.run(values, dict(batch))
 
         return call

@@ -189,7 +189,10 @@ def _fill(
             f"{where / WEIGHTS}: {wrong[0]} has {tuple(tensors[wrong[0]].shape)}"
         )
     made: dict[str, Any] = {}
-    for name, t in tensors.items():
+    for name in list(tensors):
+        # A copy is aligned as a parameter made in memory is: products round by alignment where the
+        # inner axis is odd, and the file packs tensors without gaps.
+        t = tensors.pop(name).clone()
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         if leaf in owner._parameters:
