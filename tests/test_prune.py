@@ -27,8 +27,13 @@ MATRIX = [
 ]
 
 
+def inner(units: fxmem.Coupling) -> list[fxmem.UnitGroup]:
+    """Units inside layers; the width, which all layers share, has tests of its own."""
+    return [g for g in units.groups if g.kind != "width"]
+
+
 def drawn(units: fxmem.Coupling, keep: float) -> fxmem.Masks:
-    bools = {g.name: torch.rand(g.size) < keep for g in units.groups}
+    bools = {g.name: torch.rand(g.size) < keep for g in inner(units)}
     for b in bools.values():
         b[0] = True
     return fxmem.Masks.from_bools(units, bools)
@@ -67,7 +72,7 @@ def check_bare(model: Any, units: fxmem.Coupling, none: fxmem.Masks) -> None:
     """Layers that cannot run empty keep one unit, which has no say; a sub-model for search too."""
     ids = torch.randint(3, 97, (3, 11))
     small = fxmem.materialize(model, none, units)
-    left = {g.size for g in fxmem.coupling(small).groups}
+    left = {g.size for g in inner(fxmem.coupling(small))}
     assert 1 in left and left <= {0, 1}
     run = fxmem.instantiate(model, none, units, compile=False)
     with fxmem.masked(model, none, units), torch.no_grad():
@@ -81,10 +86,12 @@ def test_masked_equals_sliced(name: str, attention: str) -> None:
     model = build(name, attention)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     units = fxmem.coupling(model)
-    assert [g.kind for g in units.groups] == ["kv_groups", "mlp_channels"] * 2
+    assert [g.kind for g in units.groups] == ["kv_groups", "mlp_channels"] * 2 + (
+        ["width"] if name not in ("gpt2", "opt") else []
+    )
     for keep in (0.6, 0.3):
         check(model, units, drawn(units, keep))
-    none = fxmem.Masks.from_kept(units, {g.name: () for g in units.groups})
+    none = fxmem.Masks.from_kept(units, {g.name: () for g in inner(units)})
     if name in ("gpt2", "opt"):  # their split and views fail on no elements
         check_bare(model, units, none)
     else:
@@ -100,7 +107,7 @@ def llama() -> tuple[Any, fxmem.Coupling]:
 
 def test_groups_of_a_llama(llama: tuple[Any, fxmem.Coupling]) -> None:
     units = llama[1]
-    assert [(g.kind, g.size, g.cost) for g in units.groups] == [
+    assert [(g.kind, g.size, g.cost) for g in inner(units)] == [
         ("kv_groups", 5, 960), ("mlp_channels", 72, 120),
     ] * 2  # fmt: skip
 
@@ -145,7 +152,7 @@ def test_one_graph_for_many_sub_models(llama: tuple[Any, fxmem.Coupling]) -> Non
     counter = CompileCounter()
     ids = torch.randint(3, 97, (2, 9))
     for _ in range(4):
-        bools = {g.name: torch.rand(g.size) < 0.5 for g in units.groups}
+        bools = {g.name: torch.rand(g.size) < 0.5 for g in inner(units)}
         for b in bools.values():
             b[:2] = True
         masks = fxmem.Masks.from_bools(units, bools)
@@ -245,7 +252,7 @@ def test_fresh_process_loads_equal_logits(
     llama: tuple[Any, fxmem.Coupling], tmp_path: Path
 ) -> None:
     model, units = llama
-    bools = {g.name: torch.rand(g.size) < 0.5 for g in units.groups}
+    bools = {g.name: torch.rand(g.size) < 0.5 for g in inner(units)}
     bools[units.groups[0].name][:] = False  # a layer with no heads
     small: Any = fxmem.materialize(model, fxmem.Masks.from_bools(units, bools), units)
     fxmem.save_pretrained(small, tmp_path)

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxmem.axes import Call, Signature, TensorInfo
 from fxmem.prune.labels import Atom, Axis, fix, fresh, pick, resolve, root, unify
+from fxmem.prune.norms import Average, match
 from fxmem.rules import lookup
+from fxmem.rules.arithmetic import layer_norm
 from fxmem.sizes import size
 
 SDPA = "scaled_dot_product"
 SOFTMAX = "_softmax"
+COMPOSITE = dict.fromkeys(("aten.layer_norm.default", "aten.rms_norm.default"), layer_norm)
+"""Rules of ops that stay in a graph only where it cannot be decomposed."""
 
 
 class Walk:
-    """Labels of every value of one graph. ``contracted``: (origin parameter, atom) pairs."""
+    """Labels of every value of one graph. ``contracted``: (origin parameter, atom) pairs;
+    ``averaged``: axes that norms average over; ``looked_up``: axes along which a lookup reads.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.averaged: list[tuple[Axis, Average]] = []
+        self.looked_up: list[Axis] = []
         self.axes: dict[fx.Node, Any] = {}
         self.origin: dict[fx.Node, str] = {}
         self.contracted: set[tuple[str, Atom]] = set()
@@ -56,14 +66,25 @@ class Walk:
             return
         call = _call(node, op)
         row = lookup(node.target)
-        signature = row.rule(call) if row is not None and call is not None else None
+        rule = row.rule if row is not None else COMPOSITE.get(op)
+        signature = rule(call) if rule is not None and call is not None else None
         if signature is None or call is None:
             for n in operands:
                 for axis in self.axes[n]:
                     fix(axis, f"{where} has no row in the axis table")
             self.source(node, f"{where} has no row in the axis table")
             return
-        self._apply(node, values, signature, call, where)
+        whole = f"{where} needs the axis whole"
+        if signature.whole:
+            norm = match(node, self.origin, self.model, where)
+            if isinstance(norm, str):
+                whole = norm
+            else:
+                signature = replace(signature, whole=frozenset())
+                self.averaged.append((self.axes[values[0]][-1], norm))
+        if op == "aten.embedding.default" and values[0] in self.origin:
+            self.looked_up.append(self.axes[values[0]][1])
+        self._apply(node, values, signature, call, where, whole)
         if len(operands) == 1 and operands[0] in self.origin:
             self.origin[node] = self.origin[operands[0]]
 
@@ -88,8 +109,9 @@ class Walk:
             self.axes[node] = (out, *rest)
 
     def _apply(
-        self, node: fx.Node, values: list[fx.Node], sig: Signature, call: Call, where: str
-    ) -> None:
+        self, node: fx.Node, values: list[fx.Node], sig: Signature, call: Call, where: str,
+        whole: str,
+    ) -> None:  # fmt: skip
         found: dict[str, list[tuple[Axis, fx.Node]]] = {}
         for n, dims in zip(values, sig.ins, strict=False):
             for axis, dim in zip(self.axes[n], dims or (), strict=False):
@@ -104,7 +126,7 @@ class Walk:
                     out_sizes.setdefault(dim[0], []).append(int(n))
         known: dict[str, list[Axis]] = {}
         for letter, entries in found.items():
-            known[letter] = self._letter(letter, entries, out_sizes.get(letter), sig, where)
+            known[letter] = self._letter(letter, entries, out_sizes.get(letter), sig, where, whole)
             if SOFTMAX in str(node.target) and letter not in sig.whole:
                 self.heads.append(entries[0][0])
         seen: dict[str, int] = {}
@@ -145,7 +167,7 @@ class Walk:
 
     def _letter(
         self, letter: str, entries: list[tuple[Axis, fx.Node]], outs: list[int] | None,
-        sig: Signature, where: str,
+        sig: Signature, where: str, whole: str,
     ) -> list[Axis]:  # fmt: skip
         first = entries[0][0]
         sizes = [_len(a) for a, _ in entries]
@@ -153,7 +175,7 @@ class Walk:
             for other, _ in entries[1:]:
                 unify(first, other, where)
             if len(entries) == 1 and letter in sig.whole:
-                fix(first, f"{where} needs the axis whole")
+                fix(first, whole)
             if len(entries) > 1:
                 for axis, n in entries:
                     if n in self.origin:
@@ -173,7 +195,7 @@ class Walk:
             unify(first, other, where)
         if all(n == sizes[0] for n in outs):
             if letter in sig.whole and letter not in sig.shift:
-                fix(first, f"{where} needs the axis whole")
+                fix(first, whole)
             return [first]
         start = sig.shift.get(letter)
         if start is not None and len(outs) == 1:

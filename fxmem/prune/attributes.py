@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fxmem.errors import MaskError
 from fxmem.experts import streamable
 from fxmem.prune.masks import Masks, fingerprint
+from fxmem.prune.norms import rescale, set_epsilons
 from fxmem.prune.oracle import masked
 from fxmem.prune.slicing import shell, slices
 from fxmem.prune.units import Coupling, UnitGroup
@@ -40,7 +41,7 @@ class SizeAttribute:
 Attributes = tuple[SizeAttribute, ...]
 _NONZERO: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
 """Model -> unit kinds of which a layer must keep at least one."""
-_FOUND: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Attributes]] = (
+_FOUND: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str, str], Attributes]] = (
     weakref.WeakKeyDictionary()
 )
 searches = 0
@@ -53,7 +54,11 @@ def remember(
     """Give ``model`` the attributes found on ``source``."""
     if source is not None and source in _NONZERO:
         _NONZERO[model] = _NONZERO[source]
-    _FOUND.setdefault(model, {})[_key(model, coupling)] = found
+    kinds = {g.name: g.kind for g in coupling.groups}
+    for kind in dict.fromkeys(kinds.values()):
+        of_kind = tuple(e for e in found if kinds[e.group] == kind)
+        if of_kind or kind != "width":  # none of the width may mean that it was not looked for
+            _FOUND.setdefault(model, {})[*_key(model, coupling), kind] = of_kind
 
 
 def _key(model: nn.Module, coupling: Coupling) -> tuple[str, str]:
@@ -61,20 +66,28 @@ def _key(model: nn.Module, coupling: Coupling) -> tuple[str, str]:
     return fingerprint(coupling), str(getattr(config, "_attn_implementation", ""))
 
 
-def attributes(model: nn.Module, coupling: Coupling) -> Attributes:
-    """The size attributes of ``model``, found on the first call.
+def attributes(model: nn.Module, coupling: Coupling, masks: Masks | None = None) -> Attributes:
+    """The size attributes of ``model``, found on the first call; the width's if ``masks`` cut it.
 
     Raises:
         MaskError: no choice of attributes makes a smaller model equal the masked one.
     """
     table = _FOUND.setdefault(model, {})
-    key = _key(model, coupling)
-    if key not in table:
-        found: Attributes = ()
-        for kind in dict.fromkeys(g.kind for g in coupling.groups):
-            found += _search(model, coupling, kind)
-        table[key] = found
-    return table[key]
+    base = _key(model, coupling)
+    found: Attributes = ()
+    for kind in dict.fromkeys(g.kind for g in coupling.groups):
+        wanted = kind != "width" or (masks is not None and cuts_width(coupling, masks))
+        if wanted and (*base, kind) not in table:
+            table[*base, kind] = _search(model, coupling, kind)
+        found += table.get((*base, kind), ())
+    return found
+
+
+def cuts_width(coupling: Coupling, masks: Masks) -> bool:
+    """Whether ``masks`` remove channels of the residual stream."""
+    counts = masks.counts
+    widths = (counts.get(g.name) for g in coupling.groups if g.kind == "width")
+    return any(c is not None and c[0] < c[1] for c in widths)
 
 
 def assign(module: nn.Module, entry: SizeAttribute, value: int) -> None:
@@ -94,7 +107,8 @@ def apply(small: nn.Module, found: Attributes, masks: Masks) -> None:
         assign(small.get_submodule(entry.module), entry, units * entry.factor)
 
 
-def _candidates(model: nn.Module, group: UnitGroup) -> Iterator[SizeAttribute]:
+def _candidates(model: nn.Module, small: nn.Module, group: UnitGroup) -> Iterator[SizeAttribute]:
+    """Of ``group``, those that the cut module ``small`` has not taken over from its weights."""
     paths = [n.split(".")[:-1] for n, _, _ in group.members]
     shared = 0
     while all(len(p) > shared and p[shared] == paths[0][shared] for p in paths):
@@ -110,6 +124,8 @@ def _candidates(model: nn.Module, group: UnitGroup) -> Iterator[SizeAttribute]:
             for key, value in table.items():
                 if type(value) is not int or key == "layer_idx" or value % group.size or not value:
                     continue
+                if not in_config and vars(small.get_submodule(path))[key] != value:
+                    continue
                 if value // group.size in group.sizes:
                     yield SizeAttribute(path, key, in_config, group.name, value // group.size)
 
@@ -120,13 +136,15 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
     searches += 1
     probe = {g.name: tuple(range(0, g.size, 2)) for g in coupling.groups if g.kind == kind}
     masks = Masks.from_kept(coupling, probe)
+    small = shell(model, slices(coupling, masks))
+    rescale(dict(small.named_parameters()), coupling, masks)
+    set_epsilons(small, coupling, masks)
     choices: dict[tuple[bool, str, str], list[SizeAttribute]] = {}
     for group in coupling.groups:
-        for entry in _candidates(model, group) if group.kind == kind else ():
+        for entry in _candidates(model, small, group) if group.kind == kind else ():
             role = re.sub(r"\d+", "*", entry.module)
             choices.setdefault((entry.in_config, role, entry.attribute), []).append(entry)
     keys = sorted(choices)
-    small = shell(model, slices(coupling, masks))
     vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
     device = next(model.parameters()).device
     inputs = [torch.arange(2 * n, device=device).view(2, n) % vocabulary for n in (7, 8)]
@@ -139,11 +157,12 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
                 found = tuple(e for k in chosen for e in choices[k])
                 apply(small, found, masks)
                 with streamable(small):
-                    good = _agrees(small, inputs, wanted)
+                    good = _agrees(small, inputs, wanted, kind)
                 for m, table in before.values():
                     vars(m).update(table)
                 if good:
-                    _try_empty(model, coupling, kind, found, inputs)
+                    if kind != "width":
+                        _try_empty(model, coupling, kind, found, inputs)
                     return found
     raise MaskError(f"no choice of size attributes makes a model with fewer {kind} run exactly")
 
@@ -158,7 +177,7 @@ def _try_empty(
     small = shell(model, slices(coupling, masks))
     apply(small, found, masks)
     with evaluating(small), streamable(small):
-        if not _agrees(small, inputs, wanted):
+        if not _agrees(small, inputs, wanted, kind):
             _NONZERO[model] = _NONZERO.get(model, frozenset()) | {kind}
 
 
@@ -179,14 +198,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = was
 
 
-def _agrees(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor]) -> bool:
+def _agrees(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor], kind: str) -> bool:
     for x, want in zip(inputs, wanted, strict=True):
         try:
             got = small(input_ids=x, use_cache=False).logits
         except (RuntimeError, ValueError, IndexError):
             return False
         scale = want.abs().max().clamp_min(1e-30)
-        limit = torch.finfo(want.dtype).eps ** 0.75 * 10
+        step = torch.finfo(want.dtype).eps
+        if kind == "width":  # norms average in float32 whatever the model's type, in another order
+            step = max(step, torch.finfo(torch.float32).eps)
+        limit = step**0.75 * 10
         if not bool((got - want).abs().max() / scale <= limit):
             return False
     return True

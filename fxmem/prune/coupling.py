@@ -16,7 +16,8 @@ from fxmem.errors import CaptureError
 from fxmem.experts import streamable
 from fxmem.prune.analysis import Walk
 from fxmem.prune.labels import Atom, fresh, leaves, path, resolve, root, width
-from fxmem.prune.units import Coupling, Member, UnitGroup, cost_of
+from fxmem.prune.stream import streams
+from fxmem.prune.units import Coupling, Member, Norm, UnitGroup, cost_of
 
 
 class _Logits(nn.Module):
@@ -62,7 +63,7 @@ def _groups(model: nn.Module, program: Any) -> Coupling:
     labels = {n: [fresh(k) for k in shape] for n, shape in shapes.items()}
     every = dict(model.named_parameters(remove_duplicate=False))
     names = program.graph_signature.inputs_to_parameters
-    walk = Walk()
+    walk = Walk(model)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if node.name in names:
@@ -79,9 +80,10 @@ def _groups(model: nn.Module, program: Any) -> Coupling:
         else:
             walk.source(node, f"{node.op} {node.name}")
     walk.mark_heads()
+    widths = streams(walk.averaged, walk.looked_up, walk, program.graph)
     uses = Counter(name for name in walk.products)
     return replace(
-        _collect(walk, labels, shapes),
+        _collect(walk, labels, shapes, widths),
         item_sizes=tuple((n, p.element_size()) for n, p in model.named_parameters()),
         products=tuple(uses.items()),
     )
@@ -92,7 +94,10 @@ def _fix_output(axis: Any) -> None:
         atom.fixed = atom.fixed or "an output of the model (vocabulary)"
 
 
-def _collect(walk: Walk, labels: dict[str, list[Any]], shapes: dict[str, Any]) -> Coupling:
+def _collect(
+    walk: Walk, labels: dict[str, list[Any]], shapes: dict[str, Any],
+    widths: dict[Atom, tuple[Norm, ...]],
+) -> Coupling:  # fmt: skip
     contracted = {(n, root(a)) for n, a in walk.contracted}
     consumers = {(n, leaf) for n, a in contracted for leaf in leaves(((a,),))}
     found: dict[Atom, list[Member]] = {}
@@ -126,8 +131,9 @@ def _collect(walk: Walk, labels: dict[str, list[Any]], shapes: dict[str, Any]) -
             blocked += [(n, i, why) for n, i, _ in members]
             continue
         kind = "kv_groups" if atom.attention else "mlp_channels"
+        kind = "width" if atom in widths else kind
         shared = commonprefix([n.split(".") for n, _, _ in members])
-        base = ".".join([*shared, kind])
+        base = ".".join([*([] if kind == "width" else shared), kind])
         name, k = base, 1
         while name in taken:
             k += 1
@@ -138,7 +144,8 @@ def _collect(walk: Walk, labels: dict[str, list[Any]], shapes: dict[str, Any]) -
             UnitGroup(
                 name, kind, int(number[1]) if number else -1, atom.size,
                 cost_of(tuple(members), shapes, atom.size), tuple(members), consumer,
-                tuple(sorted(factors[atom])),
+                tuple(sorted(factors[atom])), widths.get(atom, ()),
             )
         )  # fmt: skip
+    groups.sort(key=lambda g: g.kind == "width")
     return Coupling(tuple(groups), tuple(dict.fromkeys(blocked)), tuple(shapes.items()))

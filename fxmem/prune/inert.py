@@ -1,7 +1,8 @@
 """Layers that do not run with no unit keep one that says nothing.
 
 GPT-2's split and OPT's views fail on axes of no elements. There the first unit stays and the
-weights that take its value are zero: the same output, bit for bit of what no unit gives.
+weights that take its value are zero: the same output, bit for bit of what no unit gives. So it is
+for a width of no channel, which no norm can average over.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def padded(
     model: nn.Module, coupling: Coupling, masks: Masks
 ) -> tuple[Masks, tuple[UnitGroup, ...]]:
     """Masks with one unit in every group that needs one, and those groups."""
-    kinds = nonzero(model)
+    kinds = nonzero(model) | {"width"}
     bare = tuple(g for g in coupling.groups if g.kind in kinds and not masks.kept(g.name))
     if not bare:
         return masks, ()

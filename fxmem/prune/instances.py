@@ -17,11 +17,12 @@ from torch.func import functional_call
 
 from fxmem import _compat
 from fxmem.errors import MaskError
-from fxmem.prune.attributes import Attributes, apply, attributes
+from fxmem.prune.attributes import Attributes, apply, attributes, cuts_width
 from fxmem.prune.gates import gated, gates
 from fxmem.prune.inert import padded, silence
 from fxmem.prune.masks import Masks
 from fxmem.prune.materialize import coupling as couple
+from fxmem.prune.norms import epsilons, rescale
 from fxmem.prune.slicing import cut, slices
 from fxmem.prune.units import Coupling
 
@@ -46,6 +47,7 @@ class Instances:
         self.found: Attributes = attributes(model, coupling)
         self.cut_axes = {(n, i) for g in coupling.groups for n, i, _ in g.members}
         self.instantiations = 0
+        self.narrow = False
         self.skeleton = _hollow(model)
         self.buffers = {n: b.to(self.device) for n, b in model.named_buffers()}
         self.backend = compile
@@ -57,6 +59,23 @@ class Instances:
     def _forward(self, parameters: dict[str, Tensor], batch: dict[str, Any]) -> Any:
         return functional_call(self.skeleton, parameters, (), batch, tie_weights=True)
 
+    def _narrow(self, model: nn.Module, masks: Masks) -> None:
+        """Prepare for widths: eps becomes an input of the graph, no value is compiled in."""
+        self.found = attributes(model, self.coupling, masks)
+        for path, attribute, eps in epsilons(self.coupling, Masks.full(self.coupling)):
+            module = self.skeleton.get_submodule(path)
+            delattr(module, attribute)
+            module.register_buffer(attribute, torch.tensor(eps), persistent=False)
+        self.narrow = True
+
+    def _shapes(self, values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The shapes that torch's own RMSNorm modules hold, by module path."""
+        return {
+            path: tuple(values[f"{path}.weight"].shape)
+            for path, module in self.skeleton.named_modules()
+            if isinstance(module, nn.RMSNorm) and f"{path}.weight" in values
+        }
+
     def __call__(self, masks: Masks) -> Callable[..., Any]:
         """A sub-model as ``callable(batch)``: keyword arguments of the forward -> its output.
 
@@ -66,7 +85,9 @@ class Instances:
         model = self.model()
         if model is None:
             raise MaskError("the dense model of these sub-models no longer exists")
-        masks, bare = padded(model, self.coupling, masks)
+        masks, bare = padded(model, self.coupling, masks.on(self.coupling))
+        if not self.narrow and cuts_width(self.coupling, masks):
+            self._narrow(model, masks)
         silent = {name for g in bare for name, _, _ in g.consumer}
         parts = slices(self.coupling, masks)
         values: dict[str, Tensor] = dict(self.buffers)
@@ -79,10 +100,19 @@ class Instances:
             values[name] = t
         if bare:
             silence(values, self.coupling, masks, bare)
+        rescale(values, self.coupling, masks)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.narrow:
+            for path, attribute, eps in epsilons(self.coupling, masks):
+                eps_now = torch.tensor(eps, dtype=torch.float64, device=self.device)
+                values[f"{path}.{attribute}"] = eps_now
+            shapes = self._shapes(values)
         self.instantiations += 1
 
         def call(batch: Batch, inside: Masks | None = None) -> Any:
             apply(self.skeleton, self.found, masks)
+            for path, shape in shapes.items():
+                setattr(self.skeleton.get_submodule(path), "normalized_shape", shape)  # noqa: B010
             if inside is None:
                 return self.run(values, dict(batch))
             closed = gates(self.coupling, masks, inside)

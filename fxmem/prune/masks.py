@@ -14,14 +14,18 @@ from torch import Tensor
 from fxmem.errors import MaskError
 from fxmem.prune.units import Coupling, UnitGroup, positions
 
-KINDS = ("kv_groups", "mlp_channels", "experts")
+KINDS = ("kv_groups", "mlp_channels", "experts", "width")
 
 Groups = tuple[tuple[str, int, tuple[int, ...]], ...]
 
 
 def fingerprint(coupling: Coupling) -> str:
-    """Of the groups and parameter shapes: masks fit models that share it."""
-    text = repr((coupling.shapes, [(g.name, g.size, g.members) for g in coupling.groups]))
+    """Of the groups and parameter shapes: masks fit models that share it.
+
+    The width is left out: the shapes fix it, and masks of before there was one still fit.
+    """
+    groups = [(g.name, g.size, g.members) for g in coupling.groups if g.kind != "width"]
+    text = repr((coupling.shapes, groups))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -90,6 +94,21 @@ class Masks:
         if self.model != fingerprint(coupling):
             raise MaskError("these masks were made for another model")
 
+    def on(self, coupling: Coupling) -> Masks:
+        """These masks, checked, with an entry for a width that they do not name: it is whole.
+
+        Raises:
+            MaskError: masks of another model.
+        """
+        self.check(coupling)
+        named = {n for n, _, _ in self.entries}
+        whole = tuple(
+            (g.name, g.size, tuple(range(g.size)))
+            for g in coupling.groups
+            if g.kind == "width" and g.name not in named
+        )
+        return Masks(self.model, (*self.entries, *whole)) if whole else self
+
     def kept(self, name: str) -> tuple[int, ...]:
         for n, _, kept in self.entries:
             if n == name:
@@ -103,10 +122,12 @@ class Masks:
 
     def after(self, first: Masks) -> Masks:
         """These masks, made for the model that ``first`` gives, as masks of the model before."""
-        if [n for n, _, _ in self.entries] != [n for n, _, _ in first.entries]:
+        own = _with_widths(self.entries, {n: len(kept) for n, _, kept in first.entries})
+        other = _with_widths(first.entries, {n: size for n, size, _ in self.entries})
+        if [n for n, _, _ in own] != [n for n, _, _ in other]:
             raise MaskError("masks of different groups do not compose")
         out = []
-        for (name, size, kept), (_, before, base) in zip(self.entries, first.entries, strict=True):
+        for (name, size, kept), (_, before, base) in zip(own, other, strict=True):
             if size != len(base):
                 raise MaskError(f"{name}: {size} units after masks that keep {len(base)}")
             out.append((name, before, tuple(base[i] for i in kept)))
@@ -115,17 +136,22 @@ class Masks:
     def sparsity(self, coupling: Coupling) -> dict[str, float]:
         """Fractions removed, 0 to 1.
 
-        ``prunable``: of the parameters that units hold; ``parameters``: of all, a tied one counted
+        ``prunable``: of the parameters that units hold (units of the width, which all share, only
+        if some are removed); ``parameters``: of all, a tied one counted
         once; ``bytes``: of their storage; ``macs``: of the multiply-adds of matrix products with
         parameters, per token (attention scores and values not counted, an expert counted whole).
         """
+        masks = self.on(coupling)
         before = {n: list(s) for n, s in coupling.shapes}
         after = {n: list(s) for n, s in coupling.shapes}
-        for (name, axis), keep in axis_keeps(coupling, self).items():
+        for (name, axis), keep in axis_keeps(coupling, masks).items():
             after[name][axis] = int(keep.sum())
         width = dict(coupling.item_sizes)
         macs = dict(coupling.products)
-        held = {n for g in coupling.groups for n, _, _ in g.members}
+        counted = [
+            g for g in coupling.groups if g.kind != "width" or len(masks.kept(g.name)) < g.size
+        ]
+        held = {n for g in counted for n, _, _ in g.members}
 
         def removed(weight: Mapping[str, int]) -> float:
             whole = sum(w * prod(before[n]) for n, w in weight.items())
@@ -152,10 +178,10 @@ class Masks:
                 raise MaskError(f"unknown unit kind {kind!r}", advice=f"one of {', '.join(KINDS)}")
             if m < 1:
                 raise MaskError(f"multiple {m} of {kind} is below 1")
-        self.check(coupling)
+        masks = self.on(coupling)
         out: dict[str, tuple[int, ...]] = {}
         for g in coupling.groups:
-            kept = self.kept(g.name)
+            kept = masks.kept(g.name)
             wanted = min(g.size, -(-len(kept) // table.get(g.kind, 1)) * table.get(g.kind, 1))
             spare = [i for i in range(g.size) if i not in set(kept)]
             out[g.name] = tuple(sorted((*kept, *spare[: wanted - len(kept)])))
@@ -192,6 +218,13 @@ class Masks:
             raise MaskError(f"masks are not valid JSON: {error}") from error
 
 
+def _with_widths(entries: Groups, sizes: Mapping[str, int]) -> Groups:
+    """``entries`` and, whole, the widths that only ``sizes`` names."""
+    named = {n for n, _, _ in entries}
+    missing = [(n, k) for n, k in sizes.items() if n not in named and "width" in n.split(".")]
+    return (*entries, *((n, k, tuple(range(k))) for n, k in missing))
+
+
 def _per_unit(group: UnitGroup, mask: Tensor) -> Tensor:
     """``[units]`` from a mask per unit or, for KV groups, per query head."""
     if mask.dim() == 1 and len(mask) == group.size:
@@ -213,7 +246,7 @@ def _per_unit(group: UnitGroup, mask: Tensor) -> Tensor:
 
 def axis_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor]:
     """``(parameter, axis)`` -> boolean positions that stay, for every sliced axis."""
-    masks.check(coupling)
+    masks = masks.on(coupling)
     shapes = dict(coupling.shapes)
     out: dict[tuple[str, int], Tensor] = {}
     for g in coupling.groups:
@@ -228,6 +261,7 @@ def axis_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor
 
 
 def consumer_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor]:
-    """As :func:`axis_keeps`, consumers only."""
-    wanted = {(n, i) for g in coupling.groups for n, i, _ in g.consumer}
+    """As :func:`axis_keeps`, consumers only, of all units but the width's."""
+    groups = [g for g in coupling.groups if g.kind != "width"]
+    wanted = {(n, i) for g in groups for n, i, _ in g.consumer}
     return {k: v for k, v in axis_keeps(coupling, masks).items() if k in wanted}

@@ -11,6 +11,7 @@ from fxmem.prune.attributes import apply, attributes, remember
 from fxmem.prune.coupling import coupling as trace
 from fxmem.prune.inert import padded, silence
 from fxmem.prune.masks import Masks, axis_keeps
+from fxmem.prune.norms import rescale, set_epsilons
 from fxmem.prune.slicing import shell, slices
 from fxmem.prune.units import Coupling, Member, cost_of
 
@@ -79,7 +80,8 @@ def materialize(model: nn.Module, masks: Masks, coupling: Coupling | None = None
 
     Peak memory is the dense model, the smaller one and one parameter. Attributes that hold a size
     are found by trial once per model; a further sub-model costs its slices only. Where a layer
-    cannot run with no unit (GPT-2, OPT), one stays whose output weights are zero.
+    cannot run with no unit (GPT-2, OPT), one stays whose output weights are zero. A smaller width
+    rescales the norms' weights and eps (`fxmem.prune.norms`).
 
     Raises:
         MaskError: masks of another model, or no consistent sizes.
@@ -87,11 +89,13 @@ def materialize(model: nn.Module, masks: Masks, coupling: Coupling | None = None
     made = origin(model)
     if coupling is None:
         coupling = trace(model) if made is None else reduced(*made)
-    masks.check(coupling)
-    found = attributes(model, coupling)
+    masks = masks.on(coupling)
+    found = attributes(model, coupling, masks)
     masks, bare = padded(model, coupling, masks)
     small = shell(model, slices(coupling, masks))
     silence(dict(small.named_parameters()), coupling, masks, bare)
+    rescale(dict(small.named_parameters()), coupling, masks)
+    set_epsilons(small, coupling, masks)
     apply(small, found, masks)
     mark(small, *((coupling, masks) if made is None else (made[0], masks.after(made[1]))))
     remember(small, reduced(coupling, masks), found, model)

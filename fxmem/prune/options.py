@@ -36,6 +36,7 @@ class Prune:
         keep: fraction of the prunable parameters that stays, in (0, 1].
         kinds: kinds of units to prune, such as ``("kv_groups", "mlp_channels")``, which is what
             empty means; whole ``"attention_blocks"``, ``"mlp_blocks"`` or ``"layers"`` instead.
+            ``"width"`` is searched alone: its units share their parameters with all others.
         block: MLP channels per unit of the search. Single channels make the ratio of a whole layer
             degenerate after one step.
         order: which channels share a block: neighbours in ``"importance"`` (a block is then about
@@ -115,6 +116,11 @@ class Prune:
         if isinstance(self.kinds, str) or not all(isinstance(kind, str) for kind in self.kinds):
             raise PlanError(f"Prune.kinds is {self.kinds!r}", advice="give a tuple of kinds")
         object.__setattr__(self, "kinds", tuple(self.kinds))
+        if "width" in self.kinds and len(set(self.kinds)) > 1:
+            raise PlanError(
+                f"Prune.kinds is {self.kinds!r}: units of the width hold parameters of all others",
+                advice="search one after the other and compose: second.after(first)",
+            )
         for field in ("block", "samples", "age", "init_batches", "round_to"):
             _count(f"Prune.{field}", getattr(self, field), 1)
         for field in ("steps", "seed", "history"):

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxmem.errors import MaskError
 from fxmem.prune.coupling import coupling as couple
-from fxmem.prune.masks import Masks, consumer_keeps
+from fxmem.prune.masks import Masks, axis_keeps, consumer_keeps
 from fxmem.prune.units import Coupling
 
 
@@ -21,6 +22,11 @@ def masked(model: nn.Module, masks: Masks, coupling: Coupling | None = None) -> 
     owns the consumer's matrix. Batched matrices (experts) have no such call: there the weight is
     masked along its contracted axis, ``W (m * x) = (W diag m) x``, out of place, so that
     gradients reach ``W``.
+
+    Channels of the width are zero from where they are written: embeddings, output projections and
+    biases give zeros there, and RMSNorm averages over all channels, zeros included. Gradients equal
+    the smaller model's; its norm weight is ``w' = w sqrt(D / D')`` (``1 + w`` likewise), so the
+    gradient of ``w'`` times that root is the gradient of ``w``.
     """
     plan = couple(model) if coupling is None else coupling
     with contextlib.ExitStack() as stack:
@@ -33,7 +39,48 @@ def masked(model: nn.Module, masks: Masks, coupling: Coupling | None = None) -> 
                 stack.callback(handle.remove)
             else:
                 _swap(stack, owner, leaf, weight, keep, axis)
+        _silence_writers(stack, model, plan, masks)
         yield model
+
+
+def _silence_writers(
+    stack: contextlib.ExitStack, model: nn.Module, plan: Coupling, masks: Masks
+) -> None:
+    """Zero what writes into removed channels of the width; matrices that only read are left."""
+    groups = [g for g in plan.groups if g.kind == "width"]
+    written = {(n, i) for g in groups for n, i, _ in g.members}
+    read = {(n, i) for g in groups for n, i, _ in g.consumer}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, p in module._parameters.items():
+            owners.setdefault(id(p), []).append((module, leaf))
+    masked = dict(model.named_parameters())
+    for (name, axis), keep in axis_keeps(plan, masks).items():
+        if (name, axis) not in written:
+            continue
+        path, _, leaf = name.rpartition(".")
+        homes = owners[id(masked[name])] if name in masked else [(model.get_submodule(path), leaf)]
+        if len(homes) == 1 and (name, axis) in read:
+            continue
+        owner, weight = homes[0][0], getattr(*homes[0])
+        if len(homes) == 1 and weight.dim() == 2 and not list(owner.children()):
+            # An activation's worth of memory, not a copy of the matrix.
+            stack.callback(owner.register_forward_hook(_zero_output(keep, name)).remove)
+            continue
+        for home, leaf in homes:
+            _swap(stack, home, leaf, getattr(home, leaf), keep, axis)
+
+
+def _zero_output(keep: Tensor, name: str) -> Any:
+    def hook(module: nn.Module, args: Any, out: Any) -> Tensor:
+        if not isinstance(out, Tensor) or out.shape[-1] != len(keep):
+            raise MaskError(
+                "the output of this module is not what its weight writes", module=name,
+                advice="masks of other units than the width are not affected",
+            )  # fmt: skip
+        return out * keep.to(out)
+
+    return hook
 
 
 def multiply(keep: Tensor) -> Any:

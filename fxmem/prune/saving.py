@@ -1,9 +1,10 @@
 """Write a smaller model to a folder and read it back.
 
 The folder holds the dense ``config.json``, the cut weights in the safetensors format, and
-``pruning.json`` with the shapes, the kept indices and the size attributes. The architecture named
-in the config is ``Pruned<name>`` of a model type that transformers does not know, and the weights
-have a file name of their own: a plain ``from_pretrained`` cannot take the folder for a dense model.
+``pruning.json`` with the shapes, the kept indices, the size attributes and the eps of the norms
+(their weights are stored rescaled). The architecture named in the config is ``Pruned<name>`` of a
+model type that transformers does not know, and the weights have a file name of their own: a plain
+``from_pretrained`` cannot take the folder for a dense model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fxmem.prune.attributes import SizeAttribute, apply, attributes, remember
 from fxmem.prune.coupling import coupling as trace
 from fxmem.prune.masks import Masks, axis_keeps
 from fxmem.prune.materialize import mark, origin, reduced
+from fxmem.prune.norms import set_epsilons
+from fxmem.prune.slicing import resize
 from fxmem.prune.units import Coupling, UnitGroup
 
 FILE, WEIGHTS, PREFIX = "pruning.json", "pruned.safetensors", "Pruned"
@@ -88,7 +91,7 @@ def from_pretrained(folder: str | Path, **config_options: Any) -> nn.Module:
         plan = _coupling(data["coupling"])
         found = tuple(SizeAttribute(**e) for e in data["attributes"])
         ties = dict(data["ties"])
-        masks.check(plan)
+        masks = masks.on(plan)
         model = _skeleton(where, data, config_options)
         small_shapes = _shrink(model, plan, masks, found)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -165,6 +168,7 @@ def _shrink(
     for module in model.modules():
         module._parameters = dict(module._parameters)
     apply(model, found, masks)
+    set_epsilons(model, plan, masks)
     return {n: tuple(s) for n, s in shapes.items()}
 
 
@@ -185,7 +189,10 @@ def _fill(
             f"{where / WEIGHTS}: {wrong[0]} has {tuple(tensors[wrong[0]].shape)}"
         )
     made: dict[str, Any] = {}
-    for name, t in tensors.items():
+    for name in list(tensors):
+        # A copy is aligned as a parameter made in memory is: products round by alignment where the
+        # inner axis is odd, and the file packs tensors without gaps.
+        t = tensors.pop(name).clone()
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         if leaf in owner._parameters:
@@ -197,6 +204,4 @@ def _fill(
     for name, source in ties.items():
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = made[source]
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
+    resize(model)

@@ -1,7 +1,7 @@
 """Importance of single units: the baselines of pruning, in the units of the search.
 
 All are read at the consumer, the weight that takes the units as its input (attention's and the
-MLP's output projection):
+MLP's output projection; for channels of the width all matrices that read the residual stream):
 
 - ``magnitude``: sum of absolute weights of the unit's columns.
 - ``wanda``: mean absolute weight times the norm of its input, summed over the columns; the
@@ -120,11 +120,12 @@ def _input_norms(
     handles = []
 
     def watch(name: str, axis: int) -> None:
-        module = model.get_submodule(name.rpartition(".")[0])
         weight = model.get_parameter(name)
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0] if args and isinstance(args[0], Tensor) else None
+            if x is not None and not x.is_floating_point():
+                return  # the lookup in a tied embedding: its product is what counts
             if x is None or weight.dim() != 2 or x.shape[-1] != weight.shape[axis]:
                 raise UnsupportedOpError(
                     "the input of this weight is not the input of its module",
@@ -134,7 +135,9 @@ def _input_norms(
             square = x.detach().double().square().flatten(0, -2).sum(0).cpu()
             sums[name] = sums[name] + square if name in sums else square
 
-        handles.append(module.register_forward_pre_hook(hook))
+        for module in model.modules():
+            if any(p is weight for p in module._parameters.values()):
+                handles.append(module.register_forward_pre_hook(hook))
 
     try:
         for name, axis in _consumers(groups).items():

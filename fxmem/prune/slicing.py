@@ -40,9 +40,21 @@ def shell(model: nn.Module, parts: Parts) -> nn.Module:
             new.__dict__.update(p.__dict__)
             memo[id(p)] = new
     small = copy.deepcopy(model, memo)
-    for module in small.modules():
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
+    resize(small)
     for p in small.parameters():
         p.grad = None
     return small
+
+
+def resize(small: nn.Module) -> None:
+    """Let torch's own modules repeat the sizes that their weights now have."""
+    for module in small.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.Embedding):
+            module.embedding_dim = weight.shape[1]
+        elif isinstance(module, nn.RMSNorm):
+            module.normalized_shape = tuple(weight.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
 import torch
@@ -13,18 +13,35 @@ Path = tuple[tuple[str, int, int], ...]
 Member = tuple[str, int, Path]
 
 
+class Norm(NamedTuple):
+    """A norm over the residual stream, which a smaller width rescales.
+
+    ``parameter``: its weight; ``offset``: it multiplies by 1 + weight; ``module`` and ``attribute``
+    hold ``eps``; ``eps`` and ``width`` (channels) are those of the dense model.
+    """
+
+    parameter: str
+    offset: bool
+    module: str
+    attribute: str
+    eps: float
+    width: int
+
+
 @dataclass(frozen=True)
 class UnitGroup:
     """One prunable dimension of the model.
 
     Attributes:
         name: module path and kind, ``"model.layers.3.mlp.mlp_channels"``.
-        kind: ``"kv_groups"`` (key/value heads with their query heads) or ``"mlp_channels"``.
+        kind: ``"kv_groups"`` (key/value heads with their query heads), ``"mlp_channels"`` or
+            ``"width"`` (channels of the residual stream).
         layer: first number in the module path, -1 if none.
         size: number of units. cost: parameters removed with one unit.
         members: ``(parameter, axis, path)`` slices; see :func:`positions`.
         consumer: members whose axis is contracted with the value the unit produces.
         sizes: sizes that follow the unit count, as factors per unit (``size * factor``).
+        norms: norms that average over the units, of a ``"width"`` group only.
     """
 
     name: str
@@ -35,6 +52,10 @@ class UnitGroup:
     members: tuple[Member, ...]
     consumer: tuple[Member, ...]
     sizes: tuple[int, ...]
+    norms: tuple[Norm, ...] = ()
+
+    def __post_init__(self) -> None:  # read back from JSON they are plain tuples
+        object.__setattr__(self, "norms", tuple(Norm(*n) for n in self.norms))
 
 
 @dataclass(frozen=True)

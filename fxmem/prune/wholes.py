@@ -47,7 +47,8 @@ def chosen_kinds(kinds: Collection[str], known: Collection[str]) -> dict[str, st
     for kind in kinds:
         if kind not in known and kind not in possible:
             names = ", ".join([*known, *possible])
-            raise PlanError(f"no unit of kind {kind!r}", advice=f"kinds: {names}")
+            why = "fxmem.coupling(model).blocked has the reasons of axes that cannot be pruned"
+            raise PlanError(f"no unit of kind {kind!r}", advice=f"kinds: {names}; {why}")
         for part in WHOLES.get(kind, (kind,)):
             if part in by:
                 raise PlanError(
