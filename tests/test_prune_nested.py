@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fxmem
 from fxmem.prune.draws import draw, nested, widened
+from fxmem.prune.gates import UNGATED
 from fxmem.prune.instances import Instances
 
 S = torch.tensor([0.0, 0.02, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
@@ -120,7 +121,8 @@ def test_resuming_changes_nothing(resident: Any) -> None:
 def test_gates_equal_the_masked_model(name: str) -> None:
     model = build(name)
     units = fxmem.coupling(model)
-    outer = {g.name: torch.rand(g.size) < 0.7 for g in units.groups}
+    gated = [g for g in units.groups if g.kind not in UNGATED]
+    outer = {g.name: torch.rand(g.size) < 0.7 for g in gated}
     inner = {n: b & (torch.rand(len(b)) < 0.6) for n, b in outer.items()}
     first = next(iter(inner))
     inner[first][:] = False
@@ -136,6 +138,13 @@ def test_gates_equal_the_masked_model(name: str) -> None:
         assert (got - want).abs().max() < 1e-10
         assert (whole - want).abs().max() > 1e-3
         assert torch.equal(small(batch).logits, whole)  # the gates are open again
+    for group in units.groups:
+        if group.kind in UNGATED:
+            fewer = fxmem.Masks.from_bools(
+                units, inner | {group.name: torch.arange(group.size) > 0}
+            )
+            with pytest.raises(fxmem.MaskError, match=f"cannot remove units of {group.name}"):
+                small(batch, fewer)
 
 
 def test_search_with_nested_masks() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from fxmem.errors import MaskError
 from fxmem.prune.masks import Masks, axis_keeps, consumer_keeps
 from fxmem.prune.oracle import multiply
 from fxmem.prune.units import Coupling
@@ -29,7 +30,16 @@ def gates(coupling: Coupling, built: Masks, inside: Masks) -> Gates:
         coupling: of the dense model.
         built: masks the sub-model was cut with.
         inside: masks of the dense model that keep none but units of `built`.
+
+    Raises:
+        MaskError: units that no gate can remove differ.
     """
+    for group in coupling.groups:
+        if group.kind in UNGATED and inside.kept(group.name) != built.kept(group.name):
+            raise MaskError(
+                f"a gate cannot remove units of {group.name}",
+                advice=f"masks inside a sub-model keep its {group.kind}",
+            )
     cut = axis_keeps(coupling, built)
     wanted = consumer_keeps(coupling, inside)
     return {key: keep[cut[key]] if key in cut else keep for key, keep in wanted.items()}
