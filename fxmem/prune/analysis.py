@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxmem.axes import Call, Signature, TensorInfo
+from fxmem.prune.choices import Choice
 from fxmem.prune.labels import Atom, Axis, fix, fresh, pick, resolve, root, unify
 from fxmem.rules import lookup
 from fxmem.sizes import size
@@ -18,9 +21,21 @@ SOFTMAX = "_softmax"
 
 
 class Walk:
-    """Labels of every value of one graph. ``contracted``: (origin parameter, atom) pairs."""
+    """Labels of every value of one graph.
 
-    def __init__(self) -> None:
+    ``contracted``: (origin parameter, atom) pairs. ``chosen``: axes of experts, each with the
+    choice among them.
+    """
+
+    def __init__(self, choices: Mapping[fx.Node, Choice] | None = None) -> None:
+        self.choices = dict(choices or {})
+        legal = [c for c in self.choices.values() if c.refused is None]
+        self.open = {n for c in legal for n in (*c.scores, *c.consumers)}
+        """Ops that may lose experts although they name the axis as one they need whole."""
+        self.gathers = {n for c in legal for n in c.values}
+        self.refused = {c.scores[0]: c.refused for c in self.choices.values() if c.routes}
+        self.tied: dict[fx.Node, Axis] = {}
+        self.chosen: list[tuple[Axis, Choice]] = []
         self.axes: dict[fx.Node, Any] = {}
         self.origin: dict[fx.Node, str] = {}
         self.contracted: set[tuple[str, Atom]] = set()
@@ -54,6 +69,9 @@ class Walk:
         if SDPA in op:
             self._attention(node, values, where)
             return
+        if node in self.gathers or node in self.choices:
+            if self._choose(node, values, where):
+                return
         call = _call(node, op)
         row = lookup(node.target)
         signature = row.rule(call) if row is not None and call is not None else None
@@ -63,9 +81,34 @@ class Walk:
                     fix(axis, f"{where} has no row in the axis table")
             self.source(node, f"{where} has no row in the axis table")
             return
+        if node in self.open:
+            signature = replace(signature, whole=frozenset())
         self._apply(node, values, signature, call, where)
+        if node in self.tied:
+            weight = next(c.consumers[node] for c in self.choices.values() if node in c.consumers)
+            unify(self.tied[node], self.axes[weight][0], where)
+        if reason := self.refused.get(node):
+            fix(self.axes[node][-1], f"{reason}, at {where}")
         if len(operands) == 1 and operands[0] in self.origin:
             self.origin[node] = self.origin[operands[0]]
+
+    def _choose(self, node: fx.Node, values: list[fx.Node], where: str) -> bool:
+        """Label a choice among experts, or the scores gathered at it; False where it is refused."""
+        scores, choice = self.axes[values[0]], self.choices.get(node)
+        if choice is None:
+            index = self.axes[values[1]]
+            for a, b in zip(scores[:-1], index[:-1], strict=True):
+                unify(a, b, where)
+            self.axes[node] = list(index)
+            return True
+        if choice.refused:
+            fix(scores[-1], f"{choice.refused}, at {where}")
+            return False
+        out = [*scores[:-1], fresh(choice.chosen, "a position among the chosen experts")]
+        self.axes[node] = (out, out)
+        self.tied |= dict.fromkeys(choice.consumers, scores[-1])
+        self.chosen.append((scores[-1], choice))
+        return True
 
     def _attention(self, node: fx.Node, values: list[fx.Node], where: str) -> None:
         q, k, v = (self.axes[n] for n in values[:3])
@@ -105,7 +148,8 @@ class Walk:
         known: dict[str, list[Axis]] = {}
         for letter, entries in found.items():
             known[letter] = self._letter(letter, entries, out_sizes.get(letter), sig, where)
-            if SOFTMAX in str(node.target) and letter not in sig.whole:
+            head = SOFTMAX in str(node.target) and node not in self.open
+            if head and letter not in sig.whole:
                 self.heads.append(entries[0][0])
         seen: dict[str, int] = {}
         results: list[list[Axis] | None] = []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.errors import MaskError
-from fxmem.experts import streamable
+from fxmem.experts import CHECKED, streamable
 from fxmem.prune.masks import Masks, fingerprint
 from fxmem.prune.oracle import masked
 from fxmem.prune.slicing import shell, slices
@@ -118,8 +118,7 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
     """One set for all layers: attributes are chosen together by path without layer numbers."""
     global searches
     searches += 1
-    probe = {g.name: tuple(range(0, g.size, 2)) for g in coupling.groups if g.kind == kind}
-    masks = Masks.from_kept(coupling, probe)
+    masks = _probe(coupling, kind)
     choices: dict[tuple[bool, str, str], list[SizeAttribute]] = {}
     for group in coupling.groups:
         for entry in _candidates(model, group) if group.kind == kind else ():
@@ -138,14 +137,38 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
             for chosen in combinations(keys, count):
                 found = tuple(e for k in chosen for e in choices[k])
                 apply(small, found, masks)
-                with streamable(small):
-                    good = _agrees(small, inputs, wanted)
+                good = _runs(small, inputs, wanted, kind)
                 for m, table in before.values():
                     vars(m).update(table)
                 if good:
-                    _try_empty(model, coupling, kind, found, inputs)
+                    if kind != "experts":
+                        _try_empty(model, coupling, kind, found, inputs)
                     return found
     raise MaskError(f"no choice of size attributes makes a model with fewer {kind} run exactly")
+
+
+def _probe(coupling: Coupling, kind: str) -> Masks:
+    """Every second unit of ``kind``, and the last ones, as far as a group needs more."""
+    kept = {}
+    for g in coupling.groups:
+        if g.kind == kind:
+            units = set(range(0, g.size, 2))
+            spare = [i for i in range(g.size) if i not in units]
+            kept[g.name] = tuple(sorted(units | set(spare[: max(0, g.least - len(units))])))
+    return Masks.from_kept(coupling, kept)
+
+
+def _runs(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor], kind: str) -> bool:
+    """Whether ``small`` gives what is wanted; with fewer experts in its own way too."""
+    precision = torch.finfo(wanted[0].dtype).eps
+    if kind != "experts":
+        with streamable(small):
+            return _agrees(small, inputs, wanted, precision)
+    # Routers compute in float32 in models of any dtype.
+    precision = max(precision, torch.finfo(torch.float32).eps)
+    with streamable(small, CHECKED):
+        good = _agrees(small, inputs, wanted, precision)
+    return good and _agrees(small, inputs, wanted, precision)
 
 
 def _try_empty(
@@ -158,7 +181,7 @@ def _try_empty(
     small = shell(model, slices(coupling, masks))
     apply(small, found, masks)
     with evaluating(small), streamable(small):
-        if not _agrees(small, inputs, wanted):
+        if not _agrees(small, inputs, wanted, torch.finfo(wanted[0].dtype).eps):
             _NONZERO[model] = _NONZERO.get(model, frozenset()) | {kind}
 
 
@@ -179,14 +202,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = was
 
 
-def _agrees(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor]) -> bool:
+def _agrees(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor], precision: float) -> bool:
     for x, want in zip(inputs, wanted, strict=True):
         try:
             got = small(input_ids=x, use_cache=False).logits
         except (RuntimeError, ValueError, IndexError):
             return False
         scale = want.abs().max().clamp_min(1e-30)
-        limit = torch.finfo(want.dtype).eps ** 0.75 * 10
-        if not bool((got - want).abs().max() / scale <= limit):
+        if not bool((got - want).abs().max() / scale <= precision**0.75 * 10):
             return False
     return True

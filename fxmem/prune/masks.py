@@ -15,6 +15,8 @@ from fxmem.errors import MaskError
 from fxmem.prune.units import Coupling, UnitGroup, positions
 
 KINDS = ("kv_groups", "mlp_channels", "experts")
+BLOCKS = {"kv_groups": "attention_blocks", "mlp_channels": "mlp_blocks"}
+"""Kinds whose groups may lose every unit -> the kind of block that a whole group is."""
 
 Groups = tuple[tuple[str, int, tuple[int, ...]], ...]
 
@@ -43,16 +45,46 @@ class Masks:
 
     @classmethod
     def from_kept(cls, coupling: Coupling, kept: Mapping[str, tuple[int, ...]]) -> Masks:
-        """Groups not named stay whole."""
+        """Groups not named stay whole.
+
+        Raises:
+            MaskError: a group the model does not have, indices out of order or range, or fewer
+                experts than a token chooses.
+        """
         for name in kept:
             coupling.group(name)
-        return cls(
+        masks = cls(
             fingerprint(coupling),
             tuple(
                 (g.name, g.size, tuple(int(i) for i in kept.get(g.name, range(g.size))))
                 for g in coupling.groups
             ),
         )
+        masks.check(coupling)
+        return masks
+
+    @classmethod
+    def without(cls, coupling: Coupling, *paths: str) -> Masks:
+        """Everything stays but the attention and MLP blocks in the modules at ``paths``.
+
+        A block goes as the group of its heads or channels with no unit left, so it adds nothing to
+        the residual stream but the bias of its output projection, where it has one. A block of
+        experts loses all channels of every expert; its router stays.
+
+        Raises:
+            MaskError: no block of heads or channels is at a path.
+        """
+        kept: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            blocks = [g for g in coupling.groups if _inside(g, path) and g.kind in BLOCKS]
+            if not blocks:
+                raise MaskError(
+                    f"nothing in {path!r} can be removed as a block",
+                    advice="name a module that holds a group of heads or channels: "
+                    + ", ".join(g.name for g in coupling.groups if g.kind in BLOCKS),
+                )
+            kept |= {g.name: () for g in blocks}
+        return cls.from_kept(coupling, kept)
 
     @classmethod
     def from_bools(cls, coupling: Coupling, bools: Mapping[str, Tensor]) -> Masks:
@@ -68,8 +100,21 @@ class Masks:
         return cls.from_kept(coupling, kept)
 
     def check(self, coupling: Coupling) -> None:
+        """Whether these masks fit a model.
+
+        Raises:
+            MaskError: they were made for another, or keep fewer experts than a token chooses.
+        """
         if self.model != fingerprint(coupling):
             raise MaskError("these masks were made for another model")
+        for g in coupling.groups:
+            if g.least and (left := len(self.kept(g.name))) < g.least:
+                raise MaskError(
+                    f"{left} experts are kept where every token chooses {g.least}",
+                    module=g.name,
+                    advice=f"keep at least {g.least} experts in layer {g.layer}, or remove the "
+                    "whole block with Masks.without(coupling, path)",
+                )
 
     def kept(self, name: str) -> tuple[int, ...]:
         for n, _, kept in self.entries:
@@ -98,26 +143,29 @@ class Masks:
 
         ``prunable``: of the parameters that units hold; ``parameters``: of all, a tied one counted
         once; ``bytes``: of their storage; ``macs``: of the multiply-adds of matrix products with
-        parameters, per token (attention scores and values not counted, an expert counted whole).
+        parameters, per token (attention scores and values not counted; of experts as many as one
+        token chooses, so that removing experts saves their router's rows only).
         """
         before = {n: list(s) for n, s in coupling.shapes}
         after = {n: list(s) for n, s in coupling.shapes}
         for (name, axis), keep in axis_keeps(coupling, self).items():
             after[name][axis] = int(keep.sum())
-        width = dict(coupling.item_sizes)
-        macs = dict(coupling.products)
         held = {n for g in coupling.groups for n, _, _ in g.members}
 
         def removed(weight: Mapping[str, int]) -> float:
             whole = sum(w * prod(before[n]) for n, w in weight.items())
             return 1 - sum(w * prod(after[n]) for n, w in weight.items()) / whole if whole else 0.0
 
-        return {
+        found = {
             "prunable": removed(dict.fromkeys(held, 1)),
             "parameters": removed(dict.fromkeys(before, 1)),
-            "bytes": removed(width),
-            "macs": removed(macs),
+            "bytes": removed(dict(coupling.item_sizes)),
         }
+        for g in coupling.groups:
+            for name, axis, _ in g.members if g.least else ():
+                if (name, axis) not in {(n, i) for n, i, _ in g.router}:
+                    before[name][axis] = after[name][axis] = g.least
+        return {**found, "macs": removed(dict(coupling.products))}
 
     def rounded(self, coupling: Coupling, multiple: Mapping[str, int] | int) -> Masks:
         """Counts raised to a multiple (per unit kind, or one for MLP channels), or left at zero.
@@ -173,6 +221,10 @@ class Masks:
             raise MaskError(f"masks are not valid JSON: {error}") from error
 
 
+def _inside(group: UnitGroup, path: str) -> bool:
+    return all(f"{name}.".startswith(f"{path}.") for name, _, _ in group.members)
+
+
 def _per_unit(group: UnitGroup, mask: Tensor) -> Tensor:
     """``[units]`` from a mask per unit or, for KV groups, per query head."""
     if mask.dim() == 1 and len(mask) == group.size:
@@ -209,6 +261,12 @@ def axis_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor
 
 
 def consumer_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor]:
-    """As :func:`axis_keeps`, consumers only."""
-    wanted = {(n, i) for g in coupling.groups for n, i, _ in g.consumer}
+    """As :func:`axis_keeps`, consumers only; experts are chosen, see :func:`router_keeps`."""
+    wanted = {(n, i) for g in coupling.groups if not g.router for n, i, _ in g.consumer}
     return {k: v for k, v in axis_keeps(coupling, masks).items() if k in wanted}
+
+
+def router_keeps(coupling: Coupling, masks: Masks) -> dict[str, Tensor]:
+    """Weight of a router -> boolean ``[experts]``, for every router that loses some."""
+    wanted = {(n, i) for g in coupling.groups for n, i, _ in g.router}
+    return {n: v for (n, i), v in axis_keeps(coupling, masks).items() if (n, i) in wanted}

@@ -19,12 +19,16 @@ class UnitGroup:
 
     Attributes:
         name: module path and kind, ``"model.layers.3.mlp.mlp_channels"``.
-        kind: ``"kv_groups"`` (key/value heads with their query heads) or ``"mlp_channels"``.
+        kind: ``"kv_groups"`` (key/value heads with their query heads), ``"mlp_channels"`` or
+            ``"experts"`` (whole experts of one mixture).
         layer: first number in the module path, -1 if none.
         size: number of units. cost: parameters removed with one unit.
         members: ``(parameter, axis, path)`` slices; see :func:`positions`.
-        consumer: members whose axis is contracted with the value the unit produces.
+        consumer: members whose axis is contracted with the value the unit produces; for experts
+            the weights that give their output.
         sizes: sizes that follow the unit count, as factors per unit (``size * factor``).
+        least: units that must stay: as many experts as one token chooses.
+        router: members whose product gives the scores that experts are chosen by.
     """
 
     name: str
@@ -35,6 +39,8 @@ class UnitGroup:
     members: tuple[Member, ...]
     consumer: tuple[Member, ...]
     sizes: tuple[int, ...]
+    least: int = 0
+    router: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True)
