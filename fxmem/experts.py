@@ -9,7 +9,7 @@ call.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from fxmem.kernels.expert_linear import expert_linear
 
-NAME = "fxmem"
+NAME, CHECKED = "fxmem", "fxmem_checked"
+Watch = Callable[[Tensor, Tensor, Tensor], None]
+_WATCHERS: list[Watch] = []
 
 
 def streamed_experts(
@@ -40,30 +42,71 @@ def streamed_experts(
 
 def _linear(self: Any, x: Tensor, name: str, index: Tensor) -> Tensor:
     weight = getattr(self, name)
+    for watch in _WATCHERS:
+        watch(weight, x, index)
     out = expert_linear(x, weight.transpose(1, 2) if self.is_transposed else weight, index)
     return out + F.embedding(index, getattr(self, name + "_bias")) if self.has_bias else out
 
 
+def checked_experts(self: Any, *args: Tensor) -> Tensor:
+    """:func:`streamed_experts` of a module whose count of experts is that of its weights.
+
+    transformers' grouped products size their offsets by that count, and fail or read beyond the
+    weights where it is another.
+
+    Raises:
+        ValueError: it is another.
+    """
+    count = len(getattr(self, "gate_up_proj" if self.has_gate else "up_proj"))
+    if self.num_experts != count:
+        raise ValueError(f"num_experts is {self.num_experts}, the weights have {count}")
+    return streamed_experts(self, *args)
+
+
 @contextlib.contextmanager
-def streamable(model: nn.Module) -> Iterator[None]:
-    """Dispatch the expert blocks of ``model`` to :func:`streamed_experts` inside the context."""
-    configs = {
-        id(c): c
-        for m in model.modules()
-        if (c := getattr(m, "config", None)) is not None and hasattr(c, "_experts_implementation")
-        and hasattr(m, "_apply_gate")
-    }  # fmt: skip
+def streamable(model: nn.Module, implementation: str = NAME) -> Iterator[None]:
+    """Dispatch the expert blocks of ``model`` to :func:`streamed_experts` inside the context.
+
+    ``implementation``: another name in transformers' registry, "eager" for the model's own code.
+    """
+    configs = expert_configs(model)
     if not configs:
         yield
         return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, streamed_experts)
-    before = {key: c._experts_implementation for key, c in configs.items()}
-    for c in configs.values():
-        c._experts_implementation = NAME
+    ALL_EXPERTS_FUNCTIONS.register(CHECKED, checked_experts)
+    before = [(c, c._experts_implementation) for c in configs]
+    for c in configs:
+        c._experts_implementation = implementation
     try:
         yield
     finally:
-        for key, c in configs.items():
-            c._experts_implementation = before[key]
+        for c, name in before:
+            c._experts_implementation = name
+
+
+def expert_configs(model: nn.Module) -> list[Any]:
+    """The configs that say how the expert blocks of ``model`` are dispatched."""
+    found = {
+        id(c): c
+        for m in model.modules()
+        if (c := getattr(m, "config", None)) is not None and hasattr(c, "_experts_implementation")
+        and hasattr(m, "_apply_gate")
+    }  # fmt: skip
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """As :func:`streamable`; ``watch(weight, x, index)`` sees every expert product.
+
+    ``weight``: the parameter; ``x [S, I]``: its rows of input; ``index [S]``: the experts.
+    """
+    _WATCHERS.append(watch)
+    try:
+        with streamable(model):
+            yield
+    finally:
+        _WATCHERS.remove(watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxmem.axes import Call, Signature, TensorInfo
+from fxmem.prune.choices import Choice
 from fxmem.prune.labels import Atom, Axis, fix, fresh, pick, resolve, root, unify
 from fxmem.prune.norms import Average, match
 from fxmem.rules import lookup
@@ -23,14 +25,25 @@ COMPOSITE = dict.fromkeys(("aten.layer_norm.default", "aten.rms_norm.default"), 
 
 
 class Walk:
-    """Labels of every value of one graph. ``contracted``: (origin parameter, atom) pairs;
-    ``averaged``: axes that norms average over; ``looked_up``: axes along which a lookup reads.
+    """Labels of every value of one graph.
+
+    ``contracted``: (origin parameter, atom) pairs; ``averaged``: axes that norms average over;
+    ``looked_up``: axes along which a lookup reads; ``chosen``: axes of experts, each with the
+    choice among them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, choices: Mapping[fx.Node, Choice] | None = None) -> None:
         self.model = model
         self.averaged: list[tuple[Axis, Average]] = []
         self.looked_up: list[Axis] = []
+        self.choices = dict(choices or {})
+        legal = [c for c in self.choices.values() if c.refused is None]
+        self.open = {n for c in legal for n in (*c.scores, *c.consumers)}
+        """Ops that may lose experts although they name the axis as one they need whole."""
+        self.gathers = {n for c in legal for n in c.values}
+        self.refused = {c.scores[0]: c.refused for c in self.choices.values() if c.routes}
+        self.tied: dict[fx.Node, Axis] = {}
+        self.chosen: list[tuple[Axis, Choice]] = []
         self.axes: dict[fx.Node, Any] = {}
         self.origin: dict[fx.Node, str] = {}
         self.contracted: set[tuple[str, Atom]] = set()
@@ -64,6 +77,9 @@ class Walk:
         if SDPA in op:
             self._attention(node, values, where)
             return
+        chosen = node in self.gathers or node in self.choices
+        if chosen and self._choose(node, values, where):
+            return
         call = _call(node, op)
         row = lookup(node.target)
         rule = row.rule if row is not None else COMPOSITE.get(op)
@@ -75,7 +91,9 @@ class Walk:
             self.source(node, f"{where} has no row in the axis table")
             return
         whole = f"{where} needs the axis whole"
-        if signature.whole:
+        if node in self.open:
+            signature = replace(signature, whole=frozenset())
+        elif signature.whole:
             norm = match(node, self.origin, self.model, where)
             if isinstance(norm, str):
                 whole = norm
@@ -85,8 +103,31 @@ class Walk:
         if op == "aten.embedding.default" and values[0] in self.origin:
             self.looked_up.append(self.axes[values[0]][1])
         self._apply(node, values, signature, call, where, whole)
+        if node in self.tied:
+            weight = next(c.consumers[node] for c in self.choices.values() if node in c.consumers)
+            unify(self.tied[node], self.axes[weight][0], where)
+        if reason := self.refused.get(node):
+            fix(self.axes[node][-1], f"{reason}, at {where}")
         if len(operands) == 1 and operands[0] in self.origin:
             self.origin[node] = self.origin[operands[0]]
+
+    def _choose(self, node: fx.Node, values: list[fx.Node], where: str) -> bool:
+        """Label a choice among experts, or the scores gathered at it; False where it is refused."""
+        scores, choice = self.axes[values[0]], self.choices.get(node)
+        if choice is None:
+            index = self.axes[values[1]]
+            for a, b in zip(scores[:-1], index[:-1], strict=True):
+                unify(a, b, where)
+            self.axes[node] = list(index)
+            return True
+        if choice.refused:
+            fix(scores[-1], f"{choice.refused}, at {where}")
+            return False
+        out = [*scores[:-1], fresh(choice.chosen, "a position among the chosen experts")]
+        self.axes[node] = (out, out)
+        self.tied |= dict.fromkeys(choice.consumers, scores[-1])
+        self.chosen.append((scores[-1], choice))
+        return True
 
     def _attention(self, node: fx.Node, values: list[fx.Node], where: str) -> None:
         q, k, v = (self.axes[n] for n in values[:3])
@@ -127,7 +168,8 @@ class Walk:
         known: dict[str, list[Axis]] = {}
         for letter, entries in found.items():
             known[letter] = self._letter(letter, entries, out_sizes.get(letter), sig, where, whole)
-            if SOFTMAX in str(node.target) and letter not in sig.whole:
+            head = SOFTMAX in str(node.target) and node not in self.open
+            if head and letter not in sig.whole:
                 self.heads.append(entries[0][0])
         seen: dict[str, int] = {}
         results: list[list[Axis] | None] = []

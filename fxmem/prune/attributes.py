@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.errors import MaskError
-from fxmem.experts import streamable
-from fxmem.prune.masks import Masks, fingerprint
+from fxmem.experts import CHECKED, streamable
+from fxmem.prune.masks import BLOCKS, Masks, fingerprint
 from fxmem.prune.norms import rescale, set_epsilons
 from fxmem.prune.oracle import masked
 from fxmem.prune.slicing import shell, slices
@@ -134,8 +134,7 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
     """One set for all layers: attributes are chosen together by path without layer numbers."""
     global searches
     searches += 1
-    probe = {g.name: tuple(range(0, g.size, 2)) for g in coupling.groups if g.kind == kind}
-    masks = Masks.from_kept(coupling, probe)
+    masks = _probe(coupling, kind)
     small = shell(model, slices(coupling, masks))
     rescale(dict(small.named_parameters()), coupling, masks)
     set_epsilons(small, coupling, masks)
@@ -156,15 +155,35 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
             for chosen in combinations(keys, count):
                 found = tuple(e for k in chosen for e in choices[k])
                 apply(small, found, masks)
-                with streamable(small):
-                    good = _agrees(small, inputs, wanted, kind)
+                good = _runs(small, inputs, wanted, kind)
                 for m, table in before.values():
                     vars(m).update(table)
                 if good:
-                    if kind != "width":
+                    if kind in BLOCKS:
                         _try_empty(model, coupling, kind, found, inputs)
                     return found
     raise MaskError(f"no choice of size attributes makes a model with fewer {kind} run exactly")
+
+
+def _probe(coupling: Coupling, kind: str) -> Masks:
+    """Every second unit of ``kind``, and the last ones, as far as a group needs more."""
+    kept = {}
+    for g in coupling.groups:
+        if g.kind == kind:
+            units = set(range(0, g.size, 2))
+            spare = [i for i in range(g.size) if i not in units]
+            kept[g.name] = tuple(sorted(units | set(spare[: max(0, g.least - len(units))])))
+    return Masks.from_kept(coupling, kept)
+
+
+def _runs(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor], kind: str) -> bool:
+    """Whether ``small`` gives what is wanted; with fewer experts in its own way too."""
+    if kind != "experts":
+        with streamable(small):
+            return _agrees(small, inputs, wanted, kind)
+    with streamable(small, CHECKED):
+        good = _agrees(small, inputs, wanted, kind)
+    return good and _agrees(small, inputs, wanted, kind)
 
 
 def _try_empty(
@@ -206,7 +225,7 @@ def _agrees(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor], kind: 
             return False
         scale = want.abs().max().clamp_min(1e-30)
         step = torch.finfo(want.dtype).eps
-        if kind == "width":  # norms average in float32 whatever the model's type, in another order
+        if kind not in BLOCKS:  # norms and routers compute in float32 whatever the model's type
             step = max(step, torch.finfo(torch.float32).eps)
         limit = step**0.75 * 10
         if not bool((got - want).abs().max() / scale <= limit):

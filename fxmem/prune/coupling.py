@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fxmem.errors import CaptureError
 from fxmem.experts import streamable
 from fxmem.prune.analysis import Walk
-from fxmem.prune.labels import Atom, fresh, leaves, path, resolve, root, width
+from fxmem.prune.choices import choices
+from fxmem.prune.labels import Atom, fix, fresh, leaves, path, resolve, root, width
 from fxmem.prune.stream import streams
 from fxmem.prune.units import Coupling, Member, Norm, UnitGroup, cost_of
 
@@ -63,14 +64,16 @@ def _groups(model: nn.Module, program: Any) -> Coupling:
     labels = {n: [fresh(k) for k in shape] for n, shape in shapes.items()}
     every = dict(model.named_parameters(remove_duplicate=False))
     names = program.graph_signature.inputs_to_parameters
-    walk = Walk(model)
+    buffers = program.graph_signature.inputs_to_buffers
+    walk = Walk(model, choices(program.graph))
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if node.name in names:
                 name = canonical[id(every[names[node.name].removeprefix("model.")])]
                 walk.parameter(node, name, labels[name])
             else:
-                walk.source(node, "an input of the model")
+                buffer = buffers.get(node.name, "").removeprefix("model.")
+                walk.source(node, f"the buffer {buffer}" if buffer else "an input of the model")
         elif node.op == "call_function":
             walk.call(node)
         elif node.op == "output":
@@ -80,6 +83,9 @@ def _groups(model: nn.Module, program: Any) -> Coupling:
         else:
             walk.source(node, f"{node.op} {node.name}")
     walk.mark_heads()
+    for axis, _ in walk.chosen:
+        if [len(s) for s in resolve(axis)] != [1]:
+            fix(axis, "experts in parts")
     widths = streams(walk.averaged, walk.looked_up, walk, program.graph)
     uses = Counter(name for name in walk.products)
     return replace(
@@ -121,31 +127,66 @@ def _collect(
                     sizes.add(shapes[name][i] // atom.size)
             if why:
                 blocked.append((name, i, why))
+    names = _Names()
+    experts = _Experts(walk)
     groups: list[UnitGroup] = []
-    taken: set[str] = set()
     for atom, members in found.items():
-        inner = any(kind == "inner" for _, _, p in members for kind, _, _ in p)
+        kind = "kv_groups" if atom.attention else "mlp_channels"
+        kind = "width" if atom in widths else kind
+        inner = any(step == "inner" for _, _, p in members for step, _, _ in p)
         consumer = tuple(m for m in members if (m[0], atom) in consumers)
+        if atom in experts.chosen:
+            kind, consumer = "experts", experts.consumer(members)
         if inner or not consumer or atom.size < 2 or len(consumer) == len(members):
             why = "position inside a head" if inner else "no consumer contracts it"
             blocked += [(n, i, why) for n, i, _ in members]
             continue
-        kind = "kv_groups" if atom.attention else "mlp_channels"
-        kind = "width" if atom in widths else kind
+        name, layer = names(members, kind)
+        group = UnitGroup(
+            name, kind, layer, atom.size, cost_of(tuple(members), shapes, atom.size),
+            tuple(members), consumer, tuple(sorted(factors[atom])), widths.get(atom, ()),
+        )  # fmt: skip
+        groups.append(experts.complete(group, atom) if kind == "experts" else group)
+    groups.sort(key=lambda g: g.kind == "width")
+    return Coupling(tuple(groups), tuple(dict.fromkeys(blocked)), tuple(shapes.items()))
+
+
+class _Names:
+    """Names of groups: the path that the members share, and the kind."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+
+    def __call__(self, members: list[Member], kind: str) -> tuple[str, int]:
+        """Name and layer number (-1 where there is none)."""
         shared = commonprefix([n.split(".") for n, _, _ in members])
         base = ".".join([*([] if kind == "width" else shared), kind])
         name, k = base, 1
-        while name in taken:
+        while name in self.taken:
             k += 1
             name = f"{base}.{k}"
-        taken.add(name)
+        self.taken.add(name)
         number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", ".".join(shared))
-        groups.append(
-            UnitGroup(
-                name, kind, int(number[1]) if number else -1, atom.size,
-                cost_of(tuple(members), shapes, atom.size), tuple(members), consumer,
-                tuple(sorted(factors[atom])), widths.get(atom, ()),
-            )
-        )  # fmt: skip
-    groups.sort(key=lambda g: g.kind == "width")
-    return Coupling(tuple(groups), tuple(dict.fromkeys(blocked)), tuple(shapes.items()))
+        return name, int(number[1]) if number else -1
+
+
+class _Experts:
+    """What the walk found of axes of experts."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.chosen: dict[Atom, int] = {}
+        self.router: dict[Atom, set[str]] = {}
+        self.outputs: set[str] = set()
+        for axis, choice in walk.chosen:
+            (atom,) = leaves(axis)[:1]
+            self.chosen[atom] = max(choice.chosen, self.chosen.get(atom, 0))
+            assert choice.weight is not None
+            self.router.setdefault(atom, set()).add(walk.origin[choice.weight])
+            self.outputs |= {walk.origin[choice.consumers[n]] for n in choice.outputs}
+
+    def consumer(self, members: list[Member]) -> tuple[Member, ...]:
+        return tuple(m for m in members if m[0] in self.outputs)
+
+    def complete(self, group: UnitGroup, atom: Atom) -> UnitGroup:
+        router = tuple(m for m in group.members if m[0] in self.router[atom])
+        return replace(group, least=self.chosen[atom], router=router)

@@ -15,6 +15,8 @@ from fxmem.errors import MaskError
 from fxmem.prune.units import Coupling, UnitGroup, positions
 
 KINDS = ("kv_groups", "mlp_channels", "experts", "width")
+BLOCKS = ("kv_groups", "mlp_channels")
+"""Kinds of groups that may lose every unit: a whole attention or MLP block."""
 
 Groups = tuple[tuple[str, int, tuple[int, ...]], ...]
 
@@ -22,9 +24,10 @@ Groups = tuple[tuple[str, int, tuple[int, ...]], ...]
 def fingerprint(coupling: Coupling) -> str:
     """Of the groups and parameter shapes: masks fit models that share it.
 
-    The width is left out: the shapes fix it, and masks of before there was one still fit.
+    Experts and the width are left out: the shapes fix them, and masks of before there were such
+    units still fit.
     """
-    groups = [(g.name, g.size, g.members) for g in coupling.groups if g.kind != "width"]
+    groups = [(g.name, g.size, g.members) for g in coupling.groups if g.kind in BLOCKS]
     text = repr((coupling.shapes, groups))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -47,35 +50,46 @@ class Masks:
 
     @classmethod
     def from_kept(cls, coupling: Coupling, kept: Mapping[str, tuple[int, ...]]) -> Masks:
-        """Groups not named stay whole."""
+        """Groups not named stay whole.
+
+        Raises:
+            MaskError: a group the model does not have, indices out of order or range, or fewer
+                experts than a token chooses.
+        """
         for name in kept:
             coupling.group(name)
-        return cls(
+        masks = cls(
             fingerprint(coupling),
             tuple(
                 (g.name, g.size, tuple(int(i) for i in kept.get(g.name, range(g.size))))
                 for g in coupling.groups
             ),
         )
+        masks.check(coupling)
+        return masks
 
     @classmethod
     def without(cls, coupling: Coupling, *paths: str) -> Masks:
-        """Everything stays but the groups below these modules, such as ``"model.layers.3"`` (the
-        whole layer) or ``"model.layers.3.mlp"``: they keep no unit. An output bias stays.
+        """Everything stays but the attention and MLP blocks in the modules at ``paths``.
+
+        A block goes as the group of its heads or channels with no unit left, so it adds nothing to
+        the residual stream but the bias of its output projection, where it has one. A block of
+        experts loses all channels of every expert; its router stays.
 
         Raises:
-            MaskError: a path with no group below it.
+            MaskError: no block of heads or channels is at a path.
         """
-        gone: dict[str, tuple[int, ...]] = {}
+        kept: dict[str, tuple[int, ...]] = {}
         for path in paths:
-            below = [g.name for g in coupling.groups if f"{g.name}.".startswith(f"{path}.")]
-            if not below:
+            blocks = [g for g in coupling.groups if _inside(g, path) and g.kind in BLOCKS]
+            if not blocks:
                 raise MaskError(
-                    f"no unit group below {path!r}",
-                    advice="fxmem.coupling(model) lists the groups",
+                    f"nothing in {path!r} can be removed as a block",
+                    advice="name a module that holds a group of heads or channels: "
+                    + ", ".join(g.name for g in coupling.groups if g.kind in BLOCKS),
                 )
-            gone |= dict.fromkeys(below, ())
-        return cls.from_kept(coupling, gone)
+            kept |= {g.name: () for g in blocks}
+        return cls.from_kept(coupling, kept)
 
     @classmethod
     def from_bools(cls, coupling: Coupling, bools: Mapping[str, Tensor]) -> Masks:
@@ -91,23 +105,36 @@ class Masks:
         return cls.from_kept(coupling, kept)
 
     def check(self, coupling: Coupling) -> None:
+        """Whether these masks fit a model.
+
+        Raises:
+            MaskError: they were made for another, or keep fewer experts than a token chooses.
+        """
         if self.model != fingerprint(coupling):
             raise MaskError("these masks were made for another model")
+        counts = self.counts
+        for g in coupling.groups:
+            left, _ = counts.get(g.name, (g.size, g.size))
+            if left < g.least:
+                raise MaskError(
+                    f"{left} experts are kept where every token chooses {g.least}",
+                    module=g.name,
+                    advice=f"keep at least {g.least} experts in layer {g.layer}, or remove the "
+                    "whole block with Masks.without(coupling, path)",
+                )
 
     def on(self, coupling: Coupling) -> Masks:
-        """These masks, checked, with an entry for a width that they do not name: it is whole.
+        """These masks, checked, with entries for experts and a width that they do not name: whole.
 
         Raises:
             MaskError: masks of another model.
         """
         self.check(coupling)
-        named = {n for n, _, _ in self.entries}
-        whole = tuple(
-            (g.name, g.size, tuple(range(g.size)))
-            for g in coupling.groups
-            if g.kind == "width" and g.name not in named
-        )
-        return Masks(self.model, (*self.entries, *whole)) if whole else self
+        named = {n: (n, size, kept) for n, size, kept in self.entries}
+        if all(g.name in named for g in coupling.groups):
+            return self
+        every = ((g.name, g.size, tuple(range(g.size))) for g in coupling.groups)
+        return Masks(self.model, tuple(named.get(e[0], e) for e in every))
 
     def kept(self, name: str) -> tuple[int, ...]:
         for n, _, kept in self.entries:
@@ -139,15 +166,14 @@ class Masks:
         ``prunable``: of the parameters that units hold (units of the width, which all share, only
         if some are removed); ``parameters``: of all, a tied one counted
         once; ``bytes``: of their storage; ``macs``: of the multiply-adds of matrix products with
-        parameters, per token (attention scores and values not counted, an expert counted whole).
+        parameters, per token (attention scores and values not counted; of experts as many as one
+        token chooses, so that removing experts saves their router's rows only).
         """
         masks = self.on(coupling)
         before = {n: list(s) for n, s in coupling.shapes}
         after = {n: list(s) for n, s in coupling.shapes}
         for (name, axis), keep in axis_keeps(coupling, masks).items():
             after[name][axis] = int(keep.sum())
-        width = dict(coupling.item_sizes)
-        macs = dict(coupling.products)
         counted = [
             g for g in coupling.groups if g.kind != "width" or len(masks.kept(g.name)) < g.size
         ]
@@ -157,12 +183,16 @@ class Masks:
             whole = sum(w * prod(before[n]) for n, w in weight.items())
             return 1 - sum(w * prod(after[n]) for n, w in weight.items()) / whole if whole else 0.0
 
-        return {
+        found = {
             "prunable": removed(dict.fromkeys(held, 1)),
             "parameters": removed(dict.fromkeys(before, 1)),
-            "bytes": removed(width),
-            "macs": removed(macs),
+            "bytes": removed(dict(coupling.item_sizes)),
         }
+        for g in coupling.groups:
+            for name, axis, _ in g.members if g.least else ():
+                if (name, axis) not in {(n, i) for n, i, _ in g.router}:
+                    before[name][axis] = after[name][axis] = g.least
+        return {**found, "macs": removed(dict(coupling.products))}
 
     def rounded(self, coupling: Coupling, multiple: Mapping[str, int] | int) -> Masks:
         """Counts raised to a multiple (per unit kind, or one for MLP channels), or left at zero.
@@ -218,6 +248,10 @@ class Masks:
             raise MaskError(f"masks are not valid JSON: {error}") from error
 
 
+def _inside(group: UnitGroup, path: str) -> bool:
+    return all(f"{name}.".startswith(f"{path}.") for name, _, _ in group.members)
+
+
 def _with_widths(entries: Groups, sizes: Mapping[str, int]) -> Groups:
     """``entries`` and, whole, the widths that only ``sizes`` names."""
     named = {n for n, _, _ in entries}
@@ -261,7 +295,15 @@ def axis_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor
 
 
 def consumer_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor]:
-    """As :func:`axis_keeps`, consumers only, of all units but the width's."""
-    groups = [g for g in coupling.groups if g.kind != "width"]
+    """As :func:`axis_keeps`, consumers of heads and channels only: experts are chosen, see
+    :func:`router_keeps`, and the width is zero where it is written.
+    """
+    groups = [g for g in coupling.groups if g.kind != "width" and not g.router]
     wanted = {(n, i) for g in groups for n, i, _ in g.consumer}
     return {k: v for k, v in axis_keeps(coupling, masks).items() if k in wanted}
+
+
+def router_keeps(coupling: Coupling, masks: Masks) -> dict[str, Tensor]:
+    """Weight of a router -> boolean ``[experts]``, for every router that loses some."""
+    wanted = {(n, i) for g in coupling.groups for n, i, _ in g.router}
+    return {n: v for (n, i), v in axis_keeps(coupling, masks).items() if (n, i) in wanted}

@@ -70,6 +70,7 @@ def reduced(plan: Coupling, masks: Masks) -> Coupling:
             replace(
                 g, size=size, cost=cost, members=members,
                 consumer=tuple(moved(m) for m in g.consumer),
+                router=tuple(moved(m) for m in g.router),
             )
         )  # fmt: skip
     return replace(plan, groups=tuple(groups), shapes=tuple(new_shapes.items()))

@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fxmem.errors import MaskError
 from fxmem.prune.coupling import coupling as couple
-from fxmem.prune.masks import Masks, axis_keeps, consumer_keeps
+from fxmem.prune.masks import Masks, axis_keeps, consumer_keeps, router_keeps
 from fxmem.prune.units import Coupling
 
 
@@ -27,6 +30,9 @@ def masked(model: nn.Module, masks: Masks, coupling: Coupling | None = None) -> 
     biases give zeros there, and RMSNorm averages over all channels, zeros included. Gradients equal
     the smaller model's; its norm weight is ``w' = w sqrt(D / D')`` (``1 + w`` likewise), so the
     gradient of ``w'`` times that root is the gradient of ``w``.
+
+    Removed experts get the score minus infinity from their router, so the softmax is over the
+    others and no token chooses them.
     """
     plan = couple(model) if coupling is None else coupling
     with contextlib.ExitStack() as stack:
@@ -40,6 +46,10 @@ def masked(model: nn.Module, masks: Masks, coupling: Coupling | None = None) -> 
             else:
                 _swap(stack, owner, leaf, weight, keep, axis)
         _silence_writers(stack, model, plan, masks)
+        if routers := router_keeps(plan, masks):
+            stack.enter_context(
+                _Unchosen([(model.get_parameter(n), keep) for n, keep in routers.items()])
+            )
         yield model
 
 
@@ -81,6 +91,28 @@ def _zero_output(keep: Tensor, name: str) -> Any:
         return out * keep.to(out)
 
     return hook
+
+
+_PRODUCTS = (
+    F.linear, torch.mm, torch.matmul, torch.addmm, Tensor.mm, Tensor.matmul, Tensor.__matmul__,
+)  # fmt: skip
+
+
+class _Unchosen(TorchFunctionMode):
+    """Products with a router's weight give minus infinity for removed experts."""
+
+    def __init__(self, routers: list[tuple[nn.Parameter, Tensor]]) -> None:
+        super().__init__()
+        self.routers = routers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            operands = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
+            for weight, keep in self.routers:
+                if any(x is weight or x._base is weight for x in operands):
+                    out = out.masked_fill(~keep.to(out.device), -torch.inf)
+        return out
 
 
 def multiply(keep: Tensor) -> Any:

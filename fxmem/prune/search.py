@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxmem.prune import session
 from fxmem.prune.distributed import Ranks
 from fxmem.prune.instances import Instances
-from fxmem.prune.masks import Masks
+from fxmem.prune.masks import BLOCKS, Masks
 from fxmem.prune.materialize import coupling
 from fxmem.prune.options import Prune
 from fxmem.prune.scores import importance as measure
@@ -103,9 +103,9 @@ def score(
 
 
 def _chosen(coupled: Coupling, options: Prune) -> list[Any]:
-    """Groups of the wanted kinds; by default all that lie inside one layer."""
+    """Groups of the wanted kinds; by default heads and channels that lie inside one layer."""
     if not options.kinds:
-        return [g for g in coupled.groups if g.layer >= 0]
+        return [g for g in coupled.groups if g.kind in BLOCKS and g.layer >= 0]
     kinds = chosen_kinds(options.kinds, dict.fromkeys(g.kind for g in coupled.groups))
     return [g for g in coupled.groups if g.kind in kinds and (not kinds[g.kind] or g.layer >= 0)]
 

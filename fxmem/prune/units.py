@@ -35,13 +35,17 @@ class UnitGroup:
     Attributes:
         name: module path and kind, ``"model.layers.3.mlp.mlp_channels"``.
         kind: ``"kv_groups"`` (key/value heads with their query heads), ``"mlp_channels"`` or
-            ``"width"`` (channels of the residual stream).
+            ``"experts"`` (whole experts of one mixture) or ``"width"`` (channels of the residual
+            stream).
         layer: first number in the module path, -1 if none.
         size: number of units. cost: parameters removed with one unit.
         members: ``(parameter, axis, path)`` slices; see :func:`positions`.
-        consumer: members whose axis is contracted with the value the unit produces.
+        consumer: members whose axis is contracted with the value the unit produces; for experts
+            the weights that give their output.
         sizes: sizes that follow the unit count, as factors per unit (``size * factor``).
         norms: norms that average over the units, of a ``"width"`` group only.
+        least: units that must stay: as many experts as one token chooses.
+        router: members whose product gives the scores that experts are chosen by.
     """
 
     name: str
@@ -53,6 +57,8 @@ class UnitGroup:
     consumer: tuple[Member, ...]
     sizes: tuple[int, ...]
     norms: tuple[Norm, ...] = ()
+    least: int = 0
+    router: tuple[Member, ...] = ()
 
     def __post_init__(self) -> None:  # read back from JSON they are plain tuples
         object.__setattr__(self, "norms", tuple(Norm(*n) for n in self.norms))
