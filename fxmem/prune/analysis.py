@@ -69,9 +69,9 @@ class Walk:
         if SDPA in op:
             self._attention(node, values, where)
             return
-        if node in self.gathers or node in self.choices:
-            if self._choose(node, values, where):
-                return
+        chosen = node in self.gathers or node in self.choices
+        if chosen and self._choose(node, values, where):
+            return
         call = _call(node, op)
         row = lookup(node.target)
         signature = row.rule(call) if row is not None and call is not None else None

@@ -34,8 +34,10 @@ class Prune:
 
     Attributes:
         keep: fraction of the prunable parameters that stays, in (0, 1].
-        kinds: kinds of units to prune, such as ``("kv_heads", "mlp_channels")``; empty for those
-            that remove no other unit's meaning: heads and channels, experts where there are some.
+        kinds: kinds of units to prune: ``"kv_groups"``, ``"mlp_channels"``, ``"experts"``, and
+            whole ``"attention_blocks"``, ``"mlp_blocks"`` or ``"layers"``. Empty for heads and
+            channels (of all experts of a layer together). Kinds that hold the same weights, such
+            as experts and their channels, would be paid for twice and cannot be mixed.
         block: MLP channels per unit of the search. Single channels make the ratio of a whole layer
             degenerate after one step.
         order: which channels share a block: neighbours in ``"importance"`` (a block is then about
