@@ -86,6 +86,12 @@ def _add_prune(commands: Any) -> None:
     add = prune.add_argument
     add("model", help="folder of a Hugging Face model with its tokenizer")
     add("--keep", type=float, default=0.5, help="part of the prunable parameters (default 0.5)")
+    add(
+        "--kinds",
+        type=_names,
+        default=(),
+        help="such as experts or layers (default: heads, channels)",
+    )
     add("--data", type=Path, required=True, help="a text file to calibrate on")
     add("--out", type=Path, required=True, help="folder for the smaller model")
     add("--steps", type=int, default=200, help="search steps (default 200)")

@@ -19,6 +19,7 @@ from fxmem.prune import attributes
 from fxmem.prune.slicing import cut, slices
 
 FAST = ("llama",)
+MIXTURES = ("mixtral", "qwen3_moe")
 MATRIX = [
     pytest.param(name, kind, marks=() if name in FAST and kind == "sdpa" else pytest.mark.slow)
     for name in CASES
@@ -34,8 +35,8 @@ def inner(units: fxmem.Coupling) -> list[fxmem.UnitGroup]:
 
 def drawn(units: fxmem.Coupling, keep: float) -> fxmem.Masks:
     bools = {g.name: torch.rand(g.size) < keep for g in inner(units)}
-    for b in bools.values():
-        b[0] = True
+    for group in inner(units):
+        bools[group.name][: max(1, group.least)] = True
     return fxmem.Masks.from_bools(units, bools)
 
 
@@ -86,12 +87,13 @@ def test_masked_equals_sliced(name: str, attention: str) -> None:
     model = build(name, attention)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     units = fxmem.coupling(model)
-    assert [g.kind for g in units.groups] == ["kv_groups", "mlp_channels"] * 2 + (
-        ["width"] if name not in ("gpt2", "opt") else []
-    )
+    kinds = ["kv_groups", *(["experts"] if name in MIXTURES else []), "mlp_channels"]
+    wide = ["width"] if name not in ("gpt2", "opt") else []
+    assert [g.kind for g in units.groups] == kinds * 2 + wide
     for keep in (0.6, 0.3):
         check(model, units, drawn(units, keep))
-    none = fxmem.Masks.from_kept(units, {g.name: () for g in inner(units)})
+    least = {g.name: tuple(range(g.least)) for g in inner(units)}
+    none = fxmem.Masks.from_kept(units, least)
     if name in ("gpt2", "opt"):  # their split and views fail on no elements
         check_bare(model, units, none)
     else:

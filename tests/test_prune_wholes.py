@@ -102,9 +102,9 @@ def test_a_redundant_layer_is_found(init: Any) -> None:
 @pytest.mark.parametrize(
     ("kinds", "what"),
     [
-        (("layers", "kv_groups"), "'layers' and 'kv_groups' both remove kv_groups"),
-        (("mlp_channels", "mlp_blocks"), "both remove mlp_channels"),
-        (("neurons",), "kinds: kv_groups, mlp_channels, .*layers"),
+        (("layers", "kv_groups"), "'layers' and 'kv_groups' both remove"),
+        (("mlp_channels", "mlp_blocks"), "both remove"),
+        (("neurons",), "kinds it has: kv_groups, mlp_channels, .*layers"),
     ],
 )
 def test_overlapping_and_unknown_kinds(llama: Any, kinds: tuple[str, ...], what: str) -> None:

@@ -25,7 +25,7 @@ def prune(options: Any) -> str:
     """
     how = Prune(
         keep=options.keep, steps=options.steps, samples=options.samples, init=options.init,
-        seed=options.seed,
+        seed=options.seed, kinds=options.kinds,
     )  # fmt: skip
     if not options.data.is_file():
         raise PlanError(f"no text file at {options.data}", advice="name a file to calibrate on")

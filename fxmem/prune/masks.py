@@ -15,8 +15,8 @@ from fxmem.errors import MaskError
 from fxmem.prune.units import Coupling, UnitGroup, positions
 
 KINDS = ("kv_groups", "mlp_channels", "experts", "width")
-BLOCKS = ("kv_groups", "mlp_channels")
-"""Kinds of groups that may lose every unit: a whole attention or MLP block."""
+BLOCKS = {"kv_groups": "attention_blocks", "mlp_channels": "mlp_blocks"}
+"""Kinds whose groups may lose every unit -> the kind of block that a whole group is."""
 
 Groups = tuple[tuple[str, int, tuple[int, ...]], ...]
 

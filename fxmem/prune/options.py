@@ -34,9 +34,11 @@ class Prune:
 
     Attributes:
         keep: fraction of the prunable parameters that stays, in (0, 1].
-        kinds: kinds of units to prune, such as ``("kv_groups", "mlp_channels")``, which is what
-            empty means; whole ``"attention_blocks"``, ``"mlp_blocks"`` or ``"layers"`` instead.
-            ``"width"`` is searched alone: its units share their parameters with all others.
+        kinds: kinds of units to prune: ``"kv_groups"``, ``"mlp_channels"``, ``"experts"``, and
+            whole ``"attention_blocks"``, ``"mlp_blocks"`` or ``"layers"``. Empty for heads and
+            channels (of all experts of a layer together). Kinds that hold the same weights, such
+            as experts and their channels, would be paid for twice and cannot be mixed;
+            so ``"width"``, the channels of the residual stream, is searched alone.
         block: MLP channels per unit of the search. Single channels make the ratio of a whole layer
             degenerate after one step.
         order: which channels share a block: neighbours in ``"importance"`` (a block is then about

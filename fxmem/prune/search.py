@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from fxmem.prune import session
 from fxmem.prune.distributed import Ranks
 from fxmem.prune.instances import Instances
-from fxmem.prune.masks import BLOCKS, Masks
+from fxmem.prune.kinds import chosen
+from fxmem.prune.masks import Masks
 from fxmem.prune.materialize import coupling
 from fxmem.prune.options import Prune
 from fxmem.prune.scores import importance as measure
 from fxmem.prune.snapshot import Loss
 from fxmem.prune.space import Space, standardise
 from fxmem.prune.units import Coupling
-from fxmem.prune.wholes import chosen_kinds
 
 
 def search(
@@ -52,14 +52,14 @@ def search(
 
     Raises:
         BudgetError: the budget cannot be met, or there is nothing to prune or to measure on.
-        PlanError: a kind of unit that the model does not have.
+        PlanError: a kind of unit that the model does not have, or two that overlap.
         DivergedError: ranks disagree.
     """
     options = options or Prune()
     coupled = coupled or coupling(model)
     found = session.run(
         model,
-        _chosen(coupled, options),
+        chosen(coupled, options.kinds),
         _factory(model, coupled),
         batches,
         options,
@@ -91,23 +91,16 @@ def score(
         coupled: ``fxmem.coupling(model)``, where it is at hand.
 
     Raises:
-        PlanError: an unknown method or kind.
+        BudgetError: there is nothing to prune, or too little stays for the experts of a token.
+        PlanError: an unknown method or kind, or kinds that overlap.
     """
     options = options or Prune()
     coupled = coupled or coupling(model)
-    groups = _chosen(coupled, options)
+    groups = chosen(coupled, options.kinds)
     values = measure(model, batches, groups, method, options.seed)
     space = Space.build(groups, options, values, block=1)
     kept = space.final(space.pool(standardise(space, values, method)), options)
     return values, Masks.from_bools(coupled, space.bools(kept))
-
-
-def _chosen(coupled: Coupling, options: Prune) -> list[Any]:
-    """Groups of the wanted kinds; by default heads and channels that lie inside one layer."""
-    if not options.kinds:
-        return [g for g in coupled.groups if g.kind in BLOCKS and g.layer >= 0]
-    kinds = chosen_kinds(options.kinds, dict.fromkeys(g.kind for g in coupled.groups))
-    return [g for g in coupled.groups if g.kind in kinds and (not kinds[g.kind] or g.layer >= 0)]
 
 
 def _factory(model: nn.Module, coupled: Coupling) -> session.Instantiate:

@@ -1,4 +1,7 @@
-"""The units of a search: coupled groups of a model, with channels joined into blocks."""
+"""The units of a search: coupled groups of a model, with channels joined into blocks.
+
+Where whole blocks or layers are searched, all units of their groups are one search unit.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fxmem.errors import BudgetError
+from fxmem.prune.kinds import bundle
 from fxmem.prune.options import Prune
 from fxmem.prune.projection import top
 from fxmem.prune.units import Member
-from fxmem.prune.wholes import parts_of_wholes
 
 
 class Group(Protocol):
@@ -47,9 +50,11 @@ class Space:
         unit: per group int (size,), the search unit of each of its units.
         cost: float64 (n,), parameters of each search unit, or 1 where units are counted.
         layer: int (n,), decoder layer of each.
-        owner: int (n,), the group of each, as an index into `groups`; the first one of a whole.
+        owner: int (n,), the group of each, as an index into `groups`; of a layer the first.
         block: channels per search unit.
-        wholes: names of the groups that are searched as a whole -> the kind of the whole.
+        bundles: per group the block that it goes whole with, None where its units go one by one.
+        reserve: per group its units, those first that are put back where a drawn mask keeps fewer
+            experts than a token chooses.
     """
 
     groups: tuple[Group, ...]
@@ -58,7 +63,8 @@ class Space:
     layer: Tensor
     owner: Tensor
     block: int
-    wholes: Mapping[str, str]
+    bundles: tuple[tuple[str, str] | None, ...]
+    reserve: tuple[Tensor, ...]
 
     @classmethod
     def build(
@@ -77,36 +83,41 @@ class Space:
             block: channels per unit instead of the options'.
 
         Raises:
-            BudgetError: there is no group.
+            BudgetError: there is no group, or the budget does not pay for as many experts as a
+                token chooses.
         """
         if not groups:
             raise BudgetError("no group of units to prune", advice="see fxmem.coupling(model)")
-        whole = parts_of_wholes(groups, options.kinds)
-        width = block or options.block
-        units, costs, layers, owners = [], [], [], []
-        made: dict[tuple[str, int], int] = {}
-        for number, group in enumerate(groups):
-            key = (whole.get(group.name, ""), group.layer)
-            each = group.cost if options.cost == "parameters" else 1
-            if key in made:  # a further group of a layer that is kept or removed as one
-                units.append(torch.full((group.size,), made[key]))
-                costs[made[key]] += group.size * group.cost * (options.cost == "parameters")
+        bundles = tuple(bundle(g.name, g.kind, options.kinds) for g in groups)
+        units, layers, owners, first = [], [], [], 0
+        whole: dict[tuple[str, str], int] = {}
+        for number, (group, at) in enumerate(zip(groups, bundles, strict=True)):
+            if at is not None and at in whole:
+                units.append(torch.full((group.size,), whole[at]))
                 continue
-            first = len(costs)
-            if key[0]:
-                made[key] = first
-                local = torch.zeros(group.size, dtype=torch.int64)
-                size = [group.size * each if options.cost == "parameters" else 1]
-            else:
-                local = _blocks(group, width, options, importance)
-                size = (torch.bincount(local) * each).tolist()
+            local = _local(group, at is not None, options, importance, block)
+            count = int(local.max()) + 1 if len(local) else 0
+            if at is not None and count:
+                whole[at] = first
             units.append(first + local)
-            costs += size
-            layers += [group.layer] * len(size)
-            owners += [number] * len(size)
-        cost = torch.tensor(costs, dtype=torch.float64)
-        parts = (cost, torch.tensor(layers), torch.tensor(owners))
-        return cls(tuple(groups), tuple(units), *parts, width, whole)
+            layers += [group.layer] * count
+            owners += [number] * count
+            first += count
+        cost = torch.zeros(first, dtype=torch.float64)
+        for group, unit, at in zip(groups, units, bundles, strict=True):
+            if options.cost == "parameters" or at is None:
+                price = float(group.cost) if options.cost == "parameters" else 1.0
+                cost.index_add_(0, unit, torch.full((len(unit),), price, dtype=torch.float64))
+            else:
+                cost[unit] = 1.0
+        reserve = tuple(_reserve(group, importance) for group in groups)
+        space = cls(
+            tuple(groups), tuple(units), cost, torch.tensor(layers), torch.tensor(owners),
+            block or options.block, bundles, reserve,
+        )  # fmt: skip
+        if any(map(least, groups)):
+            space.final(torch.zeros_like(cost), options)
+        return space
 
     @property
     def budget_base(self) -> float:
@@ -114,35 +125,69 @@ class Space:
         return float(self.cost.sum())
 
     def pool(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Mean of per-unit values over each search unit, by cost: float64 (n,)."""
+        """Mean of per-unit values over each search unit, of blocks by parameter: float64 (n,)."""
         total = torch.zeros(len(self.cost), dtype=torch.float64)
         count = torch.zeros_like(total)
-        for group, unit in zip(self.groups, self.unit, strict=True):
-            weight = torch.full((len(unit),), float(group.cost), dtype=torch.float64)
-            total.index_add_(0, unit, weight * values[group.name].double())
-            count.index_add_(0, unit, weight)
+        for group, unit, at in zip(self.groups, self.unit, self.bundles, strict=True):
+            weight = 1.0 if at is None else float(group.cost)
+            total.index_add_(0, unit, values[group.name].double() * weight)
+            count.index_add_(0, unit, torch.full((len(unit),), weight, dtype=torch.float64))
         return total / count
 
     def bools(self, mask: Tensor) -> dict[str, Tensor]:
-        """A mask over search units as one over each group's own units."""
-        pairs = zip(self.groups, self.unit, strict=True)
-        return {group.name: mask[unit] for group, unit in pairs}
+        """A mask over search units as one over each group's own units.
+
+        A mask with too few experts gets the most important others back: the loss of a mask is that
+        of the sub-model that can run.
+        """
+        out = {}
+        for group, unit, reserve in zip(self.groups, self.unit, self.reserve, strict=True):
+            kept = mask[unit]
+            if (lacking := least(group) - int(kept.sum())) > 0:
+                kept[reserve[~kept[reserve]][:lacking]] = True
+            out[group.name] = kept
+        return out
 
     def final(self, s: Tensor, options: Prune) -> Tensor:
-        """The deterministic mask at the budget, bool (n,), from probabilities or scores."""
-        if options.ranking == "joint":
-            return self._top(s, torch.ones(len(s), dtype=torch.bool), options)
+        """The deterministic mask at the budget, bool (n,), from probabilities or scores.
+
+        Raises:
+            BudgetError: the budget does not pay for as many experts as a token chooses.
+        """
+        forced = self._forced(s)
+        ranked = torch.where(forced, math.inf, s.double())
         kept = torch.zeros(len(s), dtype=torch.bool)
-        kinds = [self.wholes.get(group.name, group.kind) for group in self.groups]
-        for kind in dict.fromkeys(kinds):
-            mine = torch.tensor([k == kind for k in kinds])[self.owner]
-            kept |= self._top(s, mine, options)
+        if options.ranking == "joint":
+            kept = self._top(ranked, ~kept, options)
+        else:
+            pairs = zip(self.groups, self.bundles, strict=True)
+            kinds = [group.kind if at is None else at[0] for group, at in pairs]
+            for kind in dict.fromkeys(kinds):
+                mine = torch.tensor([k == kind for k in kinds])[self.owner]
+                kept |= self._top(ranked, mine, options)
+        if bool((forced & ~kept).any()):
+            at = int((forced & ~kept).nonzero()[0])
+            group = self.groups[int(self.owner[at])]
+            raise BudgetError(
+                f"keep={options.keep:g} leaves fewer than {least(group)} experts in {group.name}, "
+                "as many as a token chooses",
+                advice="a larger keep, or fewer experts per token in the dense model",
+            )
         return kept
+
+    def _forced(self, s: Tensor) -> Tensor:
+        """The best units of each group that must keep some: bool (n,)."""
+        forced = torch.zeros(len(s), dtype=torch.bool)
+        for group, unit in zip(self.groups, self.unit, strict=True):
+            order = torch.sort(s[unit], descending=True, stable=True).indices
+            forced[unit[order[: least(group)]]] = True
+        return forced
 
     def _top(self, s: Tensor, among: Tensor, options: Prune) -> Tensor:
         index = among.nonzero()[:, 0]
         cost, owner = self.cost[index], self.owner[index]
-        fine = torch.tensor([g.size > FINE and g.name not in self.wholes for g in self.groups])
+        pairs = zip(self.groups, self.bundles, strict=True)
+        fine = torch.tensor([_fine(g, at is not None) for g, at in pairs])
         wanted = math.lcm(options.round_to, self.block) // self.block
         multiple = torch.where(fine, wanted, 1)
         kept = torch.zeros(len(s), dtype=torch.bool)
@@ -151,14 +196,34 @@ class Space:
         return kept
 
 
-def _blocks(group: Group, width: int, options: Prune, importance: Mapping[str, Tensor]) -> Tensor:
-    """Search unit of each unit of one group, from 0: int (size,)."""
-    width = width if group.size > FINE else 1
+def least(group: Group) -> int:
+    """Units that a group must keep."""
+    return int(getattr(group, "least", 0))
+
+
+def _fine(group: Group, whole: bool) -> bool:
+    """Whether the units of a group are searched in blocks."""
+    return group.size > FINE and not whole and not least(group)
+
+
+def _local(
+    group: Group, whole: bool, options: Prune, importance: Mapping[str, Tensor], block: int | None
+) -> Tensor:
+    """The search unit of each unit of one group, counted from 0: int (size,)."""
+    if whole:
+        return torch.zeros(group.size, dtype=torch.long)
+    width = (block or options.block) if _fine(group, whole) else 1
     rank = torch.arange(group.size)
     if width > 1 and options.order == "importance":
         order = torch.sort(importance[group.name], descending=True, stable=True).indices
         rank[order] = torch.arange(group.size)
     return rank // width
+
+
+def _reserve(group: Group, importance: Mapping[str, Tensor]) -> Tensor:
+    if not least(group):
+        return torch.arange(0)
+    return torch.sort(importance[group.name], descending=True, stable=True).indices
 
 
 def start(space: Space, importance: Mapping[str, Tensor], options: Prune) -> Tensor:
@@ -189,15 +254,31 @@ def quantiles(values: Tensor, cost: Tensor) -> Tensor:
 
 
 def standardise(space: Space, importance: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
-    """Importance that can be ranked over the whole model, per group (size,)."""
+    """Importance that can be ranked over the whole model, per group (size,).
+
+    Units of one group are compared within it. A group that goes whole is compared, by its mean per
+    parameter, with the others of its kind.
+    """
     out = {}
-    for group in space.groups:
+    means: dict[str, dict[str, Tensor]] = {}
+    for group, at in zip(space.groups, space.bundles, strict=True):
         x = importance[group.name].double()
-        if method == "taylor" or group.name in space.wholes:
-            # A change of the loss: comparable everywhere, per parameter it frees. Of a whole group
-            # nothing else is left to compare: over its units, standardised values sum to zero.
+        if method == "taylor":
+            # A change of the loss: comparable everywhere, per parameter it frees.
             out[group.name] = x / group.cost
+        elif at is None:
+            out[group.name] = _normal(x)
+        elif group.size:
+            means.setdefault(group.kind, {})[group.name] = x.mean() / group.cost
         else:
-            spread = x.std(correction=0)
-            out[group.name] = (x - x.mean()) / (spread if spread > 0 else 1.0)
+            out[group.name] = x
+    for table in means.values():
+        normal = _normal(torch.stack(list(table.values())))
+        for name, value in zip(table, normal, strict=True):
+            out[name] = value.expand(len(importance[name]))
     return out
+
+
+def _normal(x: Tensor) -> Tensor:
+    spread = x.std(correction=0)
+    return (x - x.mean()) / (spread if spread > 0 else 1.0)
