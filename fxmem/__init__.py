@@ -13,7 +13,9 @@ from fxmem.api import backend, merge_low_rank, restore, transform
 from fxmem.blocks.optimizer import BlockAdamW
 from fxmem.errors import (
     BackwardTwiceError,
+    BudgetError,
     CaptureError,
+    DivergedError,
     DoubleBackwardError,
     DroppedLogitsError,
     FxmemError,
@@ -42,6 +44,8 @@ from fxmem.prune.units import Coupling, UnitGroup
 __version__ = "0.1.0"
 __all__ = [
     "BackwardTwiceError",
+    "BudgetError",
+    "DivergedError",
     "BlockAdamW",
     "Blocks",
     "CaptureError",

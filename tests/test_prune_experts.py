@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fxmem
 from fxmem.experts import streamable
 from fxmem.prune.choices import choices
+from fxmem.prune.masks import BLOCKS
 from fxmem.prune.scores import METHODS
 
 SLOW = pytest.mark.slow
@@ -39,7 +40,7 @@ def qwen() -> tuple[Any, fxmem.Coupling]:
 def experts(units: fxmem.Coupling, *kept: tuple[int, ...], every: int = 1) -> fxmem.Masks:
     """Experts kept per layer, and every so-manieth unit of the other kinds."""
     names = [g.name for g in units.groups if g.kind == "experts"]
-    rest = {g.name: tuple(range(0, g.size, every)) for g in units.groups if g.kind != "experts"}
+    rest = {g.name: tuple(range(0, g.size, every)) for g in units.groups if g.kind in BLOCKS}
     return fxmem.Masks.from_kept(units, {**rest, **dict(zip(names, kept, strict=True))})
 
 

@@ -131,7 +131,7 @@ def test_layer_norm_blocks_the_width(name: str) -> None:
     assert "width" not in [g.kind for g in units.groups]
     why = [w for n, axis, w in units.blocked if "embed_tokens" in n or "wte" in n if axis == 1]
     assert len(why) == 1 and "mean of a LayerNorm includes removed channels" in why[0]
-    with pytest.raises(fxmem.FxmemError, match="no unit of kind 'width'"):
+    with pytest.raises(fxmem.FxmemError, match="no units of kind 'width'"):
         fxmem.search(build(name), [], fxmem.Prune(kinds=("width",)), coupled=units)
 
 
