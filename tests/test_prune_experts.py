@@ -14,6 +14,7 @@ from test_prune import check
 from torch import Tensor, nn
 
 import fxmem
+from fxmem.errors import BudgetError
 from fxmem.experts import streamable
 from fxmem.prune.choices import choices
 from fxmem.prune.masks import BLOCKS
@@ -213,7 +214,7 @@ def test_refusals(qwen: tuple[Any, fxmem.Coupling]) -> None:
     with pytest.raises(fxmem.PlanError, match="'experts' and 'mlp_channels'"):
         fxmem.search(model, data(model), both, coupled=units)
     few = fxmem.Prune(keep=0.4, kinds=("experts",))
-    with pytest.raises(fxmem.BudgetError, match="fewer than 2 experts"):
+    with pytest.raises(BudgetError, match="fewer than 2 experts"):
         fxmem.search(model, data(model), few, coupled=units)
 
 

@@ -198,6 +198,8 @@ def _fill(
         t = tensors.pop(name).clone()
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
+        if t.data_ptr() % 64:
+            t = t.clone()  # products round differently on memory aligned unlike torch's own
         if leaf in owner._parameters:
             made[name] = owner._parameters[leaf] = nn.Parameter(
                 t, requires_grad=t.is_floating_point()
