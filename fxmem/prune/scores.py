@@ -235,7 +235,7 @@ def _taylor(
                     .sum(0)
                     for n, axis in axes
                 }
-                changes = _summed(groups, lambda *at, lines=lines: lines[at])  # type: ignore[misc]
+                changes = _summed(groups, lambda *at, lines=lines: lines[at])
                 for name, change in changes.items():
                     total[name] += change.square()
     finally:
