@@ -21,7 +21,7 @@ def padded(
 ) -> tuple[Masks, tuple[UnitGroup, ...]]:
     """Masks with one unit in every group that needs one, and those groups."""
     kinds = nonzero(model)
-    bare = tuple(g for g in coupling.groups if g.kind in kinds and not masks.kept(g.name))
+    bare = tuple(g for g in coupling.groups if g.kind in kinds and not masks.units(g))
     if not bare:
         return masks, ()
     names = {g.name for g in bare}

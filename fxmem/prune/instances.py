@@ -61,7 +61,7 @@ class Instances:
         model = self.model()
         if model is None:
             raise MaskError("the dense model of these sub-models no longer exists")
-        masks, bare = padded(model, self.coupling, masks)
+        masks, bare = padded(model, self.coupling, masks.completed(self.coupling))
         silent = {name for g in bare for name, _, _ in g.consumer}
         parts = slices(self.coupling, masks)
         values: dict[str, Tensor] = dict(self.buffers)

@@ -21,9 +21,14 @@ BLOCKS = {"kv_groups": "attention_blocks", "mlp_channels": "mlp_blocks"}
 Groups = tuple[tuple[str, int, tuple[int, ...]], ...]
 
 
+LATER = {"experts"}
+"""Kinds that earlier versions did not find: masks without them fit too, and keep them whole."""
+
+
 def fingerprint(coupling: Coupling) -> str:
     """Of the groups and parameter shapes: masks fit models that share it."""
-    text = repr((coupling.shapes, [(g.name, g.size, g.members) for g in coupling.groups]))
+    groups = [(g.name, g.size, g.members) for g in coupling.groups if g.kind not in LATER]
+    text = repr((coupling.shapes, groups))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -108,7 +113,7 @@ class Masks:
         if self.model != fingerprint(coupling):
             raise MaskError("these masks were made for another model")
         for g in coupling.groups:
-            if g.least and (left := len(self.kept(g.name))) < g.least:
+            if g.least and (left := len(self.units(g))) < g.least:
                 raise MaskError(
                     f"{left} experts are kept where every token chooses {g.least}",
                     module=g.name,
@@ -121,6 +126,22 @@ class Masks:
             if n == name:
                 return kept
         raise MaskError(f"the masks have no group {name!r}")
+
+    def units(self, group: UnitGroup) -> tuple[int, ...]:
+        """Kept units of a group; all of one that these masks do not name (`LATER`)."""
+        named = group.kind not in LATER or any(n == group.name for n, _, _ in self.entries)
+        return self.kept(group.name) if named else tuple(range(group.size))
+
+    def completed(self, coupling: Coupling) -> Masks:
+        """The same masks with an entry for every group.
+
+        Raises:
+            MaskError: as `check`.
+        """
+        self.check(coupling)
+        if len(self.entries) == len(coupling.groups):
+            return self
+        return Masks.from_kept(coupling, {name: kept for name, _, kept in self.entries})
 
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -184,7 +205,7 @@ class Masks:
         self.check(coupling)
         out: dict[str, tuple[int, ...]] = {}
         for g in coupling.groups:
-            kept = self.kept(g.name)
+            kept = self.units(g)
             wanted = min(g.size, -(-len(kept) // table.get(g.kind, 1)) * table.get(g.kind, 1))
             spare = [i for i in range(g.size) if i not in set(kept)]
             out[g.name] = tuple(sorted((*kept, *spare[: wanted - len(kept)])))
@@ -250,7 +271,7 @@ def axis_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor
     shapes = dict(coupling.shapes)
     out: dict[tuple[str, int], Tensor] = {}
     for g in coupling.groups:
-        kept = masks.kept(g.name)
+        kept = masks.units(g)
         if len(kept) == g.size:
             continue
         for name, axis, path in g.members:

@@ -63,7 +63,7 @@ def reduced(plan: Coupling, masks: Masks) -> Coupling:
     groups = []
     for g in plan.groups:
         members = tuple(moved(m) for m in g.members)
-        size = len(masks.kept(g.name))
+        size = len(masks.units(g))
         cost = cost_of(members, new_shapes, size) if size else 0
         groups.append(
             replace(
@@ -88,7 +88,7 @@ def materialize(model: nn.Module, masks: Masks, coupling: Coupling | None = None
     made = origin(model)
     if coupling is None:
         coupling = trace(model) if made is None else reduced(*made)
-    masks.check(coupling)
+    masks = masks.completed(coupling)
     found = attributes(model, coupling)
     masks, bare = padded(model, coupling, masks)
     small = shell(model, slices(coupling, masks))
