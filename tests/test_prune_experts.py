@@ -111,13 +111,14 @@ def test_saved_model_loads_equal(name: str, tmp_path: Path) -> None:
     model, units = mixture(name)
     small: Any = fxmem.materialize(model, experts(units, (0, 2), (1, 2, 3), every=2), units)
     fxmem.save_pretrained(small, tmp_path)
-    again: Any = fxmem.from_pretrained(tmp_path, experts_implementation="eager")
+    again: Any = fxmem.from_pretrained(tmp_path)
     ids = torch.randint(3, 97, (2, 9))
     tokens = {"max_new_tokens": 4, "do_sample": False}
     with torch.no_grad():
         assert torch.equal(small(input_ids=ids).logits, again(input_ids=ids).logits)
         assert torch.equal(small.generate(ids, **tokens), again.generate(ids, **tokens))
     assert again.model.layers[0].mlp.experts.num_experts == 2
+    assert again.config._experts_implementation == "eager"
     assert fxmem.coupling(again) == fxmem.coupling(small)
 
 

@@ -60,6 +60,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         "class": name,
         "model_type": kind,
         "attn_implementation": config._attn_implementation,
+        "experts_implementation": getattr(config, "_experts_implementation", None),
         "masks": masks.to_dict(),
         "coupling": asdict(plan),
         "attributes": [asdict(e) for e in found],
@@ -128,6 +129,8 @@ def _skeleton(where: Path, data: dict[str, Any], options: dict[str, Any]) -> nn.
     values = json.loads((where / "config.json").read_text())
     values["architectures"], values["model_type"] = [data["class"]], data["model_type"]
     values["attn_implementation"] = data["attn_implementation"]
+    if data.get("experts_implementation"):
+        values["experts_implementation"] = data["experts_implementation"]
     config = cls.config_class.from_dict({**values, **options})
     with _MetaParameters():
         model: nn.Module = cls(config)
