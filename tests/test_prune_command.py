@@ -62,6 +62,7 @@ def test_prune_writes_a_smaller_model(
         ({"--length": "100000"}, "one batch needs"),
         ({"--keep": "0"}, "keep"),
         ({"--length": "1"}, "at least 2"),
+        ({"--kinds": "layers,feathers", "--length": "4", "--batch": "1"}, "kind 'feathers'"),
     ],
 )
 def test_prune_names_what_is_wrong(

@@ -63,7 +63,8 @@ def remember(
 
 def _key(model: nn.Module, coupling: Coupling) -> tuple[str, str]:
     config = getattr(model, "config", None)
-    return fingerprint(coupling), str(getattr(config, "_attn_implementation", ""))
+    groups = f"{fingerprint(coupling)} {len(coupling.groups)}"
+    return groups, str(getattr(config, "_attn_implementation", ""))
 
 
 def attributes(model: nn.Module, coupling: Coupling, masks: Masks | None = None) -> Attributes:

@@ -228,13 +228,8 @@ def _taylor(
             for batch in batches:
                 found = torch.autograd.grad(model(**batch).loss, list(wanted.values()))
                 grads = dict(zip(wanted, found, strict=True))
-                lines = {
-                    (n, axis): (wanted[n].detach() * grads[n])
-                    .movedim(axis, -1)
-                    .flatten(0, -2)
-                    .sum(0)
-                    for n, axis in axes
-                }
+                each = {n: w.detach() * grads[n] for n, w in wanted.items()}
+                lines = {(n, i): each[n].movedim(i, -1).flatten(0, -2).sum(0) for n, i in axes}
                 changes = _summed(groups, lambda *at, lines=lines: lines[at])
                 for name, change in changes.items():
                     total[name] += change.square()
