@@ -12,7 +12,7 @@ import torch
 from fxmem.emit import BodyPass
 from fxmem.errors import PlanError
 from fxmem.kernels.registry import find, kernels
-from fxmem.passes.add_products import AddProducts
+from fxmem.passes.add_products import AddProducts, adds_product
 from fxmem.passes.in_place import InPlace
 from fxmem.passes.lower_kernels import Found, LowerKernels, Record
 from fxmem.plan import Plan
@@ -63,9 +63,12 @@ class Lowering:
         return _RECORDS.setdefault(self, Record(fuel=self.fuel))
 
     def body_passes(self, device: torch.device) -> Sequence[BodyPass]:
-        """Rewrites of every finished chunk body, in order. Inductor writes in place by itself."""
+        """Rewrites of every finished chunk body, in order.
+
+        Inductor writes in place by itself, but a product and a sum are two kernels to it.
+        """
         if self.mode == "inductor":
-            return ()
+            return (InPlace(only=adds_product), AddProducts()) if device.type == "cpu" else ()
         if self.mode == "triton" or (self.mode == "auto" and device.type != "cpu"):
             return (LowerKernels(device, self.record, self.off), InPlace())
         return (InPlace(), AddProducts())

@@ -35,16 +35,29 @@ class AddProducts:
         return new
 
 
-def _fuse(graph: fx.Graph, node: fx.Node) -> None:
-    x, value = node.args
+def adds_product(node: fx.Node, position: int) -> bool:
+    """Whether ``node`` adds a product that nobody else reads to its operand at ``position``."""
+    if str(node.target) not in ("aten.add.Tensor", "aten.add_.Tensor") or len(node.args) != 2:
+        return False
+    return _product(node.args[1 - position]) is not None and not node.kwargs
+
+
+def _product(value: object) -> tuple[fx.Node, list[fx.Node]] | None:
+    """The matrix product behind ``value``, and the views between, if each has one reader."""
     chain = []
     while isinstance(value, fx.Node) and str(value.target) in _SHAPES and len(value.users) == 1:
         chain.append(value)
         value = value.args[0]
     if not isinstance(value, fx.Node) or value.target is not aten.mm.default:
+        return None
+    return (value, chain) if len(value.users) == 1 else None
+
+
+def _fuse(graph: fx.Graph, node: fx.Node) -> None:
+    x, found = node.args[0], _product(node.args[1])
+    if found is None or not isinstance(x, fx.Node):
         return
-    if len(value.users) != 1 or not isinstance(x, fx.Node):
-        return
+    value, chain = found
     a, b = value.args
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     if not sources(x).isdisjoint(sources(a) | sources(b)) or value in sources(x):
@@ -62,4 +75,4 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(gone)
 
 
-__all__ = ["AddProducts"]
+__all__ = ["AddProducts", "adds_product"]

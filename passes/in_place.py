@@ -9,6 +9,7 @@ it has a later reader.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +43,13 @@ _FORMS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """Rewrite the graph of a chunk body where it is legal."""
+    """Rewrite the graph of a chunk body where it is legal.
+
+    ``only``: asked with an op and the operand that would take its result; None for all.
+    """
 
     name: str = "in_place"
+    only: Callable[[fx.Node, int], bool] | None = None
 
     def run(self, graph: fx.Graph) -> fx.Graph:
         new = fx.Graph()
@@ -61,6 +66,8 @@ class InPlace:
             if form is None or "alpha" in node.kwargs:
                 continue
             for position in form[1]:
+                if self.only is not None and not self.only(node, position):
+                    continue
                 if _writable(node, position, storage, last, order[node]):
                     _rewrite(node, form[0], position)
                     root = storage[node.args[0]]
