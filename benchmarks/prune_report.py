@@ -133,6 +133,7 @@ def _cell(value: Any, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
+LINES = ("-", "--", ":", "-.")
 PALETTE = ("#00798c", "#d1495b", "#e0a030", "#7a6fac", "#4f6d3a", "#333333")
 
 
@@ -142,7 +143,7 @@ def draw(records: Sequence[Record], options: Any) -> None:
 
     worked = [r for r in records if r["status"] == "ok"]
     searched = [r for r in worked if r.get("curve")]
-    figure = Figure(figsize=(12, 1.8 + 0.3 * max(len(worked), 8)), layout="constrained")
+    figure = Figure(figsize=(14, 1.8 + 0.3 * max(len(worked), 8)), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [f"{r['row']} ({r['keep']:g})" for r in worked]
     keeps = sorted({r["keep"] for r in worked})
@@ -153,14 +154,16 @@ def draw(records: Sequence[Record], options: Any) -> None:
     left.margins(x=0.25)
     left.set_xlabel(f"held-out perplexity at length {options.length}")
     left.invert_yaxis()
-    for number, record in enumerate(searched):
+    for record in searched:
         _, snapshots, losses = zip(*record["curve"], strict=True)
+        kind, _, begin = record["row"].partition(" from ")
         right.plot(
-            snapshots, losses, marker="o", color=PALETTE[number % len(PALETTE)],
+            snapshots, losses, color=PALETTE[KINDS.index(kind)],
+            marker="os"[STARTS.index(begin)], linestyle=LINES[keeps.index(record["keep"]) % 4],
             label=f"{record['row']} ({record['keep']:g})",
         )  # fmt: skip
     if searched:
-        right.legend(fontsize=8)
+        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         right.set_xscale("log")
     else:
         right.set_axis_off()
