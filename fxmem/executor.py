@@ -126,7 +126,9 @@ def _run_loop(
             tiles[name] = tile_map(mask, state, env, parts)
     ints = [state.sizes[i] for i in step.ints]
     tensors = [env[t] for t in step.tensors]
-    body = step.module if step.compiled is None else step.compiled.bind(tensors)
+    # A sink takes gradients where they arise, by functions that only the rewritten body calls.
+    plain = all(isinstance(t, Tensor) for t in tensors)
+    body = step.compiled.bind(tensors) if step.compiled is not None and plain else step.module
     order = range(len(parts) - 1, -1, -1) if step.descending else range(len(parts))
     for i in order:
         spans = [tiles[name].spans[i] for name in step.masks]

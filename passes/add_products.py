@@ -39,6 +39,9 @@ def adds_product(node: fx.Node, position: int) -> bool:
     """Whether ``node`` adds a product that nobody else reads to its operand at ``position``."""
     if str(node.target) not in ("aten.add.Tensor", "aten.add_.Tensor") or len(node.args) != 2:
         return False
+    info = node.meta.get("info")
+    if info is None or info.dtype.itemsize < 4:
+        return False  # Inductor keeps such a sum in float32; the product would round it
     return _product(node.args[1 - position]) is not None and not node.kwargs
 
 
