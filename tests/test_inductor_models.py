@@ -108,13 +108,13 @@ def test_pruned_widths_compile_twice_at_most() -> None:
     """Heads and channels of every layer at five widths; each model is exact, the last three compile
     nothing.
     """
-    model = prune_cases.build("llama").train()
+    model = prune_cases.build("llama").float().train()
     units = fxmem.coupling(model)
     compiled = []
     for keep in (0.9, 0.6, 0.4, 0.7, 0.3):
         inner = [g for g in units.groups if g.kind != "width"]
         bools = {g.name: torch.arange(g.size) < round(keep * g.size) for g in inner}
         small: Any = fxmem.materialize(model, Masks.from_bools(units, bools), units)
-        both(small, lambda net: tiny.step(net, tiny.batch(2, 23)), 1e-6)
+        both(small, lambda net: tiny.step(net, tiny.batch(2, 23)), 1e-5)
         compiled.append(STATS.compiled)
     assert compiled[0] < compiled[1] == compiled[2] == compiled[3] == compiled[4]
