@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,14 @@ def loss(logits: Tensor) -> Tensor:
     return (logits.logsumexp(-1) - logits[..., 3]).square().mean()
 
 
-def check(model: Any, units: fxmem.Coupling, masks: fxmem.Masks) -> Any:
-    """Logits and gradients of kept entries equal the masked model's, and the mask matters."""
+def check(
+    model: Any, units: fxmem.Coupling, masks: fxmem.Masks, factor: Mapping[str, float] | None = None
+) -> Any:
+    """Logits and gradients of kept entries equal the masked model's, and the mask matters.
+
+    ``factor``: parameter -> what its gradient in the smaller model is multiplied with, if not 1.
+    """
+    factor = factor or {}
     ids = torch.randint(3, 97, (3, 11))
     small = fxmem.materialize(model, masks, units)
     model.zero_grad()
@@ -63,7 +70,7 @@ def check(model: Any, units: fxmem.Coupling, masks: fxmem.Masks) -> Any:
         if p.grad is None:
             continue
         kept = cut(p.grad, parts.get(name, []))
-        new = torch.zeros_like(kept) if q.grad is None else q.grad
+        new = torch.zeros_like(kept) if q.grad is None else q.grad * factor.get(name, 1.0)
         assert kept.numel() == 0 or (kept - new).abs().max() < 1e-10 * max(1.0, top), name
         assert q.is_contiguous() and q.data_ptr() != p.data_ptr()
     return small
