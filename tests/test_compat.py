@@ -258,6 +258,16 @@ def test_memory_events_see_an_allocation_and_its_free() -> None:
     assert sum(sizes) == 0
 
 
+def test_memory_events_leave_out_frees_of_what_an_earlier_profile_saw() -> None:
+    kept = []
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
+            kept.clear()
+            kept.append(torch.empty(12345, dtype=torch.uint8))
+        sizes = [size for _, size, device in memory_events(done) if device == "cpu"]
+        assert sum(sizes) >= 12345 and min(sizes) >= 0
+
+
 def test_memory_events_refuse_a_profile_that_did_not_run() -> None:
     with pytest.raises(RuntimeError, match="no recorded events"):
         list(memory_events(profile()))
