@@ -18,9 +18,13 @@ from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    statically_known_true,
+)
 
-__all__ = ["Symbolic", "cache_counters", "compile_segment"]
+__all__ = ["Symbolic", "cache_counters", "compile_segment", "statically_known_true"]
 
 
 @dataclass(frozen=True, slots=True)

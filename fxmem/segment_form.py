@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from fxmem._compat_inductor import Symbolic
+from fxmem._compat_inductor import Symbolic, statically_known_true
 from fxmem.passes.segments import Segment
 from fxmem.sizes import Size
 
@@ -89,7 +89,8 @@ class Form:
         pending = iter(constants[len(constants) - self._in_nodes :])
         for node in self.segment.nodes:
             args, kwargs = (_fill(a, env, pending) for a in (node.args, node.kwargs))
-            env[node] = node.target(*args, **kwargs)
+            target = _reshape if node.target is torch.ops.aten.reshape.default else node.target
+            env[node] = target(*args, **kwargs)
         return tuple(env[n] for n in self.segment.outputs)
 
     @property
@@ -136,6 +137,19 @@ class _Lift:
             self.constants.append(value)
             return "constant"
         return (type(value).__name__, value)
+
+
+def _reshape(x: Tensor, shape: Sequence[Any]) -> Tensor:
+    """Reshape that copies wherever the rows of two sequences may lie apart.
+
+    They do unless the chunk is the whole sequence; a trace of ``aten.reshape`` holds for one of the
+    two.
+    """
+    if x.dim() > 1 and not statically_known_true(shape[0] == x.shape[0]):
+        together = statically_known_true(x.stride(0) == x.shape[1] * x.stride(1))
+        if not together:
+            x = torch.ops.aten.clone.default(x, memory_format=torch.contiguous_format)
+    return torch.ops.aten.reshape.default(x, shape)
 
 
 def canonical(i: int) -> str:

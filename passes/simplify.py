@@ -9,6 +9,7 @@ same floating-point numbers; the order of no sum changes.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,11 @@ class Simplify:
 
 
 def _identity(joint: Joint, node: fx.Node) -> fx.Node | None:
-    """``detach(x)``, ``x ** 1`` -> ``x``."""
+    """``detach(x)``, ``x ** 1``, ``x[:]`` -> ``x``."""
     target = str(node.target)
+    if target in ("aten.slice.Tensor", "aten.slice_backward.default"):
+        start, stop, step = _whole(node)
+        return _tensor(node.args[0]) if (start, stop, step) == (0, sys.maxsize, 1) else None
     if target in ("aten.detach.default", "aten.alias.default"):
         return _tensor(node.args[0])
     if target == "aten.pow.Tensor_Scalar" and node.args[1] == 1:
@@ -116,6 +120,13 @@ def _slice(joint: Joint, node: fx.Node) -> Any:
         return None
     whole = range(size)[start:stop]
     return dim % len(shape), whole.start, whole.stop, size
+
+
+def _whole(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Start, stop and step of a slice or of its gradient, defaults filled in."""
+    skipped = 3 if str(node.target) == "aten.slice_backward.default" else 2
+    start, stop, step = (*node.args[skipped:], None, None, None)[:3]
+    return start or 0, sys.maxsize if stop is None else stop, step or 1
 
 
 def _tensor(value: Any) -> fx.Node | None:

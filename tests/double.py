@@ -7,10 +7,14 @@ for plain autograd and for the captured graph alike, so that 1e-10 can be asked 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
+
+from fxmem import _compat_inductor
 
 
 @contextlib.contextmanager
@@ -19,6 +23,25 @@ def everything_in_double() -> Iterator[None]:
         mock.patch.object(torch, "float32", torch.float64),
         mock.patch.object(torch, "float", torch.float64),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def compiled_in_double() -> Iterator[None]:
+    """:func:`everything_in_double` for bodies that Inductor compiles, which sees the true names."""
+    # Modules with tables of types, which they would otherwise fill while the names are others'.
+    for module in ("torch._refs", "torch._inductor.decomposition", "torch._inductor.lowering"):
+        importlib.import_module(module)
+    compile_segment, single = _compat_inductor.compile_segment, torch.float32
+
+    def compiled(*args: Any) -> Any:
+        with mock.patch.object(torch, "float32", single), mock.patch.object(torch, "float", single):
+            return compile_segment(*args)
+
+    with (
+        mock.patch.object(_compat_inductor, "compile_segment", compiled),
+        everything_in_double(),
     ):
         yield
 

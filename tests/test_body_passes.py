@@ -132,6 +132,7 @@ def norm_and_rotation(x: Tensor, weight: Tensor, turn: Tensor) -> list[Tensor]:
     """Gradients of an RMS norm followed by half a rotary embedding, as autograd writes them."""
     x = x.detach().requires_grad_()
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+    normed = torch.ops.aten.slice.Tensor(normed, 0)
     half = x.shape[-1] // 2
     rotated = normed * turn + torch.cat((-normed[..., half:], normed[..., :half]), -1) * turn
     return list(torch.autograd.grad(rotated.square().sum(), (x,)))

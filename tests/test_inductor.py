@@ -6,35 +6,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-import pytest
 import tiny
-import torch
-from double import everything_in_double, largest_difference
+from double import compiled_in_double, largest_difference
 from torch import nn
 
 import fxmem
-from fxmem import Plan, Stream, _compat_inductor, api, inductor, measure
+from fxmem import Plan, Stream, api, inductor, measure
 
 
 def transformed(lower: str, chunk: int = 8, **changes: int) -> nn.Module:
     net = tiny.model("llama", **changes)
     stream = Stream(chunk=chunk, loss_chunk=chunk)
     return fxmem.transform(net, Plan(stream=stream, lower=lower))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def names_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor itself sees torch's own names inside ``everything_in_double``."""
-    compile_segment, single = _compat_inductor.compile_segment, torch.float32
-
-    def compiled(*args: Any) -> Any:
-        with mock.patch.object(torch, "float32", single), mock.patch.object(torch, "float", single):
-            return compile_segment(*args)
-
-    monkeypatch.setattr(_compat_inductor, "compile_segment", compiled)
 
 
 def test_peak_memory_is_that_of_eager_bodies_and_depth_compiles_nothing() -> None:
@@ -103,10 +87,8 @@ def test_a_second_process_finds_everything_compiled(tmp_path: Path) -> None:
     assert made == again == found >= 2 and cached < made
 
 
-# Last: Inductor keeps tables made while torch's names meant something else.
-@pytest.mark.usefixtures("names_restored")
 def test_exact_for_every_length_and_compiled_once() -> None:
-    with everything_in_double():
+    with compiled_in_double():
         plain = tiny.model("llama").double()
         net = transformed("inductor").double()
         tiny.step(net, tiny.batch(2, 23))
