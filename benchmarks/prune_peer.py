@@ -47,7 +47,12 @@ def torch_pruning(
 
 
 def main(folder: str, keep: float, rows: Path, mlps: bool) -> None:
-    """Prune heads and channels by group magnitude at the ratio that leaves `keep` of them."""
+    """Prune heads and channels by group magnitude at the ratio that leaves `keep` of them.
+
+    Version 1.6.1 cannot cut heads that share K/V here: with sdpa attention it raises (the row says
+    so); with eager attention and `head_pruning_ratio` its check of a group refuses every head
+    group, so the heads stay; without that ratio q and k end with different head sizes.
+    """
     import torch_pruning as tp
     from transformers import AutoModelForCausalLM
 
