@@ -39,6 +39,7 @@ from fxmem.prune.options import Prune
 from fxmem.prune.oracle import masked
 from fxmem.prune.saving import from_pretrained, save_pretrained
 from fxmem.prune.search import score, search
+from fxmem.prune.sparse import sparse_backward
 from fxmem.prune.units import Coupling, UnitGroup
 
 __version__ = "0.1.0"
@@ -83,5 +84,6 @@ __all__ = [
     "save_pretrained",
     "score",
     "search",
+    "sparse_backward",
     "transform",
 ]
