@@ -114,8 +114,9 @@ def test_roles_and_adapters(other: Role, chunk: int) -> None:
 def test_pruned_widths_compile_twice_at_most_per_schedule() -> None:
     """Heads and channels of every layer at seven widths, each exact.
 
-    Below half of the heads another schedule needs less memory. Each of the two is compiled for its
-    first width and once for all others.
+    Layers with few heads, or fewer channels than the hidden size, keep other values and so have
+    another schedule; 0.4, 0.3 and 0.35 are below both. Each of the two schedules here is compiled
+    for its first width and once for all others. (One head is a form of its own, as in Dynamo.)
     """
     model = prune_cases.build("llama").train()
     units = fxmem.coupling(model)

@@ -71,6 +71,8 @@ def test_refusals() -> None:
     full = fxmem.Masks.full(units)
     with pytest.raises(BudgetError, match="one ratio per mask"):
         fxmem.sparse_backward(model, [full], batch(), ratios=[1.0, 2.0], coupled=units)
+    with pytest.raises(BudgetError, match="1 masks, 0 ratios"):
+        fxmem.sparse_backward(model, [full], batch(), ratios=[], coupled=units)
     with pytest.raises(BudgetError, match="0 masks"):
         fxmem.sparse_backward(model, [], batch(), coupled=units)
     (width,) = (g for g in units.groups if g.kind == "width")

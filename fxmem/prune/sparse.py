@@ -48,7 +48,8 @@ def sparse_backward(
         BudgetError: no mask, or numbers of masks, ratios and ranks that do not fit.
     """
     exchange = Alone() if group is None else Ranks(group)
-    weights = torch.tensor(ratios or [1.0] * len(masks), dtype=torch.float64)
+    given = [1.0] * len(masks) if ratios is None else [float(r) for r in ratios]
+    weights = torch.tensor(given, dtype=torch.float64)
     if not masks or len(weights) != len(masks) or len(masks) % exchange.world:
         raise BudgetError(
             f"{len(masks)} masks, {len(weights)} ratios, {exchange.world} ranks",
