@@ -32,7 +32,8 @@ from torch import Tensor  # noqa: E402
 from fxmem.kernels import chunk_attention_backward  # noqa: E402
 from fxmem.kernels._attention_samples import heads  # noqa: E402
 from fxmem.kernels._triton import Config, Launch, recording  # noqa: E402
-from fxmem.kernels.registry import Cost, Kernel, Sample, find, kernels  # noqa: E402
+from fxmem.kernels.kernel import Cost, Kernel, Sample  # noqa: E402
+from fxmem.kernels.registry import find, kernels  # noqa: E402
 
 # Shared memory per program in bytes: CUDA C Programming Guide, table of compute capabilities;
 # AMD CDNA 3 ISA (64 KiB of LDS per compute unit).

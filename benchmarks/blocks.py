@@ -20,11 +20,11 @@ from typing import Any
 from benchmarks.blocks_report import line, write
 from benchmarks.blocks_setups import SETUPS, Rates, missing
 from benchmarks.stream import machine, short_name
-from fxmem.demo.errors import require
 from fxmem.demo.fetch import smollm2
 from fxmem.demo.models import SMOLLM2, TINY, resolve
 from fxmem.errors import FxmemError
-from fxmem.isolate import run_isolated
+from fxmem.measure.subprocess_job import run_isolated
+from fxmem.optional import require
 
 PARTS = ("time", "memory", "learning")
 

@@ -12,6 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fxmem._compat.graph import is_transformed
+
 
 class LiveGradients(TorchDispatchMode):
     """Follows every tensor with the shape of a parameter, or of its transpose, while it is active.
@@ -71,6 +73,7 @@ def _tensors() -> list[Tensor]:
     return [
         t for t in gc.get_objects()
         if type(t) is Tensor and t.device.type != "meta" and t.layout is torch.strided
+        and not is_transformed(t)  # what a vmap left behind has no storage
     ]  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.blocks_setups import SETUPS
-from fxmem.demo.errors import require
-from fxmem.isolate import OK
+from fxmem.measure.subprocess_job import OK
+from fxmem.optional import require
 
 MIB = 2**20
 INK, FAINT = "#22303c", "#d8dee4"

@@ -16,11 +16,11 @@ import fxmem
 from benchmarks.blocks_live import LiveGradients, bound
 from benchmarks.blocks_setups import Rates, Training, build, evaluate
 from fxmem.blocks.attach import state_of
-from fxmem.demo.errors import UsageError
 from fxmem.demo.models import TINY, load_model, load_tokenizer
 from fxmem.demo.text import long_text
-from fxmem.isolate import serve
-from fxmem.measure import parameter_bytes, track
+from fxmem.measure.live import parameter_bytes, track
+from fxmem.measure.subprocess_job import serve
+from fxmem.optional import UsageError
 
 Emit = Callable[[dict[str, Any]], None]
 WARM = 3

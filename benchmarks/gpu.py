@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.gpu_case import Case, Setting
 from benchmarks.gpu_cases import CASES
-from fxmem.measure import peak_bytes
+from fxmem.measure.live import peak_bytes
 
 MIB = 2**20
 Row = dict[str, Any]
@@ -178,7 +178,7 @@ def markdown(rows: Sequence[Row], about: str) -> str:
 
 def draw(rows: Sequence[Row], path: Path, about: str) -> None:
     """Time and peak memory of every case, as bars."""
-    from fxmem.demo.errors import require
+    from fxmem.optional import require
 
     require("matplotlib").use("Agg")
     plt = require("matplotlib.pyplot")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fxmem.kernels._triton import Config
-from fxmem.kernels.registry import Cost, find
+from fxmem.kernels.kernel import Cost
+from fxmem.kernels.registry import find
 
 Result = tuple[Tensor, ...]
 Implementation = Callable[[], Result]

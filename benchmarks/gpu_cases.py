@@ -20,7 +20,8 @@ from benchmarks.gpu_case import (
     with_gradients,
 )
 from fxmem.kernels._triton import Config
-from fxmem.kernels.registry import Cost, find
+from fxmem.kernels.kernel import Cost
+from fxmem.kernels.registry import find
 
 
 def attention(s: Setting) -> Case:
@@ -81,9 +82,9 @@ def lm_head(s: Setting) -> Case:
     target = torch.randint(v, (n,), device=s.device)
     forward = find("linear_nll")
 
-    def make(config: Mapping[str, Config], kernel: str = "linear_nll_backward") -> Implementation:
-        backward = find(kernel)
+    backward = find("linear_nll_backward")
 
+    def make(config: Mapping[str, Config]) -> Implementation:
         def run() -> Result:
             x = (h.detach(), weight.detach(), None, target[:, None])
             logp, entropy, lse, _ = forward(*x)
@@ -106,16 +107,10 @@ def lm_head(s: Setting) -> Case:
     def cce(fn: Any) -> Implementation:
         return with_gradients(lambda h, w: fn(h, w, target, impl="cce_exact"), (h, weight))
 
-    def through_scratch(config: Mapping[str, Config]) -> Implementation:
-        return make(config, "linear_nll_scratch")
-
-    found = ours(s, "linear_nll_scratch", through_scratch)
-    scratch = {label.replace("fxmem", "fxmem, scratch"): run for label, run in found.items()}
     return Case(
         "LM head + loss", f"N {n}, D {d}, V {v}",
         {
             **ours(s, "linear_nll_backward", make),
-            **scratch,
             "torch": with_gradients(plain, (h, weight)),
             "torch, linear_cross_entropy": with_gradients(chunked, (h, weight)),
             "Liger": rival("liger_kernel.ops.fused_linear_cross_entropy",
@@ -263,27 +258,6 @@ def adamw(s: Setting) -> Case:
     )  # fmt: skip
 
 
-def pruned_linear(s: Setting) -> Case:
-    """Half of the rows and of the columns kept."""
-    n, o, i = (16, 32, 24) if s.small else (2048, 14336, 4096)
-    weight, x = s.rand(o, i), s.rand(n, i // 2)
-    rows = torch.randperm(o, device=s.device)[: o // 2].sort().values
-    columns = torch.randperm(i, device=s.device)[: i // 2].sort().values
-    kernel = find("gathered_matmul")
-
-    def make(config: Mapping[str, Config]) -> Implementation:
-        return lambda: (kernel(x, weight, None, rows, columns, **config),)
-
-    return Case(
-        "pruned linear", f"N {n}, O {o}, I {i}, half kept",
-        {
-            **ours(s, "gathered_matmul", make),
-            "torch": lambda: (F.linear(x, weight[rows][:, columns]),),
-        },
-        Cost(n * o * i / 2, s.dtype.itemsize * (n * (o + i) / 2 + o * i / 4)),
-    )  # fmt: skip
-
-
 CASES: dict[str, Callable[[Setting], Case]] = {
     "attention": attention,
     "lm-head": lm_head,
@@ -292,5 +266,4 @@ CASES: dict[str, Callable[[Setting], Case]] = {
     "rotary": rotary,
     "weight-gradient": weight_gradient,
     "adamw": adamw,
-    "pruned-linear": pruned_linear,
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxmem.measure import peak_bytes
+from fxmem.measure.live import peak_bytes
 
 
 def texts(tokenizer: Any, length: int, seed: int) -> tuple[Tensor, Tensor]:

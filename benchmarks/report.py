@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.setups import SETUPS
-from fxmem.demo.errors import require
-from fxmem.isolate import OK
+from fxmem.measure.subprocess_job import OK
+from fxmem.optional import require
 
 MIB = 2**20
 INK, FAINT = "#22303c", "#d8dee4"
@@ -26,6 +26,7 @@ COLUMNS = (
     "ms",
     "best ms",
     "time",
+    "view",
     "first s",
     "loss",
     "gradients",
@@ -51,9 +52,9 @@ def reference(records: Sequence[Record]) -> str:
     return REFERENCE if REFERENCE in setups else setups[0]
 
 
-def _case(record: Record, setup: str | None = None) -> tuple[Any, ...]:
-    setup = setup or record["setup"]
-    return record["repeat"], record["length"], record["objective"], setup
+def _case(record: Record, setup: str | None = None, ids: str | None = None) -> tuple[Any, ...]:
+    setup, ids = setup or record["setup"], ids or record.get("ids", "fresh")
+    return record["repeat"], record["length"], record["objective"], setup, ids
 
 
 def _in_order(item: tuple[tuple[int, str, str], Any]) -> tuple[int, int, int]:
@@ -83,6 +84,9 @@ def _row(members: list[Record], done: dict[tuple[Any, ...], Record], base: str) 
     pairs = [(r, done.get(_case(r, base))) for r in worked]
     ratios = [_ratio(record, other) for record, other in pairs if other is not None]
     row["ratio"] = statistics.median(ratios) if ratios else None
+    views = [(r, done.get(_case(r, ids="fresh"))) for r in worked if r.get("ids") == "view"]
+    of_views = [_ratio(record, other) for record, other in views if other is not None]
+    row["view"] = statistics.median(of_views) if of_views else None
     row["loss"] = worked[0]["losses"][0]
     row["difference"] = next((r["difference"] for r in worked if "difference" in r), None)
     return {**row, "status": OK, "repeats": len(worked)}
@@ -97,8 +101,10 @@ def markdown(rows: Iterable[Record], title: str, base: str = REFERENCE) -> str:
         "gradients included. Process: resident peak while training. ms: one forward and backward,",
         "median over repeats of each process's median; best: the fastest of all, which other load",
         f"on the machine disturbs least. Time: relative to {SETUPS[base].label}, step by step in",
-        "each repeat, median. First: the first step, compilation included. Gradients: largest",
-        "max|difference| / max|reference| over all parameters, against plain autograd.",
+        "each repeat, median. View: ids that are a slice of a longer text relative to ids in a",
+        "tensor of their own, step by step, where both ran in a repeat. First: the first step,",
+        "compilation included. Gradients: largest max|difference| / max|reference| over all",
+        "parameters, against plain autograd.",
     ]
     heading: tuple[Any, ...] = ()
     for row in rows:
@@ -126,6 +132,7 @@ def _cells(row: Record) -> list[str]:
         f"{1000 * row['median_seconds']:.0f}",
         f"{1000 * row['best_seconds']:.0f}",
         "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        "" if row["view"] is None else f"{row['view']:.2f}",
         f"{row['first_seconds']:.1f}",
         f"{row['loss']:.6g}",
         "" if row["difference"] is None else f"{row['difference']:.1e}",

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fxmem.kernels.registry import Cost, kernels
+from fxmem.kernels.kernel import Cost
+from fxmem.kernels.registry import kernels
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- roofline -->", "<!-- /roofline -->"

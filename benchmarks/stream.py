@@ -5,6 +5,9 @@ compared under the same load; figures are medians over repeats, and times are al
 checkpointing in the same repeat (to the first setup where that does not run). With ``--by-turns``
 the processes of a repeat live together and make one step each in turn, for differences of a few
 percent. Peak: live tensor bytes above the parameters, gradients included.
+
+Ids are a view (a slice of a longer text) in every second group of runs, else a tensor of their own;
+with ``--ids both`` every setup runs with either, and the table has the ratio of their times.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ from benchmarks.turns import Turns
 from fxmem.demo.fetch import smollm2
 from fxmem.demo.models import SMOLLM2, TINY, resolve
 from fxmem.errors import FxmemError
-from fxmem.isolate import OK, run_isolated
-from fxmem.trial import largest_difference
+from fxmem.measure.subprocess_job import OK, run_isolated
+from fxmem.measure.training_run import largest_difference
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Options:
     threads: int = 2
     chunk: int | Literal["auto"] = "auto"
     by_turns: bool = False
+    ids: Literal["alternate", "fresh", "view", "both"] = "alternate"
     out: Path = Path("benchmarks/results")
 
 
@@ -59,16 +63,27 @@ class Case:
     length: int
     objective: str
     setup: str
+    ids: str = "fresh"
+
+    @property
+    def name(self) -> str:
+        """Different for all cases of a group."""
+        return f"{self.setup}-{self.ids}"
 
 
 def cases(options: Options) -> Iterator[Case]:
     """In the order of running; the setups' order turns by one from repeat to repeat."""
+    kinds = (options.ids,) if options.ids in ("fresh", "view") else ("fresh", "view")
+    group = 0
     for repeat in range(options.repeats):
         # The first repeat starts with the first setup, whose gradients the others are held to.
         turn = repeat % len(options.setups)
         ordered = options.setups[turn:] + options.setups[:turn]
-        for length, objective, setup in product(options.lengths, options.objectives, ordered):
-            yield Case(repeat, length, objective, setup)
+        for length, objective in product(options.lengths, options.objectives):
+            now = kinds if options.ids == "both" else (kinds[group % len(kinds)],)
+            group += 1
+            for setup, ids in product(ordered, now):
+                yield Case(repeat, length, objective, setup, ids)
 
 
 def run(options: Options) -> list[dict[str, Any]]:
@@ -87,6 +102,7 @@ def run(options: Options) -> list[dict[str, Any]]:
 def groups(options: Options) -> Iterator[list[Case]]:
     """Cases that are measured together: by turns all setups of a repeat, else one."""
     count = len(options.setups) if options.by_turns else 1
+    count *= 2 if options.by_turns and options.ids == "both" else 1
     everything = list(cases(options))
     for first in range(0, len(everything), count):
         yield everything[first : first + count]
@@ -96,15 +112,15 @@ def measure_group(
     together: Sequence[Case], options: Options, model: str, scratch: Path
 ) -> Iterator[dict[str, Any]]:
     """Records in the order of the cases; each has a process of its own, and one works at a time."""
-    turns = Turns([case.setup for case in together])
+    turns = Turns([case.name for case in together])
 
     def work(case: Case) -> dict[str, Any]:
-        turns.take(case.setup)
+        turns.take(case.name)
         try:
-            figures = measure(case, options, model, scratch, lambda _: turns.pass_on(case.setup))
+            figures = measure(case, options, model, scratch, lambda _: turns.pass_on(case.name))
             return {**vars(case), **figures}
         finally:
-            turns.leave(case.setup)
+            turns.leave(case.name)
 
     with ThreadPoolExecutor(len(together)) as pool:
         yield from pool.map(work, together)
@@ -119,12 +135,14 @@ def measure(
     if reason is not None:
         return {"status": "not applicable", "reason": reason}
     reference = scratch / f"{case.objective}-{case.length}.pt"
-    gradients = reference if case.setup == "plain" else scratch / f"{case.setup}.pt"
+    first = case.setup == "plain" and not reference.exists()
+    gradients = reference if first else scratch / f"{case.name}.pt"
     request = {
         "model": model,
         "setup": case.setup,
         "objective": case.objective,
         "length": case.length,
+        "ids": case.ids,
         "steps": options.steps,
         "threads": options.threads,
         "chunk": options.chunk,
@@ -144,7 +162,7 @@ def measure(
 def line(record: dict[str, Any]) -> str:
     """One line of progress."""
     name = f"repeat {record['repeat'] + 1}  {record['length']:>6} {record['objective']:<5}"
-    name += f"{SETUPS[record['setup']].label:<38}"
+    name += f"{SETUPS[record['setup']].label:<38}{record['ids']:<6}"
     if record["status"] != OK:
         return f"{name} {record['reason'][:120]}"
     peak, seconds = record["peak"] / 2**20, record["median_seconds"]
@@ -206,6 +224,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--steps", type=int, default=plain.steps, help="timed, after one more; 0: memory alone")
     add("--threads", type=int, default=plain.threads)
     add("--chunk", type=lambda text: "auto" if text == "auto" else int(text), default=plain.chunk)
+    add("--ids", choices=("alternate", "fresh", "view", "both"), default=plain.ids)
     add("--by-turns", action="store_true", help="all setups of a repeat together, a step each")
     add("--out", type=Path, default=plain.out)
     given = vars(parser.parse_args(arguments))

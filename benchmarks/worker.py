@@ -12,9 +12,9 @@ from benchmarks.objectives import OBJECTIVES
 from benchmarks.setups import SETUPS, build
 from fxmem.demo.models import TINY, load_model, load_tokenizer
 from fxmem.demo.text import token_ids
-from fxmem.isolate import serve
-from fxmem.measure import HighWater, parameter_bytes
-from fxmem.trial import Trial, run_trial
+from fxmem.measure.live import HighWater, parameter_bytes
+from fxmem.measure.subprocess_job import serve
+from fxmem.measure.training_run import Trial, run_trial
 
 
 def measure(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def measure(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> 
     model = load_model(request["model"])
     model.config.use_cache = False
     ids = make_ids(request["model"], model.config, request["objective"], request["length"])
+    ids = as_view(ids) if request["ids"] == "view" else ids
     setup = SETUPS[request["setup"]]
     loss_fn = build(setup, model, request["objective"], ids, request["chunk"])
     gradients = request["gradients"] and Path(request["gradients"])
@@ -41,6 +42,12 @@ def make_ids(model: str, config: Any, objective: str, length: int) -> torch.Tens
     if model == TINY:
         return torch.randint(vocabulary, (rows, each))
     return token_ids(rows * each, load_tokenizer(model), vocabulary).reshape(rows, each)
+
+
+def as_view(ids: torch.Tensor) -> torch.Tensor:
+    """The same ids as part of a longer text: an offset, and the strides of the whole."""
+    text = torch.cat([ids[:, -3:], ids, ids[:, :3]], 1)
+    return text[:, 3:-3]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxmem
-from fxmem.measure import MIB, peak_bytes
+from fxmem.measure.live import MIB, peak_bytes
 
 LENGTH = 1024
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("fxmem.passes") is None:
     # a bare clone: passes/ and kernels/ stand beside this folder
     __path__.append(str(Path(__file__).parent.parent))
 
+from fxmem import measure
 from fxmem.api import backend, merge_low_rank, restore, transform
 from fxmem.blocks.optimizer import BlockAdamW
 from fxmem.errors import (
@@ -18,29 +21,42 @@ from fxmem.errors import (
     DivergedError,
     DoubleBackwardError,
     DroppedLogitsError,
+    FileError,
     FxmemError,
     FxmemWarning,
+    HookError,
+    InternalError,
     MaskError,
     ModifiedParameterError,
     MutationError,
     NotTransformedError,
     PlanError,
+    PruningFileError,
     RoleError,
     UnsupportedOpError,
     VerificationError,
 )
-from fxmem.explain import Report, explain
-from fxmem.plan import Plan, Stream
-from fxmem.plan_blocks import SGD, Blocks, LowRank, SignSGD
-from fxmem.prune.instances import instantiate
-from fxmem.prune.masks import Masks
-from fxmem.prune.materialize import coupling, materialize
-from fxmem.prune.options import Prune
-from fxmem.prune.oracle import masked
-from fxmem.prune.saving import from_pretrained, save_pretrained
-from fxmem.prune.search import score, search
-from fxmem.prune.sparse import sparse_backward
-from fxmem.prune.units import Coupling, UnitGroup
+from fxmem.plan.blocks import SGD, Blocks, LowRank, SignSGD
+from fxmem.plan.plan import Plan, Stream
+from fxmem.prune.search.search import score, search
+from fxmem.prune.search.sparse_backward import sparse_backward
+from fxmem.prune.shrink.masked import masked
+from fxmem.prune.shrink.materialize import coupling, materialize
+from fxmem.prune.shrink.saving import from_pretrained, save_pretrained
+from fxmem.prune.shrink.submodels import instantiate
+from fxmem.prune.units.masks import Masks
+from fxmem.prune.units.options import Prune
+from fxmem.prune.units.units import Coupling, UnitGroup
+from fxmem.report.explain import explain
+from fxmem.report.text import Report
+
+if TYPE_CHECKING:
+    from fxmem.compiler.bisection import bisect
+
+# Version 0.1.0 pickled plans, options and masks under these names of modules.
+for _old, _new in (("plan_blocks", "plan.blocks"), ("prune.masks", "prune.units.masks"),
+                   ("prune.options", "prune.units.options")):  # fmt: skip
+    sys.modules.setdefault(f"fxmem.{_old}", sys.modules[f"fxmem.{_new}"])
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,8 +69,11 @@ __all__ = [
     "Coupling",
     "DoubleBackwardError",
     "DroppedLogitsError",
+    "FileError",
     "FxmemError",
     "FxmemWarning",
+    "HookError",
+    "InternalError",
     "LowRank",
     "MaskError",
     "Masks",
@@ -64,6 +83,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Prune",
+    "PruningFileError",
     "Report",
     "RoleError",
     "SGD",
@@ -73,12 +93,14 @@ __all__ = [
     "UnsupportedOpError",
     "VerificationError",
     "backend",
+    "bisect",
     "coupling",
     "explain",
     "from_pretrained",
     "instantiate",
     "masked",
     "materialize",
+    "measure",
     "merge_low_rank",
     "restore",
     "save_pretrained",
@@ -87,3 +109,11 @@ __all__ = [
     "sparse_backward",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "bisect":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fxmem.compiler.bisection import bisect
+
+    return bisect

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxmem import _compat
+from fxmem._compat import errors as _compat_errors
+from fxmem._compat import graph as _compat
+from fxmem._compat import hooks as _compat_hooks
+from fxmem._compat import tracing
+from fxmem._compat.dynamo_gaps import answered
+from fxmem._compat.trl import plain_head
 from fxmem.blocks import adapters
 from fxmem.blocks.attach import attach, detach, state_of
-from fxmem.blocks.roles import RoleSource, RoleTable
 from fxmem.blocks.state import BlockState
-from fxmem.capture import has_varying_size
-from fxmem.compiled import CompiledGraph, compile_graph
+from fxmem.compiler.compile import compile_graph
+from fxmem.compiler.step import CompiledGraph
+from fxmem.compiler.training_step import check_called
+from fxmem.deferred.recorder import Recorder
 from fxmem.errors import (
     CaptureError,
     FxmemError,
@@ -26,58 +33,92 @@ from fxmem.errors import (
     PlanError,
     RoleError,
 )
-from fxmem.experts import streamable
-from fxmem.plan import Plan, Stream, check_names
-from fxmem.prune.materialize import materialize
+from fxmem.frontend import faults
+from fxmem.frontend.capture import has_varying_size
+from fxmem.frontend.experts import streamable
+from fxmem.frontend.flags import Flags
+from fxmem.frontend.inputs import uniform
+from fxmem.plan import carry
+from fxmem.plan.plan import Plan, Stream, check_names
+from fxmem.prune.shrink.materialize import materialize
+from fxmem.roles.roles import RoleSource, RoleTable
 
 
 class Backend:
-    """A Dynamo backend for one plan; ``graphs`` are the captures it has compiled."""
+    """A Dynamo backend for one plan; ``graphs`` are the captures it has compiled.
 
-    def __init__(self, plan: Plan, roles: RoleSource | None = None) -> None:
-        self.plan, self.roles = plan, roles
+    ``raises``: errors leave through Dynamo, which then keeps no capture: the next call tries again.
+    ``recorder``: takes wide outputs that are not computed in the call. ``one``: a capture is one
+    region.
+    """
+
+    def __init__(
+        self, plan: Plan, roles: RoleSource | None = None, *, raises: bool = False,
+        recorder: Recorder | None = None, one: bool = False,
+    ) -> None:  # fmt: skip
+        self.plan, self.roles, self.raises = plan, roles, raises
+        self.recorder, self.one = recorder, one
+        self.flags = Flags()
         self.graphs: list[CompiledGraph] = []
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
     ) -> Callable[..., Any]:
+        try:
+            if not self.flags.captured(watched=any(map(_compat_hooks.is_hook, gm.graph.nodes))):
+                raise CaptureError("the capture depends on which parameters require a gradient")
+            # values of a trace are nothing that a checkpoint or an offload of the caller's saves
+            with tracing.nothing_saved():
+                return self.flags.run(self._compile(gm, example_inputs))
+        except _compat_errors.RestartAnalysis:
+            raise
+        except Exception as error:
+            named = faults.compiler_fault(error, "compiling this model")
+            if self.raises:
+                raise named from (None if named is error else error)
+            return _raiser(named, None if named is error else error)
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         learns = torch.is_grad_enabled() and any(
             isinstance(v, Tensor) and v.requires_grad for v in example_inputs
         )
         if not learns or (self.plan.stream is None and self.roles is None):
             return gm.forward
-        symbolic = any(isinstance(v, torch.SymInt) for v in example_inputs)
-        # a list: every input is marked, not only the first
-        if not symbolic and any(
-            [_compat.mark_dynamic(t) for t in _compat.dynamic_inputs(gm, example_inputs)]
-        ):
+        if _compat.mark_inputs(gm, example_inputs):
             _compat.restart_capture("fxmem streams a symbolic length")
         if not has_varying_size(gm) and self.roles is not None:
-            return _raiser(RoleError(_not_streamed("split into regions")))
+            raise RoleError(_not_streamed("split into regions"))
         if not has_varying_size(gm):
             warnings.warn(_not_streamed("streamed"), FxmemWarning, stacklevel=2)
             return gm.forward
-        try:
-            graph = compile_graph(gm, example_inputs, self.plan, self.roles)
-        except FxmemError as error:
-            # raised from the call, so that it reaches the user as itself and not wrapped by Dynamo
-            return _raiser(error)
+        late = None if self.recorder is None else self.recorder.output
+        graph = compile_graph(gm, example_inputs, self.plan, self.roles, late=late, one=self.one)
+        if graph.capture.fixes_length:
+            warnings.warn(
+                f"an operator's trace fixes the length{_fixed_at()}: exact, but every length is "
+                "captured anew", FxmemWarning, stacklevel=2,
+            )  # fmt: skip
         self.graphs.append(graph)
         return graph
 
 
 def _not_streamed(done: str) -> str:
-    places = _compat.fixed_sizes()
     return (
         f"no input has a length that may vary, so nothing is {done}: the model fixes its sizes "
-        "(constants of the input's length, or one token only)"
-        + (f"; fixed at {'; '.join(places)}" if places else "")
+        f"(constants of the input's length, or one token only){_fixed_at()}"
     )
 
 
-def _raiser(error: FxmemError) -> Callable[..., Any]:
+def _fixed_at() -> str:
+    places = _compat.fixed_sizes()
+    return f"; fixed at {'; '.join(places)}" if places else ""
+
+
+def _raiser(error: Exception, cause: BaseException | None = None) -> Callable[..., Any]:
+    """Raises from the call, so that the error reaches the user as itself, not wrapped by Dynamo."""
+
     def call(*_: Any) -> Any:
-        raise error
+        raise error.with_traceback(None) from cause
 
     return call
 
@@ -88,9 +129,13 @@ def backend(plan: Plan | None = None) -> Backend:
 
 
 def fxmem_backend(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None
-) -> Callable[..., Any]:
-    """Entry point of ``torch.compile(..., backend="fxmem", options={"plan": plan})``."""
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """Entry point of ``torch.compile(..., backend="fxmem", options={"plan": plan})``.
+
+    ``mode`` names presets of Inductor, which do not apply here: the plan says how bodies run.
+    """
     try:
         plan = _plan_of(options)
     except FxmemError as error:
@@ -114,13 +159,19 @@ RECAPTURES = 64
 _TRANSFORMED: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
 
 
-def transform(model: nn.Module, plan: Plan) -> nn.Module:
-    """Make training steps of ``model`` follow ``plan``; returns the same module, changed in place.
+def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
+    """Make training steps of ``model`` follow ``plan`` (default: streaming with automatic chunks);
+    returns the same module, changed in place.
 
     Class, parameters, ``state_dict``, ``save_pretrained`` and ``generate`` stay as they are. Calls
-    without gradients (evaluation, generation) run the original forward. With ``plan.prune`` the
-    result is a new, smaller model and the given one stays as it is.
+    without gradients (evaluation, generation) run the original forward. Deep copies and pickles
+    follow the plan as well, except for ``plan.blocks``. With ``plan.prune`` the result is a new,
+    smaller model and the given one stays as it is.
+
+    Raises:
+        PlanError: the plan cannot work with this model.
     """
+    plan = Plan(stream=Stream()) if plan is None else plan
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a fxmem.Plan, not {type(plan).__name__}")
     if plan.prune is not None:
@@ -133,20 +184,34 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
             f"the model is wrapped by {type(model).__name__}, which averages gradients",
             advice="transform the model itself, then wrap it" if plan.blocks is None else NO_DDP,
         )
+    check_called(model)
     state = BlockState(model, plan.blocks) if plan.blocks is not None else None
-    engine = Backend(plan)
-    compiled = torch.compile(  # type: ignore[call-overload]  # options that the stub lacks
-        _compat.call_impl(model), backend=engine, fullgraph=True, isolate_recompiles=True,
-        recompile_limit=RECAPTURES,
-    )  # fmt: skip
+    install(model, plan)
+    carry.attach(model, plan, install)
+    detach(model)
+    if state is not None:
+        attach(model, state)
+        use_roles(model, state.table)
+    return model
+
+
+def install(model: nn.Module, plan: Plan) -> None:
+    """Replace the call of ``model``, which may still be without its attributes."""
+    stream = plan.stream
+    deferred = stream is not None and stream.logits == "drop" and plan.blocks is None
+    engine = Backend(plan, raises=True, recorder=_recorder(plan) if deferred else None)
     plain = _compat.call_impl(model)
+
+    @functools.cache
+    def compiled(_: Hashable) -> Callable[..., Any]:
+        return torch.compile(  # type: ignore[call-overload]  # the stub lacks some
+            plain, backend=engine, fullgraph=True, isolate_recompiles=True,
+            recompile_limit=RECAPTURES,
+        )  # fmt: skip
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        for leaf in _compat.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                _compat.mark_dynamic(leaf)
         if engine.roles is not None:
             engine.roles.armed = model.training
             if _compat.inside_ddp():
@@ -155,22 +220,31 @@ def transform(model: nn.Module, plan: Plan) -> nn.Module:
                     advice=NO_DDP,
                 )
         try:
-            with _compat.capture_config(), streamable(model):
-                return compiled(*args, **kwargs)
-        except _compat.BackendCompilerFailed:
-            raise  # a fault of fxmem, not of the model
-        except _compat.TorchDynamoException as error:
-            raise CaptureError(
-                f"{type(model).__name__} cannot be captured", reason=str(error)
-            ) from error
+            with (
+                _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
+                streamable(model),
+                uniform(args, kwargs) as (own, given), engine.flags.shown(model), plain_head(),
+            ):  # fmt: skip
+                for leaf in _compat.tree_leaves((own, given)):
+                    if isinstance(leaf, Tensor):
+                        _compat.mark_dynamic(leaf)
+                return compiled(_compat_hooks.unguarded(model))(*own, **given)
+        except Exception as error:
+            if engine.flags.try_again():
+                return call(*args, **kwargs)
+            named = faults.of_call(error, model, lambda: plain(*args, **kwargs))
+            if named is error:
+                raise
+            cause = error if named.__cause__ is None else named.__cause__
+        raise named from (cause if isinstance(named, FxmemError) else None)
 
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine
-    detach(model)
-    if state is not None:
-        attach(model, state)
-        use_roles(model, state.table)
-    return model
+
+
+def _recorder(plan: Plan) -> Recorder:
+    """Records what is done with wide outputs, and runs it as the plan says."""
+    return Recorder(repr(plan), lambda: Backend(plan, raises=True, one=True))
 
 
 def merge_low_rank(model: nn.Module) -> int:
@@ -204,6 +278,7 @@ def use_roles(model: nn.Module, table: Callable[[], RoleTable | None]) -> None:
             advice="give the roles before the first step, or transform the model anew",
         )
     engine.roles = RoleSource(table, model.training)
+    engine.flags.truth = True
     for graph in engine.graphs:
         graph.roles = engine.roles
 
@@ -212,7 +287,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`transform`."""
     if model not in _TRANSFORMED:
         raise NotTransformedError(f"{type(model).__name__} was not transformed")
-    _compat.unset_compiled_call(model)
+    carry.detach(model)
     detach(model)
     del _TRANSFORMED[model]
     return model

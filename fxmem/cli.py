@@ -105,8 +105,9 @@ def _add_prune(commands: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     from fxmem.demo.models import TINY
-    from fxmem.demo.run import Demo, run
-    from fxmem.isolate import OK, OUT_OF_MEMORY
+    from fxmem.demo.options import Demo
+    from fxmem.demo.run import run
+    from fxmem.measure.subprocess_job import OK, OUT_OF_MEMORY
 
     asked: dict[str, Any] = {"model": TINY, "length": 1024, "steps": 2} if options.short else {}
     asked["exact"] = options.exact
@@ -125,9 +126,9 @@ def _explain(options: argparse.Namespace) -> int:
     import torch
 
     import fxmem
-    from fxmem.demo.errors import UsageError
     from fxmem.demo.fetch import smollm2
     from fxmem.demo.models import SMOLLM2, random_model
+    from fxmem.optional import UsageError
 
     for field, least in (("length", 2), ("batch", 1)):
         if getattr(options, field) < least:
@@ -144,7 +145,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from fxmem.prune.command import prune
+    from fxmem.prune.search.command import prune
 
     print(prune(options))
     return 0

@@ -45,13 +45,8 @@ class FxmemError(Exception):
         named = (("op", self.op), ("module", self.module), ("at", self.source))
         return ", ".join(f"{name} {value}" for name, value in named if value)
 
-    @property
-    def found(self) -> str:
-        """The first part of the message: what was found."""
-        return self.what
-
     def __str__(self) -> str:
-        return " | ".join(part for part in (self.found, self.where, self.advice) if part)
+        return " | ".join(part for part in (self.what, self.where, self.advice) if part)
 
     def __reduce__(self) -> tuple[object, ...]:
         # The default form would call the class with `what` alone and is lost on keyword-only
@@ -63,8 +58,8 @@ class CaptureError(FxmemError):
     """The model cannot be captured as a graph.
 
     Args:
-        what: what was being captured.
-        reason: Dynamo's own words for why it stopped; becomes part of the message.
+        what: what was being captured, and what stands in the way.
+        reason: Dynamo's own words for why it stopped; the last part of the message.
     """
 
     default_advice = (
@@ -85,10 +80,8 @@ class CaptureError(FxmemError):
         super().__init__(what, op=op, module=module, source=source, advice=advice)
         self.reason = reason
 
-    @property
-    def found(self) -> str:
-        """What was being captured, and Dynamo's reason for stopping where it gave one."""
-        return f"{self.what}: {self.reason}" if self.reason else self.what
+    def __str__(self) -> str:
+        return " | ".join(filter(None, (super().__str__(), self.reason)))
 
 
 class UnsupportedOpError(FxmemError):
@@ -101,6 +94,15 @@ class MutationError(FxmemError):
     """The captured graph writes in place on one of its inputs."""
 
     default_advice = "write the result to a new tensor and return it, instead of changing the input"
+
+
+class HookError(FxmemError):
+    """A hook watches a gradient that a streamed step never has as a whole."""
+
+    default_advice = (
+        "put the hook on a module that returns hidden states, such as the layer around it, "
+        "or undo with fxmem.restore(model) while the hook is there"
+    )
 
 
 class DoubleBackwardError(FxmemError):
@@ -174,6 +176,15 @@ class VerificationError(FxmemError):
     )
 
 
+class InternalError(VerificationError):
+    """The compiler failed, or what it made failed when it ran: a fault in fxmem."""
+
+    default_advice = (
+        "this is a bug in fxmem; please report it with this message and the model's configuration, "
+        "and train this model without fxmem.transform until then"
+    )
+
+
 class FetchError(FxmemError):
     """The demo's model could not be fetched, or what came is not what was expected."""
 
@@ -190,7 +201,13 @@ class MaskError(FxmemError, ValueError):
     default_advice = "make masks for this model with fxmem.coupling(model)"
 
 
-class PruningFileError(FxmemError, ValueError):
+class FileError(FxmemError):
+    """A file cannot be read or written, or is not what it should be."""
+
+    default_advice = "check the path, its permissions and the free space of the disk"
+
+
+class PruningFileError(FileError, ValueError):
     """The files of a saved smaller model are missing, damaged or do not fit together."""
 
     default_advice = "save the model again with fxmem.save_pretrained"

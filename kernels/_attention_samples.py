@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmem.kernels.registry import Cost, Sample
+from fxmem.kernels.kernel import Cost, Sample
 
 _C, _S = 2048, 32768  # a late chunk of a long sequence
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmem._compat import FakeTensor
+from fxmem._compat.graph import FakeTensor
 
 try:
     import triton

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxmem.kernels._triton import Config, cdiv, jit, launch, tl
-from fxmem.kernels.registry import Cost, Kernel, Sample, signature
+from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
 
 
 def reference(
@@ -29,17 +29,16 @@ def reference(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
     config: Config | None = None,
 ) -> None:
     """Updates ``master``, ``m``, ``v`` (float32) and ``copy`` (any float) in place; ``step`` counts
-    from 1. ``grad`` of any float type is multiplied by ``grad_scale``.
+    from 1. ``grad`` is of any float type.
     """
-    g = grad.to(master.dtype) * grad_scale
+    g = grad.to(master.dtype)
     master.mul_(1 - lr * weight_decay)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
     master.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
     if copy is not None:
         copy.copy_(master)
@@ -48,11 +47,11 @@ def reference(
 @jit
 def _adamw(
     MASTER, GRAD, M, V, COPY, count, shrink, rate, beta1, beta2, rest1, rest2, eps, root,
-    grad_scale, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    g = tl.load(GRAD + at, mask=inside, other=0.0).to(tl.float32) * grad_scale
+    g = tl.load(GRAD + at, mask=inside, other=0.0).to(tl.float32)
     m = beta1 * tl.load(M + at, mask=inside, other=0.0) + rest1 * g
     v = beta2 * tl.load(V + at, mask=inside, other=0.0) + rest2 * g * g
     w = tl.load(MASTER + at, mask=inside, other=0.0) * shrink
@@ -84,20 +83,22 @@ def launcher(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
     config: Config | None = None,
 ) -> None:
-    """As :func:`reference`. All tensors are contiguous."""
-    given = [master, m, v] + ([] if copy is None else [copy])
-    if not all(x.is_contiguous() for x in given):
-        raise ValueError("adamw updates contiguous tensors in place")
+    """As :func:`reference`, which runs where a tensor that is written is not contiguous."""
+    written = [master, m, v] + ([] if copy is None else [copy])
+    if not all(x.is_contiguous() for x in written):
+        return reference(
+            master, grad, m, v, copy, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay,
+        )  # fmt: skip
     config = config or CONFIGS[0]
     launch(
         _adamw, (cdiv(master.numel(), config.blocks["BLOCK"]),), config, MASTER=master,
         GRAD=grad.contiguous(), M=m, V=v, COPY=copy, count=master.numel(),
         shrink=1.0 - lr * weight_decay, rate=lr / (1.0 - beta1**step), beta1=float(beta1),
         beta2=float(beta2), rest1=1.0 - beta1, rest2=1.0 - beta2, eps=float(eps),
-        root=(1.0 - beta2**step) ** -0.5, grad_scale=float(grad_scale),
+        root=(1.0 - beta2**step) ** -0.5,
     )  # fmt: skip
 
 
@@ -118,6 +119,6 @@ KERNELS = (
         launch=launcher,
         configs=CONFIGS,
         samples=(Sample("one layer of 8B", _arguments, Cost(14 * _COUNT, 28 * _COUNT, False)),),
-        limits="master and moments in float32, contiguous",
+        limits="master and moments in float32",
     ),
 )

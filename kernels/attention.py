@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxmem.errors import VerificationError
+from fxmem.program.body_op import body_op, nothing
+
 MATH_TILE = 1024  # keys per tile where scores are formed explicitly
 
 
@@ -35,17 +38,20 @@ class Span:
     diagonal: bool = False
 
 
+@body_op(fake=nothing)
 def causal_spans(lo: int, hi: int) -> tuple[Span, ...]:
     """Spans of query rows ``[lo, hi)`` under a causal mask of equal query and key positions."""
     past = (Span(0, lo),) if lo else ()
     return (*past, Span(lo, hi, diagonal=True))
 
 
+@body_op(fake=nothing)
 def full_spans(k: Tensor) -> tuple[Span, ...]:
     """Every query row sees every key."""
     return (Span(0, k.shape[2]),)
 
 
+@body_op(aliases=(0,), fake=nothing)
 def explicit_spans(mask: Tensor) -> tuple[Span, ...]:
     """Rows of a mask that is given for the chunk as it is."""
     return (Span(0, mask.shape[-1], mask),)
@@ -90,8 +96,9 @@ def _expand_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _pieces(spans: Sequence[Span], fused: bool) -> list[Span]:
+    spans = [s for s in spans if s.stop > s.start]
     if fused:
-        return list(spans)
+        return spans
     out = []
     for span in spans:
         if span.diagonal:
@@ -105,9 +112,11 @@ def _pieces(spans: Sequence[Span], fused: bool) -> list[Span]:
 
 
 def _span_mask(q: Tensor, span: Span) -> Tensor | None:
-    if not span.diagonal:
-        return span.mask
     c = q.shape[2]
+    if span.mask is not None:
+        return span.mask.expand(*span.mask.shape[:2], c, span.stop - span.start)
+    if not span.diagonal:
+        return None
     return torch.ones(1, 1, c, c, dtype=torch.bool, device=q.device).tril_()
 
 
@@ -149,6 +158,13 @@ def _forward_span(
     return out, lse
 
 
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    b, h, c, _e = q.shape
+    out = q.new_empty((b, c, h, v.shape[-1])).transpose(1, 2)
+    return out, q.new_empty((b, h, c), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@body_op(fake=_fake)
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -157,6 +173,7 @@ def forward(
     Rows that see no key give zeros and a logsumexp of 0.
     """
     b, h, c, _ = q.shape
+    _check(q, k, v)
     parts = (
         [_forward_span(q, k, v, s, scale) for s in _pieces(spans, _fused(q, v))]
         if q.numel()
@@ -166,6 +183,14 @@ def forward(
         wide = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(b, h, c, v.shape[-1]), q.new_zeros(b, h, c, dtype=wide)
     return merge(parts, q.dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """A fused kernel reads beyond K and V of other sizes."""
+    alike = k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    if not alike or (k.shape[1] and q.shape[1] % k.shape[1]):
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise VerificationError(f"attention of queries, keys and values of shapes {shapes}")
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -226,12 +251,14 @@ def _backward_span(
     return dq.reshape(q.shape), dk, dv
 
 
+@body_op(writes=(6, 7), fake=lambda dout, q, *_: q.new_empty(q.shape))
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     dk: Tensor, dv: Tensor, spans: Sequence[Span], scale: float,
 ) -> Tensor:  # fmt: skip
     """Adds into ``dk``, ``dv`` (``[B, G, S, *]``, any float type); returns ``dq [B, H, C, E]``."""
     total: Tensor | None = None
+    _check(q, k, v)
     for span in _pieces(spans, _fused(q, v)) if q.numel() else ():
         dq, dk_part, dv_part = _backward_span(dout, q, k, v, out, lse, span, scale)
         dk[:, :, span.start : span.stop] += dk_part
@@ -243,8 +270,7 @@ def backward(
 def _whole_spans(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tuple[Span, ...]:
     c, s = q.shape[2], k.shape[2]
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-        return (Span(0, s, mask.expand(*mask.shape[:2], c, s)),)
+        return (Span(0, s, mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))),)
     if not causal:
         return (Span(0, s),)
     if c == s:

@@ -17,25 +17,28 @@ from fxmem.kernels import (
     chunk_attention,
     chunk_attention_backward,
     linear_nll,
-    linear_nll_scratch,
+    linear_nll_backward,
 )
 from fxmem.kernels import gated as gated_kernel
 from fxmem.kernels import norm as norm_kernel
 from fxmem.kernels import rotary as rotary_kernel
 from fxmem.kernels import weight_grad as weight_grad_kernel
 from fxmem.kernels.attention import Span
+from fxmem.program.body_op import adds, body_op
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+@body_op()
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm of ``x [.., D]`` with ``weight`` of D elements: ``(y [.., D], rstd [.., 1])``."""
     y, rstd, _ = norm_kernel.launcher(_rows(x), weight.reshape(-1), eps=eps)
     return y.reshape(x.shape), rstd.reshape(*x.shape[:-1], 1)
 
 
+@body_op(writes=(4,))
 def norm_backward(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, dweight: Tensor | None = None
 ) -> Tensor:
@@ -47,6 +50,7 @@ def norm_backward(
     return dx.reshape(x.shape)
 
 
+@body_op()
 def layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,6 +61,7 @@ def layer_norm(
     return y.reshape(x.shape), mean.reshape(rows), rstd.reshape(rows)
 
 
+@body_op()
 def layer_norm_backward(
     dy: Tensor, x: Tensor, shape: Sequence[int], mean: Tensor, rstd: Tensor,
     weight: Tensor | None, bias: Tensor | None, mask: Sequence[bool],
@@ -73,22 +78,26 @@ def layer_norm_backward(
     return dx.reshape(x.shape), dweight, dbias
 
 
+@body_op()
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """``act(gate) * up``, all ``[.., I]``."""
     return gated_kernel.launcher(_rows(gate), _rows(up), act=act).reshape(gate.shape)
 
 
+@body_op()
 def gated_backward(dout: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """``(dgate, dup)``, all ``[.., I]``."""
     dgate, dup, _ = gated_kernel.launcher_backward(_rows(dout), _rows(gate), _rows(up), act=act)
     return dgate.reshape(gate.shape), dup.reshape(up.shape)
 
 
+@body_op()
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool = False) -> Tensor:
     """``x [B, H, T, E]`` turned by ``cos``, ``sin`` ``[B|1, 1, T, E]``."""
     return rotary_kernel.launcher(x, cos[:, 0], sin[:, 0], transpose=transpose)
 
 
+@adds("product")
 def weight_grad(acc: Tensor, a: Tensor, b: Tensor) -> None:
     """``acc += a @ b``, ``acc`` float32."""
     if a.shape[1]:
@@ -108,6 +117,7 @@ def _pieces(spans: Sequence[Span]) -> list[tuple[Span, int]]:
     return out
 
 
+@body_op()
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -126,6 +136,7 @@ def attention_forward(
     return attention.merge(parts, q.dtype)
 
 
+@body_op(writes=(6, 7))
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     dk: Tensor, dv: Tensor, spans: Sequence[Span], scale: float,
@@ -142,6 +153,7 @@ def attention_backward(
     return torch.zeros_like(q) if total is None else total
 
 
+@body_op()
 def token_nll(
     h: Tensor, weight_t: Tensor, target: Tensor, ignore_index: int, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,13 +166,14 @@ def token_nll(
     return -logp[:, 0], entropy, lse
 
 
+@body_op(writes=(8,))
 def token_nll_backward(
     grad: Tensor, h: Tensor, weight_t: Tensor, target: Tensor, entropy: Tensor, lse: Tensor,
     ignore_index: int, softcap: float, dweight: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Gradient of ``h``; adds that of the weight into ``dweight [V, D]``, float32."""
     dlogp = (-grad.float())[:, None].contiguous()
-    dh = linear_nll_scratch.launcher(
+    dh = linear_nll_backward.launcher(
         h, weight_t.t(), None, target[:, None], entropy, lse, dlogp, dweight=dweight,
         ignore_index=ignore_index, softcap=softcap,
     )  # fmt: skip

@@ -30,7 +30,7 @@ from fxmem.kernels._triton import (
     rows_last,
     tl,
 )
-from fxmem.kernels.registry import Kernel, signature
+from fxmem.kernels.kernel import Kernel, signature
 
 
 def reference(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxmem import runtime
+from fxmem.program import body_ops as runtime
 
 
 @torch.library.custom_op("fxmem::expert_linear", mutates_args=())

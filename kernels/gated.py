@@ -14,7 +14,7 @@ from torch.nn.functional import gelu, silu
 
 from fxmem.kernels._device import sigmoid, tanh
 from fxmem.kernels._triton import Config, cdiv, config, jit, launch, rows_last, tl
-from fxmem.kernels.registry import Cost, Kernel, Sample, signature
+from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 

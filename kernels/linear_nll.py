@@ -38,7 +38,7 @@ from fxmem.kernels._triton import (
     rows_last,
     tl,
 )
-from fxmem.kernels.registry import Cost, Kernel, Sample, signature
+from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
 
 SPLITS = 32
 TILE = 4096  # vocabulary entries per step of the reference

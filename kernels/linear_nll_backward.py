@@ -1,10 +1,10 @@
-"""Backward of :mod:`linear_nll`: gradients of h, W and bias, with no logits in memory.
+"""Backward of :mod:`linear_nll`: gradients of h, W and bias, with logits in a bounded scratch only.
 
-Letters as in the forward. Tiles of logits are formed again, see :mod:`_nll_gradient`. dW has one
-owner per vocabulary block and is added into the caller's float32 accumulator without atomics. dH is
-a sum over the vocabulary: parts of it add atomically, or, where
-``torch.use_deterministic_algorithms`` is set, one program goes over the whole vocabulary. Each tile
-reads and writes its rows of dW, so large N means much traffic: see :mod:`linear_nll_scratch`.
+Letters as in the forward. The vocabulary is walked :data:`WIDTH` entries at a time: the gradient
+of those logits (see :mod:`_nll_gradient`) is written to a scratch ``[N, WIDTH]`` in the dtype of h,
+and two matrix products read it (:mod:`weight_grad`, adding in float32). Each accumulator is read
+and written once per part, without atomics; the price is the scratch, 16 MiB for 1024 tokens in
+bfloat16 however large V is.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fxmem.kernels._nll_gradient import coefficients, tile_arguments, tile_gradient
 from fxmem.kernels._triton import Config, cdiv, config, jit, launch, tl
-from fxmem.kernels.linear_nll import COST, D, N, V, operands, splits
-from fxmem.kernels.registry import Cost, Kernel, Sample, signature
+from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
+from fxmem.kernels.linear_nll import COST, D, N, V, operands
+from fxmem.kernels.weight_grad import launcher as add_product
 
 TILE = 4096  # vocabulary entries per step of the reference
+WIDTH = 8192  # vocabulary entries per part of the kernel
 
 
 def reference(
@@ -73,79 +75,31 @@ def reference(
 
 
 @jit
-def _dweight(
-    H, W, BIAS, TARGET, A, BCM, LSE, DW, DB,
-    rows, vocabulary, h_n, w_v, dw_v, softcap, inverse_temperature,
-    K: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    bias_sum = tl.zeros((BLOCK_V,), tl.float32)
-    for first in range(0, rows, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        dz = tile_gradient(
-            H, W, BIAS, TARGET, A, BCM, LSE, n, v, rows, vocabulary, h_n, w_v, softcap,
-            inverse_temperature, K, D, SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        bias_sum += tl.sum(dz, 0)
-        if DW is not None:
-            dz_t = tl.trans(dz.to(H.dtype.element_ty))
-            for start in range(0, D, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                h_at = H + n[:, None].to(tl.int64) * h_n + d[None, :]
-                h = tl.load(h_at, (n < rows)[:, None] & (d < D)[None, :], 0.0)
-                inside = (v < vocabulary)[:, None] & (d < D)[None, :]
-                at = DW + v[:, None].to(tl.int64) * dw_v + d[None, :]
-                part = tl.dot(dz_t, h, input_precision=PRECISION)
-                tl.store(at, tl.load(at, mask=inside, other=0.0) + part, mask=inside)
-            tl.debug_barrier()  # the next rows read what other threads of the program wrote
-    if DB is not None:
-        at = DB + v
-        old = tl.load(at, mask=v < vocabulary, other=0.0)
-        tl.store(at, old + bias_sum, mask=v < vocabulary)
-
-
-@jit
-def _dh(
-    H, W, BIAS, TARGET, A, BCM, LSE, DH,
-    rows, vocabulary, per_split, h_n, w_v, softcap, inverse_temperature, ATOMIC: tl.constexpr,
+def _dlogits(
+    H, W, BIAS, TARGET, A, BCM, LSE, DZ, first, last, rows, h_n, w_v, softcap, inverse_temperature,
     K: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, vocabulary), BLOCK_V):
-        v = first + tl.arange(0, BLOCK_V)
-        dz = tile_gradient(
-            H, W, BIAS, TARGET, A, BCM, LSE, n, v, rows, vocabulary, h_n, w_v, softcap,
-            inverse_temperature, K, D, SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
-        ).to(W.dtype.element_ty)  # fmt: skip
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            w_at = W + v[:, None].to(tl.int64) * w_v + d[None, :]
-            w = tl.load(w_at, (v < vocabulary)[:, None] & (d < D)[None, :], 0.0)
-            part = tl.dot(dz, w, input_precision=PRECISION)
-            at = DH + n[:, None].to(tl.int64) * D + d[None, :]
-            inside = (n < rows)[:, None] & (d < D)[None, :]
-            if ATOMIC:
-                tl.atomic_add(at, part, mask=inside, sem="relaxed")
-            else:
-                tl.store(at, tl.load(at, mask=inside, other=0.0) + part, mask=inside)
-        if not ATOMIC:
-            tl.debug_barrier()  # the next entries read what other threads of the program wrote
+    v = first + tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    dz = tile_gradient(
+        H, W, BIAS, TARGET, A, BCM, LSE, n, v, rows, last, h_n, w_v, softcap,
+        inverse_temperature, K, D, SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    at = DZ + n[:, None].to(tl.int64) * (last - first) + (v - first)[None, :]
+    tl.store(at, dz.to(DZ.dtype.element_ty), mask=(n < rows)[:, None] & (v < last)[None, :])
 
 
 CONFIGS = (
-    config(8, 2, N=64, V=64, D=64),
-    config(8, 2, N=64, V=128, D=32),
-    config(8, 3, N=128, V=128, D=32),
+    config(8, 3, N=64, V=128, D=64),
+    config(8, 2, N=128, V=128, D=32),
     config(8, 2, N=64, V=64, D=16),
 )
 
 
 def choose(dtype: torch.dtype) -> Config:
     """The default configuration: the widest that spills nothing."""
-    return CONFIGS[3] if dtype == torch.float32 else CONFIGS[0]
+    return CONFIGS[2] if dtype == torch.float32 else CONFIGS[0]
 
 
 def launcher(
@@ -175,20 +129,20 @@ def launcher(
         softcap, temperature,
     )  # fmt: skip
     (n, d), v = h.shape, weight.shape[0]
-    shared["vocabulary"] = v
-    if dweight is not None or dbias is not None:
-        stride = 0 if dweight is None else dweight.stride(0)
-        grid = (cdiv(v, config.blocks["BLOCK_V"]), 1)
-        launch(_dweight, grid, config, **shared, DW=dweight, DB=dbias, dw_v=stride)
-    if not need_dh:
-        return None
-    dh = torch.zeros(n, d, dtype=torch.float32, device=h.device)
-    parts, each = splits(n, v, config, h.device)
-    if torch.are_deterministic_algorithms_enabled():
-        parts, each = 1, v
-    grid = (cdiv(n, config.blocks["BLOCK_N"]), parts)
-    launch(_dh, grid, config, **shared, DH=dh, per_split=each, ATOMIC=parts > 1)
-    return dh.to(h.dtype)
+    scratch = h.new_empty(n * min(v, WIDTH))
+    dh = torch.zeros(n, d, dtype=torch.float32, device=h.device) if need_dh else None
+    for first in range(0, v, WIDTH):
+        last = min(first + WIDTH, v)
+        dz = scratch[: n * (last - first)].view(n, last - first)
+        grid = (cdiv(n, config.blocks["BLOCK_N"]), cdiv(last - first, config.blocks["BLOCK_V"]))
+        launch(_dlogits, grid, config, **shared, DZ=dz, first=first, last=last)
+        if dweight is not None:
+            add_product(dweight[first:last], dz, h)
+        if dbias is not None:
+            dbias[first:last] += dz.sum(0, dtype=torch.float32)
+        if dh is not None:
+            add_product(dh, dz.t(), weight[first:last])
+    return None if dh is None else dh.to(h.dtype)
 
 
 def arguments(k: int, bias: bool, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
@@ -202,8 +156,8 @@ def sums() -> dict[str, Any]:
     return {"dweight": torch.empty(V, D, device="meta"), "dbias": torch.empty(V, device="meta")}
 
 
-# Two products, and the logits formed twice; h and W read by both, the accumulator read and written.
-_COST = Cost(4 * COST.flops, 2 * COST.bytes + 8 * V * D)
+# Logits formed once and two products; the accumulator and the scratch written and read twice.
+_COST = Cost(3 * COST.flops, 2 * COST.bytes + 8 * V * D + 6 * N * V)
 
 KERNELS = (
     Kernel(

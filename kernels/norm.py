@@ -28,7 +28,7 @@ from fxmem.kernels._triton import (
     rows_last,
     tl,
 )
-from fxmem.kernels.registry import Cost, Kernel, Sample, signature
+from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
 
 LARGEST = 32768  # features; a program holds a row in registers
 FUSED = 8192

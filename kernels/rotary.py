@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxmem.kernels._triton import Config, cdiv, config, jit, launch, power_of_2, rows_last, tl
-from fxmem.kernels.registry import Cost, Kernel, Sample, signature
+from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
 
 
 def _pairs(r: int, interleaved: bool, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxmem.program.body_op import body_op
+
 TILE = 1 << 18
 """Elements of logits per step: the passes over a step find it in cache; bounds the temporaries."""
 
@@ -37,6 +39,7 @@ def _(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor
     return logits.new_empty(target.shape), logits.new_empty(target.shape)
 
 
+@body_op(writes=(5,), aliases=(5,), fake=lambda grad, x, *_: x.new_empty(x.shape))
 def backward(
     grad: Tensor,
     logits: Tensor,
@@ -60,6 +63,7 @@ def backward(
     return out
 
 
+@body_op(writes=(0,), fake=lambda x, *_: (x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1])))
 def forward_(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """``(nll [N], sums [N])``; the logits become ``exp(logits - row maximum)``, which
     :func:`backward_` needs and which costs one exponential per logit less than
@@ -79,6 +83,7 @@ def forward_(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor,
     return nll.masked_fill_(ignored, 0), sums
 
 
+@body_op(writes=(1,), aliases=(1,), fake=lambda grad, x, *_: x.new_empty(x.shape))
 def backward_(
     grad: Tensor, exponentials: Tensor, target: Tensor, sums: Tensor, ignore_index: int
 ) -> Tensor:

@@ -8,31 +8,30 @@ reads is written before the sum.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from fxmem import runtime
-from fxmem.passes.update_in_backward import overwritten, sources
+from fxmem.program import body_ops as runtime
+from fxmem.rewriting.aliases import memory_read, sources, written_between
+from fxmem.rewriting.pipeline import Edit, LocalPass
 
 aten = torch.ops.aten
 _SHAPES = frozenset({"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"})
 
 
 @dataclass(frozen=True, slots=True)
-class AddProducts:
+class AddProducts(LocalPass[fx.Graph]):
     """Rewrite the graph of a chunk body where it is legal."""
 
     name: str = "add_products"
 
-    def run(self, graph: fx.Graph) -> fx.Graph:
-        new = fx.Graph()
-        new.output(new.graph_copy(graph, {}))
-        for node in list(new.nodes):
+    def edits(self, graph: fx.Graph) -> Iterator[Edit]:
+        for node in list(graph.nodes):
             if node.target is aten.add_.Tensor and len(node.args) == 2 and not node.kwargs:
-                _fuse(new, node)
-        return new
+                yield from _fused(node)
 
 
 def adds_product(node: fx.Node, position: int) -> bool:
@@ -56,26 +55,25 @@ def _product(value: object) -> tuple[fx.Node, list[fx.Node]] | None:
     return (value, chain) if len(value.users) == 1 else None
 
 
-def _fuse(graph: fx.Graph, node: fx.Node) -> None:
+def _fused(node: fx.Node) -> Iterator[Edit]:
     x, found = node.args[0], _product(node.args[1])
     if found is None or not isinstance(x, fx.Node):
         return
     value, chain = found
     a, b = value.args
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
-    if not sources(x).isdisjoint(sources(a) | sources(b)) or value in sources(x):
+    read = memory_read((a, b))
+    if not sources(x).isdisjoint(read) or value in sources(x):
         return
-    order = list(graph.nodes)
-    between = order[order.index(value) + 1 : order.index(node)]
-    with graph.inserting_before(node):
-        fused = graph.call_function(runtime.plus_mm, (x, a, b))
-    if overwritten(fused, between):
-        graph.erase_node(fused)
+    if not read.isdisjoint(written_between(value, node)):
         return
-    fused.meta = dict(node.meta)
-    node.replace_all_uses_with(fused)
-    for gone in (node, *chain, value):
-        graph.erase_node(gone)
 
+    def edit() -> None:
+        with node.graph.inserting_before(node):
+            fused = node.graph.call_function(runtime.plus_mm, (x, a, b))
+        fused.meta = dict(node.meta)
+        node.replace_all_uses_with(fused)
+        for gone in (node, *chain, value):
+            node.graph.erase_node(gone)
 
-__all__ = ["AddProducts", "adds_product"]
+    yield edit

@@ -4,13 +4,17 @@ value.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 
-from fxmem.capture import value_of
-from fxmem.joint import Joint
+from fxmem.frontend.capture import value_of
+from fxmem.frontend.joint import Joint
+from fxmem.rewriting.pipeline import Edit, LocalPass
 
 _FORMS: dict[str, Any] = {
     "aten.new_zeros.default": torch.ops.aten.zeros.default,
@@ -21,19 +25,19 @@ _FORMS: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class FreeFactories:
+class FreeFactories(LocalPass[Joint]):
     """Rewrite ``new_*`` calls with the source tensor's dtype and device."""
 
     name: str = "free_factories"
 
-    def run(self, joint: Joint) -> Joint:
-        joint = joint.copy()
+    def edits(self, joint: Joint) -> Iterator[Edit]:
         for node in joint.graph.nodes:
-            form = _FORMS.get(str(node.target))
-            if form is None:
-                continue
-            value = value_of(node)
-            node.args = tuple(node.args[1:])
-            node.kwargs = {"dtype": value.dtype, "device": value.device}
-            node.target = form
-        return joint
+            if str(node.target) in _FORMS:
+                yield partial(_free, node)
+
+
+def _free(node: fx.Node) -> None:
+    value = value_of(node)
+    node.target = _FORMS[str(node.target)]
+    node.args = tuple(node.args[1:])
+    node.kwargs = {"dtype": value.dtype, "device": value.device}

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxmem import _compat, functional
-from fxmem.capture import fake_call, module_path, source_line, value_of
+from fxmem._compat import graph as _compat
 from fxmem.errors import MutationError
-from fxmem.pipeline import copy_graph
+from fxmem.frontend import functional_writes as functional
+from fxmem.frontend.capture import fake_call, value_of
+from fxmem.frontend.origin import module_path, source_line
+from fxmem.rewriting.pipeline import Required, copy_graph
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -30,11 +32,8 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.ior: operator.or_, operator.ixor: operator.xor, operator.imatmul: operator.matmul,
     operator.ilshift: operator.lshift, operator.irshift: operator.rshift,
 }  # fmt: skip
-_RANDOM = frozenset(
-    f"{n}_" for n in ("uniform", "normal", "bernoulli", "exponential", "random", "log_normal",
-                      "cauchy", "geometric")
-)  # fmt: skip
-_WHOLE = ("fill", "zero", "copy")
+_WHOLE = ("fill", "zero", "copy", "uniform", "normal", "bernoulli", "exponential", "random",
+          "log_normal", "cauchy", "geometric")  # fmt: skip
 """Writes of everything: the out-of-place method of the name is missing or another one."""
 _BOUND = ("resize_", "resize_as_", "set_", "requires_grad_", "swap_", "t_", "transpose_",
           "squeeze_", "unsqueeze_", "detach_", "swapaxes_", "swapdims_", "as_strided_",
@@ -43,13 +42,13 @@ _BOUND = ("resize_", "resize_as_", "set_", "requires_grad_", "swap_", "t_", "tra
 
 
 @dataclass(frozen=True, slots=True)
-class Functionalize:
+class Functionalize(Required):
     """Make the captured graph free of writes in place."""
 
     name: str = "functionalize"
 
     def run(self, gm: fx.GraphModule) -> fx.GraphModule:
-        if not any(_writes(n) for n in gm.graph.nodes):
+        if not any(writes(n) for n in gm.graph.nodes):
             return gm
         gm = copy_graph(gm)
         _Rewrite(gm).run()
@@ -58,7 +57,7 @@ class Functionalize:
         return gm
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     """The call changes its first argument, or an ``out`` argument."""
     if node.op == "call_method":
         return node.target == "__setitem__" or _in_place_name(str(node.target))
@@ -115,6 +114,7 @@ class _Rewrite:
         self.alias: dict[fx.Node, fx.Node] = {}
         self.given: dict[fx.Node, tuple[Any, Any]] = {}
         self.families: dict[int, _Family] = {}
+        self.made: list[fx.Node] = []
         self.grad = True
 
     def run(self) -> None:
@@ -125,12 +125,15 @@ class _Rewrite:
             if self.alias:
                 with self.graph.inserting_before(node):
                     node.args, node.kwargs = fx.map_arg(self.given[node], self.present)
-            if _writes(node):
+            if writes(node):
                 self.write(node)
             else:
                 self.join(node)
         for node in reversed(self.alias):
             self.graph.erase_node(node)
+        for node in reversed(self.made):
+            if not node.users:  # a whole that nobody reads after a write to a view of it
+                self.graph.erase_node(node)
 
     def present(self, node: fx.Node) -> fx.Node:
         """The node that holds the value of ``node`` here; a stale view is taken again."""
@@ -140,6 +143,7 @@ class _Rewrite:
             again = self.graph.create_node(node.op, node.target, args, kwargs)
             again.meta = dict(node.meta)
             self.now[node] = again
+            self.made.append(again)
         return self.now.get(node, node)
 
     def join(self, node: fx.Node) -> None:
@@ -165,13 +169,15 @@ class _Rewrite:
         family = self.families[_storages(value_of(target))[0]]
         self.check(node, target, family)
         with self.graph.inserting_before(node):
-            value = self.new_value(node, self.present(target))
+            value = whole = self.new_value(node, self.present(target))
             if target is not family.root:
-                value = self.into_root(node, target, family, value)
-        self.now[family.root] = value
+                whole = self.into_root(node, target, family, value)
+        self.now[family.root] = whole
         self.stale.update(family.views)
         for view in family.views:
             self.now.pop(view, None)
+        self.stale.discard(target)
+        self.now[target] = value
         self.alias[node] = target
 
     def check(self, node: fx.Node, target: fx.Node, family: _Family) -> None:
@@ -189,12 +195,6 @@ class _Rewrite:
             )  # fmt: skip
         if _name(node) in _BOUND:
             raise _refusal(node, f"in-place change `{_name(node)}` of a tensor's metadata", None)
-        if _name(node) in _RANDOM:
-            raise _refusal(
-                node, f"in-place random numbers `{_name(node)}`",
-                "a recomputation would draw other numbers; use torch.nn.functional.dropout, or "
-                "pass the numbers in as an input",
-            )  # fmt: skip
         hidden = any(n.target == "detach" or n.target is torch.detach for n in self.path(target))
         if (not self.grad or hidden) and value_of(root).requires_grad:
             raise _refusal(
@@ -217,7 +217,7 @@ class _Rewrite:
             got = value_of(value)
             if got.dtype == want.dtype and got.shape == want.shape:
                 return value
-            self.graph.erase_node(value)
+            self.graph.erase_node(self.made.pop())
         method = _method(node)
         if method is None:
             raise _refusal(node, f"in-place op `{_name(node)}`", "use the out-of-place form")
@@ -262,6 +262,7 @@ class _Rewrite:
     def described(self, new: fx.Node, like: fx.Node) -> fx.Node:
         new.meta = {k: v for k, v in like.meta.items() if k not in ("example_value", "val")}
         new.meta["example_value"] = fake_call(new, self.grad)
+        self.made.append(new)
         return new
 
 

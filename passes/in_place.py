@@ -8,15 +8,18 @@ it has a later reader.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxmem import _compat, runtime
+from fxmem.program import body_ops
+from fxmem.rewriting.aliases import storages
+from fxmem.rewriting.pipeline import Edit, LocalPass
 
 aten = torch.ops.aten
 
@@ -37,12 +40,19 @@ _FORMS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "aten.relu.default": (aten.relu_.default, (0,)),
     "aten.gelu.default": (aten.gelu_.default, (0,)),
     "aten.pow.Tensor_Scalar": (aten.pow_.Scalar, (0,)),
+    "aten.masked_fill.Scalar": (aten.masked_fill_.Scalar, (0,)),
+    "aten.scatter_add.default": (aten.scatter_add_.default, (0,)),
+    "aten.scatter.src": (aten.scatter_.src, (0,)),
+    "aten.scatter.value": (aten.scatter_.value, (0,)),
+    "aten.index_add.default": (aten.index_add_.default, (0,)),
+    "aten._softmax_backward_data.default": (body_ops.softmax_backward_, (0,)),
+    "aten._log_softmax_backward_data.default": (body_ops.log_softmax_backward_, (0,)),
 }
 """Op -> its in-place form, and the operands that may take the result (sums, products commute)."""
 
 
 @dataclass(frozen=True, slots=True)
-class InPlace:
+class InPlace(LocalPass[fx.Graph]):
     """Rewrite the graph of a chunk body where it is legal.
 
     ``only``: asked with an op and the operand that would take its result; None for all.
@@ -51,95 +61,76 @@ class InPlace:
     name: str = "in_place"
     only: Callable[[fx.Node, int], bool] | None = None
 
-    def run(self, graph: fx.Graph) -> fx.Graph:
-        new = fx.Graph()
-        new.output(new.graph_copy(graph, {}))
-        order = {n: i for i, n in enumerate(new.nodes)}
-        storage = storages(new)
+    def edits(self, graph: fx.Graph) -> Iterator[Edit]:
+        memory = _Memory.of(graph)
+        for node in list(graph.nodes):
+            form = _FORMS.get(str(node.target)) if node.op == "call_function" else None
+            if form is None or "alpha" in node.kwargs or not _by_rows(node):
+                continue
+            for position in form[1]:
+                asked = self.only is None or self.only(node, position)
+                if asked and memory.writable(node, position):
+                    yield partial(_rewrite, memory, node, form[0], position)
+                    break
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Who made the storage of each value, and where each storage is read last."""
+
+    order: dict[fx.Node, int]
+    storage: dict[fx.Node, fx.Node | None]
+    last: dict[fx.Node, int]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> _Memory:
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        storage = storages(graph)
         last: dict[fx.Node, int] = {}
-        for n in new.nodes:
+        for n in graph.nodes:
             for root in map(storage.get, n.all_input_nodes):
                 if root is not None:
                     last[root] = order[n]
-        for node in list(new.nodes):
-            form = _FORMS.get(str(node.target)) if node.op == "call_function" else None
-            if form is None or "alpha" in node.kwargs:
-                continue
-            for position in form[1]:
-                if self.only is not None and not self.only(node, position):
-                    continue
-                if _writable(node, position, storage, last, order[node]):
-                    _rewrite(node, form[0], position)
-                    root = storage[node.args[0]]
-                    assert root is not None
-                    last[root] = max(last[root], last.get(node, order[node]))
-                    _merge(storage, node, root)
-                    break
-        return new
+        return cls(order, storage, last)
+
+    def writable(self, node: fx.Node, position: int) -> bool:
+        """The result may lie where its operand at ``position`` does."""
+        operand = node.args[position]
+        if not isinstance(operand, fx.Node) or "info" not in node.meta:
+            return False
+        root, info = self.storage.get(operand), operand.meta.get("info")
+        if root is None or self.last[root] > self.order[node] or info != node.meta["info"]:
+            return False
+        others = [a for i, a in enumerate(node.args) if i != position and isinstance(a, fx.Node)]
+        # an operand of another shape in the same storage could be read after it was written
+        if any(self.storage.get(a) is root for a in others):
+            return False
+        made = root.meta.get("info")
+        return made is not None and _count(made) == _count(node.meta["info"])
+
+    def merge(self, node: fx.Node, root: fx.Node) -> None:
+        """``node`` and its aliases now live in ``root``."""
+        self.last[root] = max(self.last[root], self.last.get(node, self.order[node]))
+        for n, r in self.storage.items():
+            if r is node:
+                self.storage[n] = root
 
 
-def _writable(
-    node: fx.Node, position: int, storage: dict[fx.Node, fx.Node | None],
-    last: dict[fx.Node, int], here: int,
-) -> bool:  # fmt: skip
-    operand = node.args[position]
-    if not isinstance(operand, fx.Node) or "info" not in node.meta:
-        return False
-    root = storage.get(operand)
-    if root is None or last[root] > here or operand.meta.get("info") != node.meta["info"]:
-        return False
-    others = [a for i, a in enumerate(node.args) if i != position and isinstance(a, fx.Node)]
-    # an operand of another shape in the same storage could be read after it was written
-    if any(storage.get(a) is root for a in others):
-        return False
-    made = root.meta.get("info")
-    return made is not None and _count(made) == _count(node.meta["info"])
+def _by_rows(node: fx.Node) -> bool:
+    """Where the op reads more than one element for another, that is along the last dimension."""
+    if "softmax" not in str(node.target):
+        return True
+    return node.args[2] % len(node.meta["info"].shape) == len(node.meta["info"].shape) - 1
 
 
 def _count(info: Any) -> Any:
-    total: Any = 1
-    for d in info.shape:
-        total = total * d
-    return total
+    return math.prod(info.shape, start=1)
 
 
-def _rewrite(node: fx.Node, target: Any, position: int) -> None:
+def _rewrite(memory: _Memory, node: fx.Node, target: Any, position: int) -> None:
+    root = memory.storage[node.args[position]]
+    assert root is not None
     if position:
         node.args = (node.args[position], node.args[0], *node.args[2:])
     node.target = target
-
-
-def _merge(storage: dict[fx.Node, fx.Node | None], node: fx.Node, root: fx.Node) -> None:
-    """``node`` and its aliases now live in ``root``."""
-    for n, r in storage.items():
-        if r is node:
-            storage[n] = root
-
-
-def storages(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
-    """Value -> the node of this body that made its storage; None where it is not the body's own or
-    may have aliases that are not followed.
-    """
-    out: dict[fx.Node, fx.Node | None] = {}
-    hidden: set[fx.Node | None] = set()
-    for n in graph.nodes:
-        if n.op != "call_function":
-            out[n] = None
-        elif n.target in _ALIASES:
-            out[n] = out.get(n.args[0])
-        elif isinstance(n.target, _compat.OpOverload):
-            returns = n.target._schema.returns
-            alias = any(r.alias_info is not None for r in returns)
-            if len(returns) == 1 and not n.target._schema.is_mutable:
-                out[n] = out.get(n.args[0]) if alias else n
-            else:
-                out[n] = None
-                hidden.update(out.get(a) for a in n.all_input_nodes if alias)
-        else:
-            out[n] = None
-            if n.users:  # a function of ours, which may return its argument
-                hidden.update(out.get(a) for a in n.all_input_nodes)
-    return {n: None if root in hidden else root for n, root in out.items()}
-
-
-_ALIASES = (runtime.take, runtime.contiguous, operator.getitem)
+    memory.merge(node, root)

@@ -2,27 +2,29 @@
 
 Legal where the kernel's axis signature unifies with the subgraph's, the dtype is one of the
 kernel's and Triton runs on the device. Every match is written down with the reason where it was not
-replaced. ``off`` names kernels that are not used, and ``fuel`` bounds how many matches are replaced
-at all: by halving it a wrong result is brought down to one replacement.
+replaced. ``off`` names kernels that are not used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxmem import _compat
+from fxmem._compat import graph as _compat
 from fxmem.kernels import token_nll
 from fxmem.kernels.registry import find, lookup
-from fxmem.passes import kernel_call_matches as around
-from fxmem.passes import kernel_matches as within
-from fxmem.passes import norm_matches as norms
-from fxmem.passes.head_matches import linear_nll
-from fxmem.passes.kernel_matches import Match, info
+from fxmem.passes import match_calls as around
+from fxmem.passes import match_norms as norms
+from fxmem.passes import match_pointwise as within
+from fxmem.passes.match_lm_head import linear_nll
+from fxmem.passes.match_pointwise import Match
+from fxmem.rewriting.aliases import has_effect
+from fxmem.rewriting.patterns import info
+from fxmem.rewriting.pipeline import Edit, LocalPass
 
 MATCHERS: tuple[Callable[[fx.Node], Match | None], ...] = (
     linear_nll, norms.norm, norms.norm_backward, norms.layer_norm,
@@ -41,29 +43,19 @@ class Found:
     reason: str
 
 
-@dataclass(slots=True)
-class Record:
-    """Every match so far, and what is left of the fuel (None: no bound)."""
-
-    found: list[Found] = field(default_factory=list)
-    fuel: int | None = None
-
-
 @dataclass(frozen=True, slots=True)
-class LowerKernels:
-    """The pass for bodies that run on ``device``."""
+class LowerKernels(LocalPass[fx.Graph]):
+    """The pass for bodies that run on ``device``; ``found`` receives every match."""
 
     device: torch.device
-    record: Record
+    found: list[Found]
     off: frozenset[str] = frozenset()
     name: str = "lower_kernels"
 
-    def run(self, graph: fx.Graph) -> fx.Graph:
-        new = fx.Graph()
-        new.output(new.graph_copy(graph, {}))
+    def edits(self, graph: fx.Graph) -> Iterator[Edit]:
         known: set[fx.Node] = set()
         for matcher in MATCHERS:
-            for node in list(new.nodes):
+            for node in list(graph.nodes):
                 if node.op != "call_function" or node._erased:
                     continue
                 match = matcher(node)
@@ -72,29 +64,30 @@ class LowerKernels:
                 if match.at is not None:
                     known.add(match.at)
                 reason = self._refuses(match)
-                dtype = str(match.dtype).removeprefix("torch.")
-                self.record.found.append(Found(match.kernel, dtype, reason))
-                if not reason:
+                kind = str(match.dtype).removeprefix("torch.")
+                if reason:
+                    self.found.append(Found(match.kernel, kind, reason))
+                    continue
+                done: list[Found] = []
+
+                def edit(match: Match = match, kind: str = kind, done: list[Found] = done) -> None:
                     match.replace()
-                    new.eliminate_dead_code(_has_effects)
-        new.lint()
-        self.record.found += [f for n in new.nodes if n not in known and (f := _unmatched(n))]
-        return new
+                    graph.eliminate_dead_code(has_effect)
+                    done.append(Found(match.kernel, kind, ""))
+
+                yield edit
+                self.found.extend(done or [Found(match.kernel, kind, "out of fuel")])
+        graph.lint()
+        self.found.extend(f for n in graph.nodes if n not in known and (f := _unmatched(n)))
 
     def _refuses(self, match: Match) -> str:
-        """Why not; spends fuel where there is no reason."""
+        """Why not."""
         if match.kernel in self.off:
             return "switched off"
         if not any(k.name == match.kernel for k in lookup(match.op, match.signature)):
             return "axis signatures do not unify"
         available = find(match.kernel).available(self.device, match.dtype)
-        if not available:
-            return available.reason
-        if self.record.fuel is not None:
-            if self.record.fuel <= 0:
-                return "out of fuel"
-            self.record.fuel -= 1
-        return ""
+        return "" if available else available.reason
 
 
 def _unmatched(node: fx.Node) -> Found | None:
@@ -105,13 +98,6 @@ def _unmatched(node: fx.Node) -> Found | None:
     kernel, reason = _ALONE[name]
     kind = next((i for a in (node, *node.all_input_nodes) if (i := info(a)) is not None), None)
     return Found(kernel, "" if kind is None else str(kind.dtype).removeprefix("torch."), reason)
-
-
-def _has_effects(node: fx.Node) -> bool:
-    """Functions other than ATen operators may write."""
-    if node.op in ("placeholder", "output"):
-        return True
-    return node.op == "call_function" and getattr(node.target, "__module__", "") in _WRITERS
 
 
 _ALONE: dict[Any, tuple[str, str]] = {
@@ -126,6 +112,3 @@ _ALONE: dict[Any, tuple[str, str]] = {
     ),
 }
 """Operator or function -> the kernel it could be part of, and what is in the way."""
-_WRITERS = (
-    "fxmem.runtime", "fxmem.kernels.attention", "fxmem.kernels.calls", "fxmem.kernels.weight_grad",
-)  # fmt: skip

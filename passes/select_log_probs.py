@@ -8,40 +8,52 @@ row into it and runs a softmax backward over it. The token loss needs neither: i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxmem import functional
-from fxmem.capture import value_of
-from fxmem.pipeline import copy_graph
+from fxmem.frontend import functional_writes as functional
+from fxmem.frontend.capture import value_of
+from fxmem.rewriting.pipeline import Edit, LocalPass
 
 
 @dataclass(frozen=True, slots=True)
-class SelectLogProbs:
+class SelectLogProbs(LocalPass[fx.GraphModule]):
     """Rewrite ``log_softmax(x, -1).gather(-1, index)``, whatever way it is spelled."""
 
     name: str = "select_log_probs"
 
-    def run(self, gm: fx.GraphModule) -> fx.GraphModule:
-        gm = copy_graph(gm)
+    def edits(self, gm: fx.GraphModule) -> Iterator[Edit]:
         for node in list(gm.graph.nodes):
-            found = _log_softmax(node)
-            picks = [_pick(user, node) for user in node.users] if found else []
-            if found is None or not picks or None in picks:
-                continue
-            for user, index in zip(list(node.users), picks, strict=True):
-                with gm.graph.inserting_before(user):
-                    new = gm.graph.call_function(
-                        functional.selected_log_probs, (found, index, value_of(node).dtype)
-                    )
-                new.meta.update(user.meta)
-                user.replace_all_uses_with(new)
-                gm.graph.erase_node(user)
-            gm.graph.erase_node(node)
-        return gm
+            logits = _log_softmax(node)
+            picks = [_pick(user, node) for user in node.users] if logits else []
+            if logits is not None and picks and None not in picks:
+                yield partial(_select, node, logits, picks)
+
+
+def _select(node: fx.Node, logits: fx.Node, picks: list[fx.Node | None]) -> None:
+    for user, index in zip(list(node.users), picks, strict=True):
+        args = (logits, index, value_of(node).dtype)
+        with node.graph.inserting_before(user):
+            new = node.graph.call_function(functional.selected_log_probs, args)
+        new.meta.update(user.meta)
+        user.replace_all_uses_with(new)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def decide_sizes(gm: fx.GraphModule) -> None:
+    """Guard the comparisons of sizes that :class:`SelectLogProbs` makes: before any pass runs,
+    since a guard rewrites recorded values.
+    """
+    for node in gm.graph.nodes:
+        if _log_softmax(node):
+            for user in node.users:
+                _pick(user, node)
 
 
 def _log_softmax(node: fx.Node) -> fx.Node | None:

@@ -8,24 +8,25 @@ never need to exist.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
 
-from fxmem.capture import value_of
-from fxmem.pipeline import copy_graph
+from fxmem.frontend.capture import value_of
+from fxmem.rewriting.pipeline import Edit, LocalPass
 
 
 @dataclass(frozen=True, slots=True)
-class ShareKvHeads:
+class ShareKvHeads(LocalPass[fx.GraphModule]):
     """Rewrite attention calls."""
 
     name: str = "share_kv_heads"
 
-    def run(self, gm: fx.GraphModule) -> fx.GraphModule:
-        gm = copy_graph(gm)
-        for node in list(gm.graph.nodes):
+    def edits(self, gm: fx.GraphModule) -> Iterator[Edit]:
+        for node in gm.graph.nodes:
             if (
                 node.op != "call_function"
                 or node.target is not torch.nn.functional.scaled_dot_product_attention
@@ -34,12 +35,14 @@ class ShareKvHeads:
             if len(node.args) < 3:
                 continue
             k, v = (_unrepeated(a) for a in node.args[1:3])
-            if k is None or v is None or k[1] != v[1]:
-                continue
-            node.args = (node.args[0], k[0], v[0], *node.args[3:])
-            if len(node.args) < 8:
-                node.kwargs = {**node.kwargs, "enable_gqa": True}
-        return gm
+            if k is not None and v is not None and k[1] == v[1]:
+                yield partial(_share, node, k[0], v[0])
+
+
+def _share(node: fx.Node, k: fx.Node, v: fx.Node) -> None:
+    node.args = (node.args[0], k, v, *node.args[3:])
+    if len(node.args) < 8:
+        node.kwargs = {**node.kwargs, "enable_gqa": True}
 
 
 def _unrepeated(node: object) -> tuple[fx.Node, int] | None:

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxmem.joint import Joint
+from fxmem.frontend.capture import value_of
+from fxmem.frontend.joint import Joint
+from fxmem.rewriting.patterns import is_op
+from fxmem.rewriting.pipeline import Edit, LocalPass
 
 _SCALAR = {
     "aten.div.Scalar": torch.ops.aten.div.Scalar,
@@ -26,23 +31,21 @@ _PRODUCT = "aten.mul.Tensor"
 
 
 @dataclass(frozen=True, slots=True)
-class Simplify:
+class Simplify(LocalPass[Joint]):
     """Apply the rules in graph order."""
 
     name: str = "simplify"
 
-    def run(self, joint: Joint) -> Joint:
-        joint = joint.copy()
+    def edits(self, joint: Joint) -> Iterator[Edit]:
         for node in list(joint.graph.nodes):
             if node.op != "call_function" or not node.users:
                 continue
             for rule in (_identity, _scale_before_broadcast, _power_of_two, _joined):
                 new = rule(joint, node)
                 if new is not None:
-                    _replace(joint, node, new)
+                    yield partial(joint.replace, node, new)
                     break
         joint.graph.eliminate_dead_code()
-        return joint
 
 
 def _identity(joint: Joint, node: fx.Node) -> fx.Node | None:
@@ -50,7 +53,8 @@ def _identity(joint: Joint, node: fx.Node) -> fx.Node | None:
     target = str(node.target)
     if target in ("aten.slice.Tensor", "aten.slice_backward.default"):
         start, stop, step = _whole(node)
-        return _tensor(node.args[0]) if (start, stop, step) == (0, sys.maxsize, 1) else None
+        whole = (start, stop, step) == (0, sys.maxsize, 1)
+        return _laid_out(joint, node) if whole else None
     if target in ("aten.detach.default", "aten.alias.default"):
         return _tensor(node.args[0])
     if target == "aten.pow.Tensor_Scalar" and node.args[1] == 1:
@@ -60,15 +64,30 @@ def _identity(joint: Joint, node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _laid_out(joint: Joint, node: fx.Node) -> fx.Node:
+    """The operand, dense where the result is: the gradient of a slice is, a broadcast one is not,
+    and a view may follow.
+    """
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if tuple(value_of(source).stride()) == tuple(value_of(node).stride()):
+        return source
+    kwargs = {"memory_format": torch.contiguous_format}
+    return joint.call(node, torch.ops.aten.clone.default, (source,), kwargs, like=node)
+
+
 def _scale_before_broadcast(joint: Joint, node: fx.Node) -> fx.Node | None:
     """``expand(x) / c`` -> ``expand(x / c)``."""
-    expand = _operand(node, "aten.expand.default") if str(node.target) in _SCALAR else None
-    if expand is None or len(expand.users) > 1:
+    expand = node.args[0]
+    if not is_op(node, *_SCALAR) or not is_op(expand, "aten.expand.default"):
+        return None
+    assert isinstance(expand, fx.Node)
+    if len(expand.users) > 1:
         return None
     small = expand.args[0]
     assert isinstance(small, fx.Node)
-    scaled = _new(joint, node, _SCALAR[str(node.target)], (small, node.args[1]), small)
-    return _new(joint, node, expand.target, (scaled, *expand.args[1:]), node)
+    scaled = joint.call(node, _SCALAR[str(node.target)], (small, node.args[1]), like=small)
+    return joint.call(node, expand.target, (scaled, *expand.args[1:]), like=node)
 
 
 def _power_of_two(joint: Joint, node: fx.Node) -> fx.Node | None:
@@ -87,9 +106,9 @@ def _power_of_two(joint: Joint, node: fx.Node) -> fx.Node | None:
         if joint.info[scaled.args[0]] != joint.info[scaled]:
             continue
         small = wide.args[0]
-        first = _new(joint, node, torch.ops.aten.mul.Scalar, (small, factor), small)
-        again = _new(joint, node, wide.target, (first, *wide.args[1:]), wide)
-        return _new(joint, node, node.target, (again, scaled.args[0]), node)
+        first = joint.call(node, torch.ops.aten.mul.Scalar, (small, factor), like=small)
+        again = joint.call(node, wide.target, (first, *wide.args[1:]), like=wide)
+        return joint.call(node, node.target, (again, scaled.args[0]), like=node)
     return None
 
 
@@ -106,9 +125,9 @@ def _joined(joint: Joint, node: fx.Node) -> fx.Node | None:
     (dim, a, b, size), (_, c, d, _) = places
     ordered = [parts[0].args[0], parts[1].args[0]]
     if (a, b, d) == (0, c, size):
-        return _new(joint, node, torch.ops.aten.cat.default, (ordered, dim), node)
+        return joint.call(node, torch.ops.aten.cat.default, (ordered, dim), like=node)
     if (c, d, b) == (0, a, size):
-        return _new(joint, node, torch.ops.aten.cat.default, (ordered[::-1], dim), node)
+        return joint.call(node, torch.ops.aten.cat.default, (ordered[::-1], dim), like=node)
     return None
 
 
@@ -131,28 +150,3 @@ def _whole(node: fx.Node) -> tuple[Any, Any, Any]:
 
 def _tensor(value: Any) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
-
-
-def _operand(node: fx.Node, target: str) -> fx.Node | None:
-    source = node.args[0]
-    return source if isinstance(source, fx.Node) and str(source.target) == target else None
-
-
-def _new(joint: Joint, at: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    """A call before ``at``, with shape and dtype of ``like``."""
-    with joint.graph.inserting_before(at):
-        new = joint.graph.call_function(target, args)
-    new.meta.update(like.meta)
-    for key in ("stack_trace", "nn_module_stack"):
-        if key in at.meta:
-            new.meta[key] = at.meta[key]
-    joint.info[new] = joint.info[like]
-    if any(a in joint.learned for a in new.all_input_nodes):
-        joint.learned.add(new)
-    return new
-
-
-def _replace(joint: Joint, node: fx.Node, new: fx.Node) -> None:
-    node.replace_all_uses_with(new)
-    joint.outputs = [new if o is node else o for o in joint.outputs]
-    joint.grads = [new if g is node else g for g in joint.grads]

@@ -9,33 +9,33 @@ product and slice (a change of dtype, a temperature, a softcap) works entry by e
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxmem.capture import contexts_of, value_of
-from fxmem.pipeline import call_before, copy_graph
+from fxmem.frontend.capture import contexts_of, is_size, value_of
+from fxmem.rewriting.pipeline import Edit, LocalPass, call_before
 
 _POINTWISE = frozenset((operator.mul, operator.truediv, torch.mul, torch.div, torch.tanh))
 _METHODS = frozenset(("float", "double", "to", "mul", "div", "tanh", "contiguous"))
 
 
 @dataclass(frozen=True, slots=True)
-class SliceRowsFirst:
+class SliceRowsFirst(LocalPass[fx.GraphModule]):
     """Rewrite slices whose only source is a linear layer, directly or through pointwise ops."""
 
     name: str = "slice_rows_first"
 
-    def run(self, gm: fx.GraphModule) -> fx.GraphModule:
-        gm = copy_graph(gm)
+    def edits(self, gm: fx.GraphModule) -> Iterator[Edit]:
         for node in list(gm.graph.nodes):
             chain = _chain(node) if _slices_rows(node) else None
             if chain:
-                _move(gm, node, chain)
-        return gm
+                yield partial(_move, gm, node, chain)
 
 
 def _slices_rows(node: fx.Node) -> bool:
@@ -59,7 +59,7 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     the source is not a linear layer, or the slice's bounds are not known before it.
     """
     found: list[fx.Node] = []
-    if len(node.all_input_nodes) > 1:
+    if not all(map(_is_input_size, node.all_input_nodes[1:])):
         return found
     at: Any = node.args[0]
     while isinstance(at, fx.Node) and len(at.users) == 1 and at.args:
@@ -70,6 +70,30 @@ def _chain(node: fx.Node) -> list[fx.Node]:
             return []
         at = at.args[0]
     return []
+
+
+def _is_input_size(node: fx.Node) -> bool:
+    """A number made of sizes of inputs, so that it may be made anywhere."""
+    return is_size(value_of(node)) and all(
+        a.op == "placeholder" or _is_input_size(a) for a in node.all_input_nodes
+    )
+
+
+def _earlier(index: Any, before: fx.Node) -> Any:
+    """``index`` with its sizes made before a node."""
+    made: dict[fx.Node, fx.Node] = {}
+
+    def again(node: fx.Node) -> fx.Node:
+        if not isinstance(node, fx.Node) or node.op == "placeholder":
+            return node
+        if node not in made:
+            for a in node.all_input_nodes:
+                again(a)
+            with before.graph.inserting_before(before):
+                made[node] = before.graph.node_copy(node, again)
+        return made[node]
+
+    return fx.map_arg(index, again)
 
 
 def _entry_by_entry(node: fx.Node) -> bool:
@@ -84,7 +108,7 @@ def _entry_by_entry(node: fx.Node) -> bool:
 def _move(gm: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> None:
     """Every step again on the slice, where it stands: autocast may end before ``node``."""
     contexts, _ = contexts_of(gm)
-    source = (chain[0].args[0], node.args[1])
+    source = (chain[0].args[0], _earlier(node.args[1], chain[0]))
     now = call_before(chain[0], node.target, source, like=node, context=contexts[node])
     for one in chain:
         rest = (now, *one.args[1:])

@@ -49,3 +49,35 @@ def no_bare_names() -> Iterator[None]:
     for name in ("passes", "kernels"):
         file = getattr(sys.modules.get(name), "__file__", None)
         assert file is None or not Path(file).is_relative_to(ROOT / name), f"bare import of {name}"
+
+
+FAST = (
+    "test_layers", "test_errors", "test_cli", "_compat/", "axes/test_sizes",
+    "rules/test_table_schema", "rules/test_table_location", "plan/", "rewriting/",
+    "frontend/test_faults", "passes/test_add_products", "passes/test_scalar_inputs",
+    "passes/test_select_log_probs", "streaming/test_packing", "streaming/test_batch_axis",
+    "streaming/test_objectives", "runtime/test_partial_gradients", "roles/test_low_rank",
+    "backends/test_segments", "blocks/test_order", "blocks/test_partition",
+    "kernels/test_kernels.", "memory/", "report/", "prune/test_projection",
+    "prune/test_estimator", "prune/test_control",
+)  # fmt: skip
+"""Starts of paths below tests/: a part of the default tests that touches every room."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of slow.txt, and what ``pytest -m fast`` runs."""
+    lines = (ROOT / "tests" / "slow.txt").read_text().splitlines()
+    slow = {line for line in lines if not line.startswith("#")}
+    files = {item.path.relative_to(ROOT / "tests").as_posix() for item in items}
+    if not any("::" in given for given in config.args):
+        known = {item.nodeid.removeprefix("tests/") for item in items}
+        stale = {name for name in slow - known if name.partition("::")[0] in files}
+        if stale:
+            raise pytest.UsageError(f"slow.txt names tests that are gone: {sorted(stale)}")
+    for item in items:
+        name = item.path.relative_to(ROOT / "tests").as_posix()
+        if item.nodeid.removeprefix("tests/") in slow:
+            item.add_marker(pytest.mark.slow)
+        wide = item.get_closest_marker("slow") or item.get_closest_marker("fuzz")
+        if name.startswith(FAST) and not wide:
+            item.add_marker(pytest.mark.fast)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import torch.multiprocessing as mp
-from data_parallel import inputs, run_rank
+from data_parallel import inputs, run_rank, run_trainer
 from double import everything_in_double, largest_difference
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_two_ranks_equal_one_process(tmp_path: Path, name: str) -> None:
-    mp.spawn(run_rank, (str(tmp_path / "store"), str(tmp_path), name), nprocs=2)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("mixtral", {}),
+        pytest.param("llama", {"find_unused_parameters": True}, marks=pytest.mark.slow),
+        ("llama", {"static_graph": True}),
+    ],
+)
+def test_two_ranks_equal_one_process(tmp_path: Path, name: str, options: dict[str, bool]) -> None:
+    mp.spawn(run_rank, (str(tmp_path / "store"), str(tmp_path), name, options), nprocs=2)
     with everything_in_double():
         plain = tiny.model(name).double()
         for rank in (0, 1):
@@ -26,3 +35,14 @@ def test_two_ranks_equal_one_process(tmp_path: Path, name: str) -> None:
     # Two backwards of averages over two ranks: the sum over the batches.
     want = {n: p.grad for n, p in plain.named_parameters()}
     assert largest_difference(first, want)[0] < 1e-10
+
+
+def test_the_trainer_on_two_ranks_equals_plain(tmp_path: Path) -> None:
+    """It asks DistributedDataParallel for unused parameters, which copies every output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(run_trainer, (port, str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        plain, streamed = torch.load(tmp_path / f"{rank}.pt")
+        assert largest_difference(streamed, plain)[0] < 1e-10

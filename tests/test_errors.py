@@ -30,7 +30,10 @@ def test_every_failure_has_a_class() -> None:
         "DoubleBackwardError",
         "DroppedLogitsError",
         "FetchError",
+        "FileError",
         "FxmemError",
+        "HookError",
+        "InternalError",
         "MaskError",
         "ModifiedParameterError",
         "MutationError",
@@ -82,7 +85,8 @@ def test_pickles(cls: type[FxmemError]) -> None:
 def test_capture_error_carries_dynamos_reason() -> None:
     error = CaptureError("forward of Net", reason="data-dependent branch", source="net.py:9")
     assert error.reason == "data-dependent branch"
-    assert str(error).startswith("forward of Net: data-dependent branch | at net.py:9 | ")
+    assert str(error).startswith("forward of Net | at net.py:9 | ")
+    assert str(error).endswith(" | data-dependent branch")
     assert pickle.loads(pickle.dumps(error)).reason == error.reason
 
 

@@ -1,105 +1,75 @@
-"""Layers: a lower module never imports a higher one when it is itself imported.
+"""The floor plan: rooms in one order, no import upward, no circle of files.
 
-Imports inside functions are allowed to point up; imports within a layer are allowed.
+A room is a file at the root of ``fxmem/`` or a folder. Every import counts: at the top of a file,
+inside a function, under ``TYPE_CHECKING``, and by way of ``fxmem.passes`` and ``fxmem.kernels``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import networkx as nx
 import pytest
-from sources import ROOT, imports, package_files
+from sources import ROOT, imports, module_of, package_files
 
-# Lowest first. A name is a file or folder of fxmem/, or the root folders passes and kernels. Every
-# file must be listed; put a new one as low as its imports allow.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        "errors",
-        "sizes",
-        "runtime",
-        "functional",
-        "_compat",
-        "_compat_measure",
-        "_compat_memory",
-        "_compat_inductor",
-        "explain_text",
-        "plan_checks",
-        "plan_blocks",
-    ),
-    ("plan", "axes", "rules", "measure"),
-    ("capture", "preamble", "dropped"),
-    ("regions", "joint"),
-    (
-        "labels",
-        "schedule",
-        "held",
-        "program",
-        "loop_body",
-        "emit",
-        "overwrite",
-        "keep_sum",
-        "chunks",
-        "packing",
-        "region_code",
-    ),
-    ("pipeline", "verify", "passes", "kernels", "masks", "profile", "experts"),
-    ("prune",),
-    (
-        "compile_stats",
-        "symbolic",
-        "segment_form",
-        "segment_call",
-        "inductor",
-        "lowering",
-        "executor",
-        "blocks",
-        "holding",
-        "compiled",
-        "memory",
-        "explain",
-        "api",
-    ),
-    ("__init__",),
-    ("isolate", "trial", "demo", "cli"),
-)
-
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FILES = package_files()
+# Lowest first: a file imports from its own room and from rooms that stand before it. Put a new room
+# as low as its imports allow.
+ROOMS = (
+    # what everything may use
+    "errors", "checks", "files", "caches", "optional", "_compat",
+    # the languages: sizes and signatures, the table, what a user asks for, what a region runs
+    "axes", "rules", "prune.units", "plan", "program", "kernels", "measure",
+    # from a model to a program that runs, in the order in which data flows
+    "frontend", "rewriting", "streaming", "passes", "runtime", "roles", "backends", "compiler",
+    # what is built on it
+    "deferred", "blocks", "prune.coupling", "prune.shrink", "prune.search", "prune",
+    "memory", "api", "report", "__init__", "demo", "cli", "__main__",
+)  # fmt: skip
+LEVEL = {room: level for level, room in enumerate(ROOMS)}
+FILES = {module_of(file): file for file in package_files()}
 
 
-def module_of(file: Path) -> str:
-    """The table's name for a file: its first folder or stem below fxmem/."""
-    first, *rest = file.relative_to(ROOT).with_suffix("").parts
-    return rest[0] if first == "fxmem" else first
+def room_of(module: str) -> str:
+    """``fxmem.runtime.loops`` is in ``runtime``; a file at the root is a room of its own."""
+    file, parts = FILES[module], module.split(".")[1:]
+    if not parts:
+        return "__init__"
+    return ".".join(parts if file.name == "__init__.py" or len(parts) == 1 else parts[:-1])
 
 
-def target_of(name: str) -> str | None:
-    """The table's name for an imported dotted path, None where it is not ours.
-
-    ``from fxmem import X`` needs the package itself unless X is a module.
-    """
-    first, *rest = name.split(".")
-    if first != "fxmem":
-        return None
-    return rest[0] if rest and rest[0] in MODULES else "__init__"
-
-
-MODULES = {module_of(file) for file in FILES}
+def read_by(module: str) -> list[tuple[int, str]]:
+    """Line and name of every module of ours that a module imports."""
+    found = []
+    for one in imports(FILES[module]):
+        owner = one.name.rpartition(".")[0]
+        name = one.name if one.name in FILES else owner
+        if name in FILES and name != module:
+            found.append((one.line, name))
+    return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_import_points_up(file: Path) -> None:
-    module = module_of(file)
-    assert module in LEVEL, f"fxmem/{module} is in no layer; add it to LAYERS in {__file__}"
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_no_import_points_up(module: str) -> None:
+    room = room_of(module)
+    assert room in LEVEL, f"{room} is no room of the plan; add it to ROOMS in {Path(__file__).name}"
     wrong = [
-        f"line {found.line}: {module} imports {found.name}, which is in a higher layer"
-        for found in imports(file)
-        if found.at_import
-        and (target := target_of(found.name)) is not None
-        and LEVEL.get(target, 0) > LEVEL[module]
+        f"line {line}: {name} is in {room_of(name)}, above {room}"
+        for line, name in read_by(module)
+        if LEVEL[room_of(name)] > LEVEL[room]
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_module_is_in_one_layer() -> None:
-    assert len(LEVEL) == sum(map(len, LAYERS))
+def test_no_circle_of_files() -> None:
+    graph = nx.DiGraph((a, b) for a in FILES for _, b in read_by(a) if b != "fxmem")
+    circles = [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1]
+    assert not circles, circles
+
+
+def test_the_rooms_are_there() -> None:
+    assert {room_of(module) for module in FILES} == set(ROOMS)
+
+
+def test_no_file_is_long() -> None:
+    lines = {str(f.relative_to(ROOT)): f.read_text().count("\n") for f in FILES.values()}
+    assert not {name: n for name, n in lines.items() if n > 400}

@@ -144,13 +144,15 @@ def private_torch_names(file: Path) -> list[str]:
 
 
 def test_private_torch_names_stay_in_compat() -> None:
-    files = [file for file in package_files() if not file.name.startswith("_compat")]
+    files = [file for file in package_files() if file.parent.name != "_compat"]
     wrong = [line for file in files for line in private_torch_names(file)]
     assert not wrong, "\n".join(wrong)
 
 
 def test_private_torch_names_are_found() -> None:
-    assert any("torch._dynamo" in line for line in private_torch_names(ROOT / "fxmem/_compat.py"))
+    assert any(
+        "torch._dynamo" in line for line in private_torch_names(ROOT / "fxmem/_compat/graph.py")
+    )
 
 
 def test_files_are_short() -> None:
@@ -190,5 +192,7 @@ def test_no_test_layout_that_shadows() -> None:
     # Either file makes pytest put the root on the path, and then `import kernels` finds ours.
     assert not (ROOT / "conftest.py").exists()
     assert not (ROOT / "tests" / "__init__.py").exists()
-    folders = {path.name for path in (ROOT / "tests").rglob("*") if path.is_dir()}
+    # tests/ has folders named after ours, so it may not be on the path itself
+    path = PROJECT["tool"]["pytest"]["ini_options"]["pythonpath"]
+    folders = {child.name for name in path for child in (ROOT / name).iterdir() if child.is_dir()}
     assert not folders & {"kernels", "passes", "triton", "fxmem"}

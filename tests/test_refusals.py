@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,7 @@ def unchanged(net: nn.Module, *inputs: Tensor, step: bool = True) -> Iterator[No
     state = {k: v.clone() for k, v in net.state_dict().items()}
     grads = {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
     given = [x.clone() for x in inputs]
-    plain = copy.deepcopy(net)
+    plain = fxmem.restore(copy.deepcopy(net))
     yield
     assert list(net.state_dict()) == list(state)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
@@ -81,8 +82,8 @@ def writes_a_parameter(block: Any, x: Tensor) -> Tensor:
     return x
 
 
-def draws_in_place(block: Any, x: Tensor) -> Tensor:
-    return x * torch.empty_like(x).bernoulli_(0.5)
+def draws_counts(block: Any, x: Tensor) -> Tensor:
+    return x * torch.poisson(x.exp())
 
 
 def branches(block: Any, x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def conditional(block: Any, x: Tensor) -> Tensor:
 BAD: dict[str, tuple[Callable[[Any, Tensor], Tensor], type[FxmemError], str | None, str]] = {
     "buffer": (writes_a_buffer, fxmem.MutationError, "add_", "buffer `block.count`"),
     "parameter": (writes_a_parameter, fxmem.MutationError, "mul_", "`block.mix.weight`"),
-    "random": (draws_in_place, fxmem.MutationError, "bernoulli_", "random numbers"),
+    "random": (draws_counts, fxmem.UnsupportedOpError, "aten.poisson", "drawn again"),
     "higher order": (conditional, fxmem.UnsupportedOpError, "cond", "higher-order op"),
     "branch": (branches, fxmem.CaptureError, None, "[Dd]ata-dependent"),
     "graph break": (breaks, fxmem.CaptureError, None, "graph_break"),
@@ -241,6 +242,22 @@ def test_dropped_logits(use: Callable[[Tensor], Any]) -> None:
     with pytest.raises(fxmem.DroppedLogitsError, match='logits="keep"'):
         use(out.logits)
     out.loss.backward()
+
+
+def test_copies_of_dropped_logits_are_dropped_logits() -> None:
+    net, inputs = tiny.model(), tiny.batch()
+    out = fxmem.transform(net, PLAN)(**inputs)
+    logits = out.logits
+    copies = [
+        logits.clone(), logits.detach(), logits.view_as(logits), logits.contiguous(), logits.cpu(),
+        copy.deepcopy(logits), pickle.loads(pickle.dumps(logits)), logits.double(),
+        logits.to(torch.bfloat16), torch.ops.aten.alias(logits),
+    ]  # fmt: skip
+    for made in copies:
+        assert made.shape == logits.shape
+        with pytest.raises(fxmem.DroppedLogitsError):
+            made.sum()
+    assert copies[-2].dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize(

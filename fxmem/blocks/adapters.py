@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.blocks.partition import resolve
-from fxmem.blocks.roles import Adapter
 from fxmem.errors import BlockStateError
-from fxmem.plan_blocks import LowRank
+from fxmem.plan.blocks import LowRank
+from fxmem.roles.roles import Adapter
 
 
 def create(model: nn.Module, plan: LowRank, names: set[str], seed: int) -> dict[str, Adapter]:

@@ -34,3 +34,8 @@ def state_of(model: nn.Module) -> Any:
             advice="call fxmem.transform(model, fxmem.Plan(blocks=fxmem.Blocks(...))) first",
         )
     return _STATES[model]
+
+
+def states() -> list[Any]:
+    """The states of all models that have one."""
+    return list(_STATES.values())

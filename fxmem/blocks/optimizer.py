@@ -14,7 +14,8 @@ from fxmem.blocks.attach import state_of
 from fxmem.blocks.policies import average_gradients
 from fxmem.blocks.state import BlockState
 from fxmem.errors import BlockStateError
-from fxmem.plan_blocks import SGD, LowRank, SignSGD
+from fxmem.kernels.registry import find
+from fxmem.plan.blocks import SGD, LowRank, SignSGD
 
 GROUPS = ("decay", "no_decay", "up", "down")
 
@@ -31,7 +32,9 @@ class BlockAdamW(torch.optim.Optimizer):
     Args:
         model: a model from ``fxmem.transform`` with ``Plan(blocks=...)``.
         lr: learning rate of the active block.
-        betas, eps, weight_decay: as in torch.optim.AdamW; low-rank terms do not decay.
+        betas: as in torch.optim.AdamW.
+        eps: as in torch.optim.AdamW.
+        weight_decay: as in torch.optim.AdamW; low-rank terms do not decay.
         max_grad_norm: largest global norm of the gradients that AdamW takes, low-rank terms and
             the average over processes included; `grad_norm` has that of the latest step. Clipping
             ``model.parameters()`` before the step misses both.
@@ -195,16 +198,13 @@ class BlockAdamW(torch.optim.Optimizer):
                 state["master"] = p.detach().to(wide, copy=True)
             state["m"], state["v"] = (torch.zeros_like(p, dtype=wide) for _ in range(2))
         assert p.grad is not None
-        grad, (b1, b2), lr = p.grad.to(wide), group["betas"], group["lr"] * factor
+        (b1, b2), lr = group["betas"], group["lr"] * factor
         state["step"] += 1
-        master, m, v = state.get("master", p), state["m"], state["v"]
-        master.mul_(1 - lr * group["weight_decay"])
-        m.lerp_(grad, 1 - b1)
-        v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        root = v.sqrt().div_((1 - b2 ** state["step"]) ** 0.5).add_(group["eps"])
-        master.addcdiv_(m, root, value=-lr / (1 - b1 ** state["step"]))
-        if master is not p:
-            p.copy_(master)
+        master = state.get("master", p)
+        find("adamw")(
+            master, p.grad, state["m"], state["v"], None if master is p else p, step=state["step"],
+            lr=lr, beta1=b1, beta2=b2, eps=group["eps"], weight_decay=group["weight_decay"],
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resume needs, as tensors and plain values; keyed by names."""

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 from fxmem.errors import PlanError
-from fxmem.plan_blocks import ORDERS
+from fxmem.plan.blocks import ORDERS
 
 
 @dataclass(frozen=True, slots=True)

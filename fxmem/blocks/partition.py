@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fxmem.errors import PlanError
-from fxmem.plan_blocks import Blocks
+from fxmem.plan.blocks import Blocks
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxmem._compat import graph as _compat
 from fxmem.blocks import adapters as low_rank
-from fxmem.blocks.kernel_update import Rule
+from fxmem.blocks import foreign
+from fxmem.blocks.averaging import Averager
 from fxmem.blocks.move import move
 from fxmem.blocks.order import Schedule
 from fxmem.blocks.partition import build
@@ -20,12 +22,12 @@ from fxmem.blocks.policies import (
     check_precision,
     check_world,
     is_last_micro_batch,
-    mean_over_processes,
 )
-from fxmem.blocks.roles import Adapter, Role, RoleTable
 from fxmem.blocks.rounding import key
 from fxmem.errors import BlockStateError, PlanError
-from fxmem.plan_blocks import SGD, Blocks, LowRank, SignSGD
+from fxmem.plan.blocks import SGD, Blocks, LowRank, SignSGD
+from fxmem.roles.kernel_update import Rule
+from fxmem.roles.roles import Adapter, Role, RoleTable
 
 
 class BlockState(RoleTable):
@@ -64,6 +66,8 @@ class BlockState(RoleTable):
         self.names = {p: n for n, p in model.named_parameters()}
         self.shapes = {n: tuple(p.shape) for p, n in self.names.items()}
         self.guard, self.clip = Guard(), Clip(plan.clip, plan.clip_norm)
+        self._averager = Averager(self.names, self._move)
+        foreign.watch()
         self._model = weakref.ref(model)
         self._order = {p: i for i, p in enumerate(self.names)}
         self._moved: dict[str, int] = {}
@@ -105,9 +109,34 @@ class BlockState(RoleTable):
         return self
 
     def begin_backward(self, number: int) -> None:
-        """Count the backward passes of this optimizer step."""
-        self._backwards += number != self._backward
+        """Count the backward passes of this optimizer step.
+
+        Raises:
+            BlockStateError: there is no optimizer that could end the step.
+        """
+        if self.optimizer() is None:
+            raise BlockStateError(
+                "a backward of a model with Plan(blocks=...) that has no BlockAdamW: its active "
+                "block would never change",
+                advice=foreign.ADVICE,
+            )
+        if number == self._backward:
+            return
+        self._backwards += 1
         self._backward = number
+        if self.plan.average and self.plan.accumulation != "accumulate":
+            self._begin_averaging()
+            _compat.after_backward(self._end_backward)
+
+    def _begin_averaging(self) -> None:
+        if not self._averager.active:
+            roles = self._cache or self._roles_now()
+            updated = [p for p, r in roles.items() if r is Role.UPDATE]
+            self._averager.begin(updated, self._order)
+
+    def _end_backward(self) -> None:
+        if not self._expected:
+            self._averager.finish()
 
     def tell_order(self, first_use: Mapping[nn.Parameter, int]) -> None:
         """First use of each parameter in the captured graph.
@@ -221,16 +250,18 @@ class BlockState(RoleTable):
             return
         if name in self._moved and self.plan.accumulation != "micro":
             raise BlockStateError(f"{name!r} got a second gradient before the optimizer step")
-        self._apply_update(parameter, grad, self._scale())
+        if self.plan.average:
+            self._averager.put(parameter, grad)
+        else:
+            self._move(parameter, grad)
 
     @torch.no_grad()
-    def _apply_update(self, parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> None:
-        plan, name = self.plan, self.names[parameter]
+    def _move(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """The update itself; ``grad`` is the average where there is one."""
+        plan, name, scale = self.plan, self.names[parameter], self._scale()
         assert isinstance(plan.inactive, (SGD, SignSGD))
         micro = self._moved.get(name, 0)
         self._moved[name] = micro + 1
-        if plan.average:
-            grad = mean_over_processes(grad)
         if plan.guard:
             self.guard.check(grad)
             grad = self.guard.select_(grad)
@@ -267,8 +298,13 @@ class BlockState(RoleTable):
                 'accumulation="last", but no forward of this step was said to be the last one',
                 advice="set is_last_micro_batch of the model's block state",
             )
+        if self.plan.average and self.plan.accumulation == "accumulate":
+            self._begin_averaging()
         for parameter in list(self._kept):
-            self._apply_update(parameter, self._kept.pop(parameter))
+            (self._averager.put if self.plan.average else self._move)(
+                parameter, self._kept.pop(parameter)
+            )
+        self._averager.finish()
 
     def advance(self) -> bool:
         """Count one optimizer step; True where it ended a visit."""
@@ -283,6 +319,7 @@ class BlockState(RoleTable):
         self.guard.clear()
         self._moved.clear()
         self._kept.clear()
+        self._averager.clear()
         self._cache.clear()
         self._backwards, self._backward, self._held = 0, -1, False
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fxmem.demo.errors import require
-from fxmem.isolate import serve
+from fxmem.measure.subprocess_job import serve
+from fxmem.optional import require
 
 
 def convert(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

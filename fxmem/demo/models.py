@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxmem.demo.errors import UsageError, require
+from fxmem.optional import UsageError, require
 
 TINY = "tiny"
 """Name of the random two-layer Llama; its tokens are bytes."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from fxmem.demo.errors import require
 from fxmem.demo.picture import COLOURS, curves, headline, readable, unit_for
 from fxmem.demo.worker import SETUPS
-from fxmem.isolate import OK
-from fxmem.measure import Timeline
+from fxmem.measure.live import Timeline
+from fxmem.measure.subprocess_job import OK
+from fxmem.optional import require
 
 WIDTH, HEIGHT = 960, 420
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44

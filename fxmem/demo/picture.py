@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fxmem.demo.errors import require
 from fxmem.demo.worker import SETUPS
-from fxmem.isolate import OK
-from fxmem.measure import MIB, Timeline
+from fxmem.measure.live import MIB, Timeline
+from fxmem.measure.subprocess_job import OK
+from fxmem.optional import require
 
 COLOURS = {"plain": "#d1495b", "checkpoint": "#e0a030", "fxmem": "#00798c"}
 INK, FAINT = "#22303c", "#d8dee4"

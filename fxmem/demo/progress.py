@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fxmem.demo.errors import require
 from fxmem.demo.worker import SETUPS
-from fxmem.isolate import OK
+from fxmem.measure.subprocess_job import OK
+from fxmem.optional import require
 
 if TYPE_CHECKING:
-    from fxmem.demo.run import Demo
+    from fxmem.demo.options import Demo
 
 Watch = Callable[[str], Callable[[dict[str, Any]], None]]
 

@@ -5,70 +5,18 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fxmem.demo.errors import UsageError, require
+from fxmem import files
 from fxmem.demo.fetch import smollm2
 from fxmem.demo.models import SMOLLM2, TINY, load_tokenizer, resolve
+from fxmem.demo.options import LEARNING_RATES, Demo
 from fxmem.demo.worker import EXACT, SETUPS
-from fxmem.isolate import OK, run_isolated
-from fxmem.trial import largest_difference
-
-LEARNING_RATES = {"sgd": 0.02, "adamw": 2e-5}
-
-
-@dataclass(frozen=True)
-class Demo:
-    """What to run.
-
-    Attributes:
-        model: "smollm2", "tiny", a folder or a hub id.
-        length: tokens of the document.
-        steps: training steps, each on the whole document.
-        setups: names from :data:`fxmem.demo.worker.SETUPS`, in order.
-        threads: of torch; None leaves torch's own choice.
-        optimizer: "sgd" or "adamw".
-        lr: learning rate; None takes the one that suits the optimizer.
-        chunk: tokens per chunk in fxmem, or "auto".
-        out: folder for table and pictures.
-        wheel: an existing copy of the SmolLM2 wheel.
-        exact: compare gradients with a float64 step of plain autograd, since every float32 setup
-            has errors of its own; otherwise, and where that step fails, with the first setup.
-    """
-
-    model: str = SMOLLM2
-    length: int = 2048
-    steps: int = 3
-    setups: tuple[str, ...] = tuple(SETUPS)
-    threads: int | None = None
-    optimizer: str = "sgd"
-    lr: float | None = None
-    chunk: int | Literal["auto"] = "auto"
-    out: Path = Path("fxmem-demo")
-    wheel: Path | None = None
-    exact: bool = True
-
-    def check(self) -> None:
-        """Refuse impossible values before anything is loaded.
-
-        Raises:
-            UsageError: names the field and the values that are possible.
-        """
-        unknown = [name for name in self.setups if name not in SETUPS]
-        if unknown or not self.setups:
-            known = ", ".join(SETUPS)
-            raise UsageError(f"unknown setups {unknown}", advice=f"choose from {known}")
-        numbers = {"length": (self.length, 2), "steps": (self.steps, 1)}
-        numbers["threads"] = (1 if self.threads is None else self.threads, 1)
-        if isinstance(self.chunk, int):
-            numbers["chunk"] = (self.chunk, 1)
-        for field, (value, least) in numbers.items():
-            if value < least:
-                raise UsageError(f"{field} is {value}", advice=f"use at least {least}")
-        if self.optimizer not in LEARNING_RATES:
-            raise UsageError(f"unknown optimizer {self.optimizer!r}", advice="sgd or adamw")
+from fxmem.measure.subprocess_job import OK, run_isolated
+from fxmem.measure.training_run import largest_difference
+from fxmem.optional import require
 
 
 def run(demo: Demo) -> dict[str, Any]:
@@ -85,7 +33,7 @@ def run(demo: Demo) -> dict[str, Any]:
     with console.status("getting the model") as status:
         model = smollm2(demo.wheel, status.update) if demo.model == SMOLLM2 else demo.model
         ids = document(resolve(str(model)), demo.length)
-    demo.out.mkdir(parents=True, exist_ok=True)
+    files.folder(demo.out)
     with tempfile.TemporaryDirectory(prefix="fxmem-demo-") as scratch:
         results = measure(demo, resolve(str(model)), ids, Path(scratch), console)
     exact = all("difference" in result for result in results.values() if result["status"] == OK)
@@ -173,13 +121,13 @@ def write(report: dict[str, Any], out: Path, console: Any) -> None:
     """Print the table; leave ``result.json``, ``memory.png`` and ``memory.html`` in ``out``."""
     from fxmem.demo import page, picture, table
 
-    (out / "result.json").write_text(json.dumps(report))
+    files.write_text(out / "result.json", json.dumps(report))
     console.print(table.render(report))
     for name, result in report["setups"].items():
         log = out / f"{name}.log"
         log.unlink(missing_ok=True)
         if result["status"] != OK:
-            log.write_text(result["detail"])
+            files.write_text(log, result["detail"])
             line = f"{SETUPS[name]}: {result['status']}: {result['reason']} (more in {log})"
             console.print(line, style="red", markup=False)
     drawn: list[tuple[str, Callable[[dict[str, Any], Path], None]]] = [
@@ -188,5 +136,6 @@ def write(report: dict[str, Any], out: Path, console: Any) -> None:
     ]
     if any(result["status"] == OK for result in report["setups"].values()):
         for name, draw in drawn:
-            draw(report, out / name)
+            with files.replacing(out / name) as part:
+                draw(report, part)
             console.print(f"picture: {out / name}")

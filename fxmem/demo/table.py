@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxmem.demo.errors import require
 from fxmem.demo.worker import SETUPS
-from fxmem.isolate import OK
-from fxmem.measure import MIB
+from fxmem.measure.live import MIB
+from fxmem.measure.subprocess_job import OK
+from fxmem.optional import require
 
 
 def render(report: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxmem.demo.errors import UsageError
+from fxmem.optional import UsageError
 
 
 def long_text() -> str:

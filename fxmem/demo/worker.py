@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from fxmem.demo.errors import UsageError
 from fxmem.demo.models import enable_checkpointing, load_model
-from fxmem.isolate import serve
-from fxmem.measure import HighWater, parameter_bytes
-from fxmem.trial import Trial, run_trial, save_gradients
+from fxmem.measure.live import HighWater, parameter_bytes
+from fxmem.measure.subprocess_job import serve
+from fxmem.measure.training_run import Trial, run_trial, save_gradients
+from fxmem.optional import UsageError
 
 SETUPS = {
     "plain": "plain autograd",

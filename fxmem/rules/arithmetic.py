@@ -6,8 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxmem.axes import ONE, AxisRule, Call, Dims, Rule, Signature, broadcast, einsum, letters
-from fxmem.sizes import same
+from fxmem.axes.signature import (
+    ONE,
+    AxisRule,
+    Call,
+    Dims,
+    Rule,
+    Signature,
+    broadcast,
+    einsum,
+    letters,
+)
+from fxmem.axes.sizes import same
+from fxmem.rules.movement import along
 
 
 def pointwise(call: Call) -> Signature:
@@ -26,9 +37,9 @@ def log_sigmoid(call: Call) -> Signature | None:
     return pointwise(call) if all(t.shape == shape for t in tensors) else None
 
 
-def _reduced(call: Call, index: int) -> set[int]:
+def _reduced(call: Call, index: int, default: int | None = None) -> set[int]:
     rank = call.tensors[0].rank
-    given = call.arg(index)
+    given = call.arg(index, default)
     if given is None or (isinstance(given, Sequence) and not given):
         return set(range(rank))
     return (
@@ -36,13 +47,13 @@ def _reduced(call: Call, index: int) -> set[int]:
     )
 
 
-def reduction(index: int = 1, keepdim: int = 2, *, sums: bool) -> Rule:
-    """Axes of argument ``index`` disappear. With ``sums`` chunks of such an axis add up, else it is
-    whole.
+def reduction(index: int = 1, keepdim: int = 2, *, sums: bool, default: int | None = None) -> Rule:
+    """Axes of argument ``index`` disappear, all where it and the ``default`` are None. With
+    ``sums`` chunks of such an axis add up, else it is whole.
     """
 
     def rule(call: Call) -> Signature:
-        t, gone = call.tensors[0], _reduced(call, index)
+        t, gone = call.tensors[0], _reduced(call, index, default)
         dims = letters("d", t.rank)
         kept = bool(call.arg(keepdim, call.kwargs.get("keepdim", False)))
         out = tuple(ONE if i in gone else d for i, d in enumerate(dims) if kept or i not in gone)
@@ -115,8 +126,25 @@ def rms_norm_backward(call: Call) -> Signature:
     return Signature((dims, dims, stats, *weights), outs, frozenset(x for (x,) in tail))
 
 
+def distances(call: Call) -> Signature:
+    """Of every row of the first to every row of the second."""
+    lead = letters("d", call.out.rank - 2)
+    ins = ((*lead, ("p",), ("m",)), (*lead, ("r",), ("m",)))
+    return Signature(ins, ((*lead, ("p",), ("r",)),), frozenset("m"))
+
+
+def distances_backward(call: Call) -> Signature:
+    """Gradient of the first: a sum over the rows of the second."""
+    lead = letters("d", call.out.rank - 2)
+    first, second = (*lead, ("p",), ("m",)), (*lead, ("r",), ("m",))
+    each = (*lead, ("p",), ("r",))
+    return Signature((each, first, second, each), (first,))
+
+
 _sum = AxisRule(reduction(sums=True), linear=0)
 _whole = AxisRule(reduction(sums=False))
+_all_whole = AxisRule(reduction(index=9, keepdim=9, sums=False))
+_order = AxisRule(reduction(sums=False, default=-1))
 _softmax_backward = AxisRule(softmax(2, 2), linear=0)
 
 ROWS: dict[str, AxisRule] = {
@@ -131,7 +159,14 @@ ROWS: dict[str, AxisRule] = {
     "aten.sum.dim_IntList": _sum,
     "aten.sum.default": AxisRule(reduction(index=9, keepdim=9, sums=True), linear=0),
     "aten.mean.dim": _whole,
-    "aten.mean.default": AxisRule(reduction(index=9, keepdim=9, sums=False)),
+    "aten.mean.default": _all_whole,
+    "aten.count_nonzero.dim_IntList": AxisRule(reduction(keepdim=9, sums=True)),
+    "aten.count_nonzero.default": AxisRule(reduction(keepdim=9, sums=True)),
+    "aten.max.default": _all_whole,
+    "aten.min.default": _all_whole,
+    "aten.any.default": _all_whole,
+    "aten.all.default": _all_whole,
+    "aten.prod.default": _all_whole,
     "aten.amax.default": _whole,
     "aten.amin.default": _whole,
     "aten.max.dim": _whole,
@@ -142,6 +177,10 @@ ROWS: dict[str, AxisRule] = {
     "aten.any.dims": _whole,
     "aten.all.dim": _whole,
     "aten.prod.dim_int": _whole,
+    "aten.median.dim": _order,
+    "aten.nanmedian.dim": _order,
+    "aten.mode.default": _order,
+    "aten.kthvalue.default": AxisRule(reduction(2, 3, sums=False, default=-1)),
     "aten.logsumexp.default": _whole,
     "aten.var.correction": _whole,
     "aten.var_mean.correction": _whole,
@@ -151,6 +190,12 @@ ROWS: dict[str, AxisRule] = {
     "aten._softmax_backward_data.default": _softmax_backward,
     "aten._log_softmax_backward_data.default": _softmax_backward,
     "aten.cumsum.default": AxisRule(softmax(1, 1)),
+    "aten.cumprod.default": AxisRule(softmax(1, 1)),
+    "aten.logcumsumexp.default": AxisRule(softmax(1, 1)),
+    "aten.cummax.default": AxisRule(along(1)),
+    "aten.cummin.default": AxisRule(along(1)),
+    "aten._cdist_forward.default": AxisRule(distances),
+    "aten._cdist_backward.default": AxisRule(distances_backward, linear=0),
     "aten.native_layer_norm.default": AxisRule(layer_norm),
     "aten.native_layer_norm_backward.default": AxisRule(layer_norm_backward, linear=0),
     "aten._fused_rms_norm.default": AxisRule(layer_norm),

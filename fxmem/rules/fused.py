@@ -1,8 +1,18 @@
-"""Rows for fxmem's own canonical ops: attention, token losses, dropout, experts."""
+"""Rows for fxmem's own canonical ops: attention, token losses, random numbers, experts."""
 
 from __future__ import annotations
 
-from fxmem.axes import ONE, AxisRule, Call, Dims, Signature, letters
+from typing import Any
+
+from fxmem.axes.signature import ONE, AxisRule, Call, Dims, Signature, letters
+from fxmem.axes.sizes import T, has_axis, same
+
+ATTENTION = {"fxmem.attention.default": (3, 4), "fxmem.attention_backward.default": (6, 7)}
+"""Positions of (mask, causal) in the arguments of the canonical attention ops."""
+QUERY = {"fxmem.attention.default": 0, "fxmem.attention_backward.default": 1}
+"""Position of the queries, before keys and values."""
+QUERY_AXIS = 2
+"""Axis of the query tokens in q ``[B, H, Q, E]``."""
 
 
 def _mask_dims(call: Call, position: int) -> tuple[Dims, ...]:
@@ -27,7 +37,17 @@ def attention(call: Call) -> Signature:
     row.
     """
     prefix = frozenset((1, 2)) if call.args[4] else frozenset[int]()
-    return Signature((Q, K, V, *_mask_dims(call, 3)), (OUT, LSE), frozenset("kefhg"), prefix=prefix)
+    whole = frozenset("kefhg") | _placed(call, 0, call.args[4])
+    return Signature((Q, K, V, *_mask_dims(call, 3)), (OUT, LSE), whole, prefix=prefix)
+
+
+def _placed(call: Call, at: int, causal: Any) -> frozenset[str]:
+    """Causality compares the positions of queries (operand ``at``) and of keys, and a chunk knows
+    those of its tokens alone: other queries, and queries of fewer keys, must be complete.
+    """
+    queries, keys = (t.shape[2] for t in call.tensors[at : at + 2])
+    tokens = not has_axis(queries) or (same(queries, T) and (keys - T).is_nonnegative)
+    return frozenset("q") if causal and not tokens else frozenset()
 
 
 def attention_backward(call: Call) -> Signature:
@@ -36,7 +56,7 @@ def attention_backward(call: Call) -> Signature:
     return Signature(
         (OUT, Q, K, V, OUT, LSE, *_mask_dims(call, 6)),
         (Q, K, V),
-        frozenset("kehg"),
+        frozenset("kehg") | _placed(call, 1, call.args[7]),
         prefix=frozenset((2, 3)) if causal else frozenset[int](),
         suffix=frozenset((1, 2)) if causal else frozenset[int](),
     )
@@ -68,9 +88,14 @@ def expert_weight_grad(call: Call) -> Signature:
 
 
 def dropout(call: Call) -> Signature:
-    """Arguments x, seed, p, site: the mask is a function of (seed, site, element position)."""
+    """Arguments x, seed, p, site, place: the mask is a function of (seed, site, position)."""
     dims = letters("d", call.out.rank)
     return Signature((dims, ()), (dims,))
+
+
+def uniform(call: Call) -> Signature:
+    """Arguments seed, size, site, place, dtype, device."""
+    return Signature(((),), (letters("d", call.out.rank),))
 
 
 ROWS: dict[str, AxisRule] = {
@@ -80,5 +105,6 @@ ROWS: dict[str, AxisRule] = {
     "fxmem.token_nll_backward.default": AxisRule(token_nll_backward, linear=0),
     "fxmem.expert_linear.default": AxisRule(expert_linear, linear=0),
     "fxmem.expert_weight_grad.default": AxisRule(expert_weight_grad, linear=0),
-    "fxmem.dropout.default": AxisRule(dropout, linear=0),
+    "fxmem.dropout.default": AxisRule(dropout, linear=0, place=4),
+    "fxmem.uniform.default": AxisRule(uniform, sizes=1, place=3, cheap=True),
 }

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxmem.axes import ONE, AxisRule, Call, Dims, Signature, TensorInfo, letters, regroup
-from fxmem.sizes import Size, has_axis, same, size
+from fxmem.axes.signature import ONE, AxisRule, Call, Dims, Signature, TensorInfo, letters, regroup
+from fxmem.axes.sizes import Size, has_axis, same, size
 
 
 def _axis(index: int, rank: int) -> int:
@@ -74,12 +74,17 @@ def cut_slice(call: Call) -> Signature | None:
     if call.arg(4, 1) != 1:
         return Signature((source,), (source,), frozenset((f"d{dim}",)))
     start = _position(call.arg(2), t.shape[dim])
+    if start is None:
+        return Signature((source,), (source,), frozenset((f"d{dim}",)))
     return Signature((source,), (source,), shift={f"d{dim}": start})
 
 
-def _position(value: Any, length: Size) -> Size:
+def _position(value: Any, length: Size) -> Size | None:
+    """The first row of a slice; None where it may count from either end."""
     start = size(0 if value is None else value)
-    return start + length if start.is_negative else start
+    if start.is_negative:
+        return start + length
+    return start if start.is_nonnegative else None
 
 
 def slice_backward(call: Call) -> Signature | None:
@@ -88,7 +93,9 @@ def slice_backward(call: Call) -> Signature | None:
     if call.args[5] != 1:
         return Signature((source,), (source,), frozenset((f"d{dim}",)))
     start = _position(call.args[3], call.out.shape[dim])
-    return Signature((source,), (source,), shift={f"d{dim}": -start})
+    if start is None:
+        return Signature((source,), (source,), frozenset((f"d{dim}",)))
+    return Signature((source,), (source,), shift={f"d{dim}": -start}, fills=True)
 
 
 def select(call: Call) -> Signature:
@@ -162,11 +169,69 @@ def along(index: int, default: int | None = None) -> Any:
 
 
 def pad(call: Call) -> Signature:
-    """Axes that are padded must be complete."""
-    t = call.tensors[0]
-    dims = letters("d", t.rank)
-    whole = frozenset(f"d{i}" for i in range(t.rank) if not same(t.shape[i], call.out.shape[i]))
+    """Axes that are padded must be complete, also where as much is cut off at the other end."""
+    rank = call.tensors[0].rank
+    dims = letters("d", rank)
+    given = call.args[1]  # before and after, from the last axis on
+    whole = frozenset(f"d{rank - 1 - i // 2}" for i, n in enumerate(given) if size(n) != 0)
     return Signature((dims,), (dims,), whole)
+
+
+def scattered(call: Call) -> Signature:
+    """A part of an axis, or one entry of it, is written over: argument 2 names it."""
+    source, part = call.tensors[:2]
+    dims = letters("d", source.rank)
+    dim = _axis(call.arg(2, 0), source.rank)
+    less = part.rank < source.rank
+    written = tuple(d for i, d in enumerate(dims) if not (less and i == dim))
+    return Signature((dims, written), (dims,), frozenset(dims[dim]))
+
+
+def unfold(call: Call) -> Signature:
+    """Windows of one axis, in a new last axis."""
+    dims = letters("d", call.tensors[0].rank)
+    dim = _axis(call.args[1], len(dims))
+    return Signature((dims,), ((*dims, ("w",)),), frozenset((*dims[dim], "w")))
+
+
+def unfold_backward(call: Call) -> Signature:
+    dims = letters("d", call.out.rank)
+    dim = _axis(call.args[2], len(dims))
+    return Signature(((*dims, ("w",)),), (dims,), frozenset((*dims[dim], "w")))
+
+
+def _diagonal(matrix: TensorInfo, first: int, second: int) -> tuple[Dims, Dims, frozenset[str]]:
+    """Dims of the matrices, of their diagonals, and what must be complete."""
+    dims = letters("d", matrix.rank)
+    pair = {_axis(first, matrix.rank), _axis(second, matrix.rank)}
+    rest = tuple(d for i, d in enumerate(dims) if i not in pair)
+    return dims, (*rest, ("g",)), frozenset({"g", *(f"d{i}" for i in pair)})
+
+
+def diagonal(call: Call) -> Signature:
+    matrix, line, whole = _diagonal(call.tensors[0], call.arg(2, 0), call.arg(3, 1))
+    return Signature((matrix,), (line,), whole)
+
+
+def diagonal_backward(call: Call) -> Signature:
+    matrix, line, whole = _diagonal(call.out, *call.args[3:5])
+    return Signature((line,), (matrix,), whole)
+
+
+def diag_embed(call: Call) -> Signature:
+    matrix, line, whole = _diagonal(call.out, call.arg(2, -2), call.arg(3, -1))
+    return Signature((line,), (matrix,), whole)
+
+
+def as_pairs(call: Call) -> Signature:
+    """Real and imaginary part in a new last axis."""
+    dims = letters("d", call.tensors[0].rank)
+    return Signature((dims,), ((*dims, ("z",)),), frozenset("z"))
+
+
+def of_pairs(call: Call) -> Signature:
+    dims = letters("d", call.out.rank)
+    return Signature(((*dims, ("z",)),), (dims,), frozenset("z"))
 
 
 def factory(call: Call) -> Signature:
@@ -210,6 +275,15 @@ ROWS: dict[str, AxisRule] = {
     "aten.split_with_sizes.default": AxisRule(split, cheap=True, linear=0),
     "aten.unbind.int": AxisRule(unbind, cheap=True, linear=0),
     "aten.repeat.default": AxisRule(repeat, cheap=True, linear=0),
+    "aten.slice_scatter.default": AxisRule(scattered),
+    "aten.select_scatter.default": AxisRule(scattered),
+    "aten.unfold.default": AxisRule(unfold, cheap=True, linear=0),
+    "aten.unfold_backward.default": AxisRule(unfold_backward, sizes=1, linear=0),
+    "aten.diagonal.default": AxisRule(diagonal, cheap=True, linear=0),
+    "aten.diagonal_backward.default": AxisRule(diagonal_backward, sizes=1, linear=0),
+    "aten.diag_embed.default": AxisRule(diag_embed, linear=0),
+    "aten.view_as_real.default": AxisRule(as_pairs, cheap=True, linear=0),
+    "aten.view_as_complex.default": AxisRule(of_pairs, cheap=True, linear=0),
     "aten.flip.default": AxisRule(along(1), linear=0),
     "aten.roll.default": AxisRule(along(2), linear=0),
     "aten.constant_pad_nd.default": AxisRule(pad),

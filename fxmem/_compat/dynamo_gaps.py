@@ -1,0 +1,94 @@
+"""What Dynamo refuses to trace and has a plain answer, given while fxmem captures.
+
+- ``x.requires_grad_()`` on an intermediate value: transformers does it to the embeddings of a
+  frozen table (``enable_input_require_grads``, on by default with adapters and checkpointing), so
+  that a checkpoint has something to differentiate. No parameter's gradient depends on it.
+- ``x.requires_grad = False`` where that is so already.
+- Names of torch's classes: ``type(weight).__module__.startswith("torchao.")``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from torch._dynamo.variables import ConstantVariable, TensorVariable
+from torch._dynamo.variables.builtin import GetAttrBuiltinVariable, SetAttrBuiltinVariable
+from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+_LOCAL = threading.local()
+_NAMES = ("__module__", "__name__", "__qualname__")
+
+
+def _capturing() -> bool:
+    return getattr(_LOCAL, "capturing", False)
+
+
+def _requires_grad(self: Any, tx: Any, requires_grad: Any = True) -> Any:
+    wanted = requires_grad is True or requires_grad.as_python_constant() is True
+    if _capturing() and wanted and self.source is None:
+        return self
+    return _PLAIN_REQUIRES_GRAD(self, tx, requires_grad)
+
+
+def _setattr(self: Any, tx: Any, obj: Any, name_var: Any, val: Any) -> Any:
+    if (
+        _capturing() and obj.is_tensor() and name_var.is_python_constant()
+        and name_var.as_python_constant() == "requires_grad"
+    ):  # fmt: skip
+        now = obj.as_proxy().node.meta["example_value"].requires_grad
+        if val.is_python_constant() and val.as_python_constant() is now:
+            return ConstantVariable.create(None)
+    return _PLAIN_SETATTR(self, tx, obj, name_var, val)
+
+
+def _named(owner: Any, name: str) -> Any:
+    """The name of a class of torch's as a constant; None for anything else."""
+    known = isinstance(owner, TorchInGraphFunctionVariable) and isinstance(owner.value, type)
+    if _capturing() and known and name in _NAMES:
+        return ConstantVariable.create(getattr(owner.value, name))
+    return None
+
+
+def _getattr(self: Any, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    name = args[1].as_python_constant() if args[1].is_python_constant() else ""
+    return _named(args[0], name) or _PLAIN_GETATTR(self, tx, args, kwargs)
+
+
+def _getattro(self: Any, tx: Any, name: str) -> Any:
+    return _named(self, name) or _PLAIN_GETATTR(self, tx, name)
+
+
+# PyTorch 2.14 looks methods up in tables and asks the owner for its attributes.
+_PLAIN_REQUIRES_GRAD: Any = TensorVariable.method_requires_grad_
+if "requires_grad_" in (methods := getattr(TensorVariable, "tp_methods", {})):
+    methods["requires_grad_"] = type(methods["requires_grad_"])(_requires_grad)
+else:
+    TensorVariable.method_requires_grad_ = _requires_grad  # type: ignore[method-assign]
+
+_PLAIN_SETATTR: Any = SetAttrBuiltinVariable._call_setattr
+SetAttrBuiltinVariable._call_setattr = _setattr  # type: ignore[method-assign]
+
+_PLAIN_GETATTR: Any
+owners: Any = TorchInGraphFunctionVariable
+if "tp_getattro_impl" in vars(owners):
+    _PLAIN_GETATTR, owners.tp_getattro_impl = owners.tp_getattro_impl, _getattro
+else:
+    _PLAIN_GETATTR = GetAttrBuiltinVariable._call_getattr
+    GetAttrBuiltinVariable._call_getattr = _getattr  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Captures of this thread get these answers."""
+    before = _capturing()
+    _LOCAL.capturing = True
+    try:
+        yield
+    finally:
+        _LOCAL.capturing = before
+
+
+__all__ = ["answered"]

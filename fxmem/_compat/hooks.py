@@ -1,0 +1,98 @@
+"""The private names of torch that hooks need; see :mod:`fxmem._compat.graph`."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo import compiled_autograd
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental._backward_state import BackwardState
+from torch.utils.hooks import BackwardHook
+
+__all__ = [
+    "function", "gradient_hooks", "has_old_hooks", "is_hook", "is_hook_state", "saved_elsewhere",
+    "unguarded", "watched",
+]  # fmt: skip
+
+
+def function(gm: fx.GraphModule) -> Callable[..., Any]:
+    """``gm`` as a function: hooks that a user set on all modules do not see it."""
+    _LazyGraphModule.force_recompile(gm)
+    return gm.forward
+
+
+def unguarded(module: torch.nn.Module) -> Hashable:
+    """What a capture of ``module`` depends on and Dynamo does not compare at the next call: whether
+    there are hooks on all modules, and the forwards of classes.
+    """
+    m = torch.nn.modules.module
+    kinds = (m._global_forward_pre_hooks, m._global_forward_hooks, m._global_backward_pre_hooks,
+             m._global_backward_hooks)  # fmt: skip
+    forwards = {(c, f := c.forward, getattr(f, "__code__", None))
+                for c in {type(m) for m in module.modules()}}  # fmt: skip
+    return tuple(bool(hooks) for hooks in kinds), frozenset(forwards)
+
+
+def has_old_hooks(module: torch.nn.Module) -> bool:
+    """Whether ``register_backward_hook`` was used, which watches whatever op came last."""
+    return any(m._is_full_backward_hook is False and m._backward_hooks for m in module.modules())
+
+
+_hooks_lock = threading.Lock()
+_hooks_wanted = 0
+
+
+@contextlib.contextmanager
+def gradient_hooks() -> Iterator[None]:
+    """Dynamo captures hooks on gradients, which it does where its compiled autograd is on: as calls
+    that register them, and a state object among the inputs that holds them at every call.
+    """
+    global _hooks_wanted
+    with _hooks_lock:
+        _hooks_wanted += 1
+        compiled_autograd.compiled_autograd_enabled = True
+    try:
+        yield
+    finally:
+        with _hooks_lock:
+            _hooks_wanted -= 1
+            compiled_autograd.compiled_autograd_enabled = _hooks_wanted > 0
+
+
+def is_hook(node: fx.Node) -> bool:
+    """The node registers hooks on gradients, or gives the values that they watch."""
+    if node.op == "call_method" and isinstance(holder := node.args[0], fx.Node):
+        return isinstance(holder.meta.get("example_value"), BackwardHook)
+    names = ("_register_hook_trampoline", "_in_graph_bw_hooks", "_fxmem_watched")
+    if node.op == "call_function" and node.target is operator.getitem:
+        (source, *_) = node.args
+        return isinstance(source, fx.Node) and source.op == "call_method" and is_hook(source)
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in names
+
+
+def is_hook_state(node: fx.Node) -> bool:
+    """The input through which a capture gets its hooks at every call."""
+    return isinstance(node.meta.get("example_value"), BackwardState)
+
+
+def watched(register: Any) -> Callable[..., Any]:
+    """``fn(value, state)``: the value anew, with what ``register`` registers on it."""
+
+    def _fxmem_watched(value: torch.Tensor, state: Any) -> torch.Tensor:
+        new = value.view_as(value)
+        if new.requires_grad:
+            register(new, state)
+        return new
+
+    return _fxmem_watched
+
+
+def saved_elsewhere() -> bool:
+    """What autograd saves goes through hooks of the caller's: a checkpoint, or an offload."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

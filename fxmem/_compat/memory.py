@@ -1,0 +1,69 @@
+"""The private names of torch that the memory estimate uses; see :mod:`fxmem._compat.graph`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["StorageWatch"]
+
+
+class StorageWatch(TorchDispatchMode):
+    """Counts the bytes of storages that ops make while it is active, and when they die.
+
+    Meant for fake tensors: the code runs, nothing is computed or allocated. ``inside(op, args)``
+    adds what an op allocates and frees within itself.
+    """
+
+    def __init__(self, inside: Callable[[Any, Sequence[Any]], int] | None = None) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._external: set[int] = set()
+        self._inside = inside
+        self.live = 0
+        self.peak = 0
+
+    def ignore(self, tensors: Sequence[Any]) -> None:
+        """Storages that were there before."""
+        self._external.update(
+            StorageWeakRef(t.untyped_storage()).cdata
+            for t in tensors
+            if isinstance(t, torch.Tensor)
+        )
+
+    def settle(self) -> int:
+        """Forget dead storages; the bytes alive now."""
+        dead = [key for key, (ref, _) in self._storages.items() if ref.expired()]
+        for key in dead:
+            self.live -= self._storages.pop(key)[1]
+        return self.live
+
+    def owner(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """Identity and bytes of a tensor's storage; 0 bytes where it was there before."""
+        key = StorageWeakRef(tensor.untyped_storage()).cdata
+        return key, self._storages[key][1] if key in self._storages else 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.settle()
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                ref = StorageWeakRef(storage)
+                if ref.cdata not in self._external and ref.cdata not in self._storages:
+                    self._storages[ref.cdata] = ref, storage.nbytes()
+                    self.live += storage.nbytes()
+        inner = self._inside(func, args) if self._inside is not None else 0
+        self.peak = max(self.peak, self.live + inner)
+        return result

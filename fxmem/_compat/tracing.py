@@ -1,0 +1,44 @@
+"""Private names of torch for traces: ATen graphs of functions, with decompositions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._decomp import get_decompositions
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing as nothing_saved
+from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxmem._compat.graph import is_mutable
+
+__all__ = ["functional", "make_fx", "nothing_saved", "operator_named", "traced"]
+
+
+def functional(gm: fx.GraphModule, mode: Any) -> fx.GraphModule:
+    """``gm``, a trace of ATen ops under ``mode``, without ops that write in place."""
+    if not any(map(is_mutable, gm.graph.nodes)):
+        return gm
+    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    with mode:
+        return traced(torch.func.functionalize(fx.Interpreter(gm).run, remove="mutations"), *values)
+
+
+def traced(fn: Callable[..., Any], *args: Any, written_out: Sequence[str] = ()) -> fx.GraphModule:
+    """The ATen graph of ``fn(*args)``; nodes know where they come from, see :func:`origin`.
+
+    ``written_out``: ops that stand in the graph by PyTorch's own decomposition.
+    """
+    table = get_decompositions([operator_named(name) for name in written_out])
+    with fx.traceback.preserve_node_meta(), enable_python_dispatcher(), nothing_saved():
+        return make_fx(fn, decomposition_table=table)(*args)
+
+
+def operator_named(name: str) -> OpOverload:
+    """The operator of a name such as ``aten.mm.default``."""
+    namespace, packet, overload = name.split(".")
+    found: OpOverload = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    return found

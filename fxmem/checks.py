@@ -1,0 +1,91 @@
+"""Checks that the parts of a plan share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from fxmem.errors import PlanError
+
+_T = TypeVar("_T")
+
+
+def check_names(owner: str, given: Collection[object], known: Collection[str]) -> None:
+    """Refuse option names that `owner` does not have.
+
+    Raises:
+        PlanError: for the first unknown name, with the nearest known one where there is one.
+    """
+    for name in given:
+        if name in known:
+            continue
+        near = get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PlanError(
+            f"{owner} has no option {name!r}", advice=f"{hint}known options: {', '.join(known)}"
+        )
+
+
+def refuse_unknown(cls: type[_T]) -> type[_T]:
+    """Make the constructor answer an unknown keyword with a PlanError, not a bare TypeError."""
+    init = cls.__init__
+    known = cls.__match_args__  # type: ignore[attr-defined]
+
+    @functools.wraps(init)
+    def checked(self: _T, *args: Any, **kwargs: Any) -> None:
+        check_names(cls.__name__, kwargs, known)
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls
+
+
+def mapping(cls: type[Any], data: object) -> dict[str, Any]:
+    """A fresh dict of options for the dataclass `cls`, names checked."""
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{cls.__name__} is {data!r}", advice="give a table of named options")
+    check_names(cls.__name__, data, cls.__match_args__)
+    for field in fields(cls):
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in data:
+            raise PlanError(f"{cls.__name__} has no {field.name}", advice="give it a value")
+    return dict(data)
+
+
+def choice(field: str, value: object, available: tuple[str, ...], later: tuple[str, ...]) -> None:
+    """Check a field that takes one of a few words; `later` are known but not available yet."""
+    allowed = " or ".join(f'"{word}"' for word in available)
+    if isinstance(value, str) and value in available:
+        return
+    if isinstance(value, str) and value in later:
+        raise PlanError(
+            f"{field} = {value!r} is not available in this version", advice=f"use {allowed}"
+        )
+    raise PlanError(f"{field} is {value!r}", advice=f"allowed values: {allowed}")
+
+
+def tokens(field: str, value: object) -> None:
+    """Check a field that is a number of tokens or "auto"."""
+    if isinstance(value, str) and value == "auto":
+        return
+    # True would pass as a chunk of one token.
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return
+    raise PlanError(
+        f"{field} is {value!r}",
+        advice='allowed values: "auto" or an integer of at least 1 (tokens)',
+    )
+
+
+def without_none(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict without the fields that are None."""
+    return {
+        k: without_none(v) if isinstance(v, Mapping) else v
+        for k, v in data.items()
+        if v is not None
+    }
+
+
+__all__ = ["check_names", "choice", "mapping", "refuse_unknown", "tokens", "without_none"]

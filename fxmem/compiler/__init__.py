@@ -1,0 +1,1 @@
+"""From a captured graph to a step that runs: passes, regions, programs."""

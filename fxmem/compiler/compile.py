@@ -1,0 +1,103 @@
+"""A captured function in compiled form: preamble, regions in order, outputs.
+
+:func:`compile_graph` is the body of the Dynamo backend. Regions with equal structure share one
+:class:`~fxmem.runtime.region_code.RegionCode`, across layers, captures and models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmem._compat import graph as _compat
+from fxmem.backends.lowering import Lowering
+from fxmem.compiler.borders import Borders
+from fxmem.compiler.region_codes import _region_call
+from fxmem.compiler.step import CompiledGraph, LateOutput
+from fxmem.frontend import capture as cap
+from fxmem.frontend import parameter_free as pre_
+from fxmem.frontend import regions
+from fxmem.frontend.dropped_outputs import drop_outputs
+from fxmem.frontend.late_outputs import defer_outputs
+from fxmem.frontend.stateless_random import drawn_once
+from fxmem.passes.drop_identities import DropIdentities
+from fxmem.passes.functionalize import Functionalize
+from fxmem.passes.hook_borders import HookBorders
+from fxmem.passes.positional_arguments import PositionalArguments
+from fxmem.passes.scalar_inputs import ScalarInputs, fix_numbers
+from fxmem.passes.select_log_probs import SelectLogProbs, decide_sizes
+from fxmem.passes.share_kv_heads import ShareKvHeads
+from fxmem.passes.slice_rows_first import SliceRowsFirst
+from fxmem.passes.subgraphs import Subgraphs
+from fxmem.plan.plan import Plan, Stream
+from fxmem.rewriting.pipeline import Pass, copy_graph, run_passes
+from fxmem.roles.roles import RoleSource
+from fxmem.runtime.counters import COUNTER
+from fxmem.runtime.profile import profile
+from fxmem.streaming.chunk_size import Chunker
+from fxmem.streaming.token_mixing import mixes
+
+GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
+    HookBorders(), Subgraphs(), PositionalArguments(), ScalarInputs(), Functionalize(),
+    DropIdentities(), ShareKvHeads(), SliceRowsFirst(), SelectLogProbs(),
+)  # fmt: skip
+"""Rewrites of the captured graph, in order."""
+
+
+def compile_graph(
+    plain: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
+    roles: RoleSource | None = None, *, late: LateOutput | None = None, one: bool = False,
+) -> CompiledGraph:  # fmt: skip
+    """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`.
+
+    ``late``: makes what is returned for a wide output that is not computed here, from what its
+    region reads and the sizes of the call. ``one``: everything is one region.
+    """
+    start = time.perf_counter()
+    gm = copy_graph(plain)
+    _compat.unify_sizes(gm)
+    fix_numbers(gm)
+    decide_sizes(gm)
+    gm = run_passes(GRAPH_PASSES, gm)
+    ambient = _ambient(example_inputs)
+    capture = cap.analyse(gm, example_inputs, ambient)
+    if plan.stream is not None and plan.stream.logits == "drop":
+        drop_outputs(capture)
+    pre = pre_.lower(capture, drawn_once)
+    if one:
+        parts = [regions.make(capture, pre, capture.main)]
+        between: list[list[fx.Node]] = [[], []]
+    else:
+        parts, between = regions.split(capture, pre, mixes)
+    if late is not None and roles is None:
+        defer_outputs(capture, pre, parts, between)
+    borders = Borders(capture, pre, between)
+    borders.check(roles is not None)
+    lowering = Lowering.of(plan)
+    told: set[str] = set()
+    calls = [_region_call(r, pre, lowering, told) for r in parts]
+    COUNTER.captures += 1
+    COUNTER.capture_seconds += time.perf_counter() - start
+    weights = [
+        v for n, v in zip(capture.inputs, example_inputs, strict=True)
+        if n in capture.parameters and isinstance(v, Tensor)
+    ]  # fmt: skip
+    chunker = Chunker.of(plan.stream or Stream(), weights, calls, _body_bytes)
+    return CompiledGraph(capture, pre, calls, plan, chunker, plain, borders, roles, late)
+
+
+def _body_bytes(code: Any, kind: str, sizes: Mapping[str, int], rows: int) -> int:
+    return max(profile(code, kind, sizes, rows).bodies, default=0)
+
+
+def _ambient(example_inputs: Sequence[Any]) -> list[tuple[str, torch.dtype, bool]]:
+    devices = {v.device.type for v in example_inputs if isinstance(v, Tensor)}
+    return [
+        (d, torch.get_autocast_dtype(d), True)
+        for d in sorted(devices)
+        if torch.is_autocast_enabled(d)
+    ]

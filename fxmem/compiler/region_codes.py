@@ -1,0 +1,64 @@
+"""One compiled form per distinct region, shared by equal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fxmem.backends.lowering import Lowering
+from fxmem.frontend import parameter_free as pre_
+from fxmem.frontend import regions
+from fxmem.frontend.canonicalize import Canonicalize
+from fxmem.frontend.joint import Caller, Joint
+from fxmem.passes.free_factories import FreeFactories
+from fxmem.passes.global_mean import GlobalMean
+from fxmem.passes.simplify import Simplify
+from fxmem.rewriting.pipeline import Pass, run_passes
+from fxmem.roles.low_rank import adapted
+from fxmem.roles.roles import Adapter
+from fxmem.rules import revision
+from fxmem.runtime.code_library import CodeLibrary
+from fxmem.runtime.counters import COUNTER
+from fxmem.runtime.loops import execute
+from fxmem.runtime.region_call import RegionCall
+from fxmem.runtime.region_code import RegionCode
+from fxmem.streaming.chunk_forms import HANDLERS
+
+_CODES = CodeLibrary()
+
+
+JOINT_PASSES: tuple[Pass[Joint], ...] = (FreeFactories(), GlobalMean(), Simplify())
+"""Rewrites of every traced region, in order."""
+
+
+def _region_call(
+    region: regions.Region, pre: pre_.Preamble, lowering: Lowering, told: set[str]
+) -> RegionCall:
+    def make(name: str) -> RegionCode:
+        return RegionCode(
+            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name, lowering, told
+        )
+
+    code = _CODES.take(f"{revision()} {lowering} {region.key()}", region, make)
+    outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
+    return RegionCall(code, region.leaves, outputs, modules=region.modules)
+
+
+def _adapted(code: RegionCode, adapters: Mapping[int, Adapter]) -> RegionCode:
+    def make(region: regions.Region, caller: Callable[[], Caller], name: str) -> RegionCode:
+        return RegionCode(
+            region,
+            caller,
+            _joint_passes,
+            HANDLERS,
+            execute,
+            COUNTER,
+            name,
+            code.lowering,
+            code.told,
+        )
+
+    return adapted(code, adapters, make)
+
+
+def _joint_passes(joint: Joint) -> Joint:
+    return run_passes(JOINT_PASSES, joint)

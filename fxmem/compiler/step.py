@@ -1,0 +1,186 @@
+"""A captured function in compiled form: what one call of it runs."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxmem._compat import graph as _compat
+from fxmem._compat import hooks as _compat_hooks
+from fxmem.compiler.borders import Borders
+from fxmem.compiler.region_codes import _adapted
+from fxmem.compiler.tied_weights import _link_shared
+from fxmem.errors import InternalError
+from fxmem.frontend import capture as cap
+from fxmem.frontend import faults
+from fxmem.frontend import parameter_free as pre_
+from fxmem.frontend.dropped_outputs import Dropped, dropped
+from fxmem.frontend.late_outputs import Late
+from fxmem.plan.plan import Plan
+from fxmem.roles.autograd import Run, Step, run_selected
+from fxmem.roles.roles import RoleSource, RoleTable
+from fxmem.roles.variants import Selection, select
+from fxmem.runtime.autograd import run_region
+from fxmem.runtime.loops import CallState
+from fxmem.runtime.region_call import RegionCall
+from fxmem.runtime.retention import Holding
+from fxmem.streaming.chunk_size import Chunker
+
+LateOutput = Callable[[Late, Sequence[Any], dict[str, int]], Any]
+
+
+class CompiledGraph:
+    """Callable with the flat arguments of the Dynamo graph."""
+
+    def __init__(
+        self,
+        capture: cap.Capture,
+        pre: pre_.Preamble,
+        calls: list[RegionCall],
+        plan: Plan,
+        chunker: Chunker,
+        plain: fx.GraphModule,
+        borders: Borders,
+        roles: RoleSource | None = None,
+        late: LateOutput | None = None,
+    ) -> None:
+        self.late = late
+        self.roles, self.borders = roles, borders
+        self.selected: list[Selection] = []
+        self.table: RoleTable | None = None
+        self._first_use: dict[str, int] | None = None
+        self.capture, self.pre, self.calls, self.plan = capture, pre, calls, plan
+        self.chunker, self.plain = chunker, plain
+        self.whole_calls = 0
+        # Now: Dynamo takes the origins of inputs away after the compilation.
+        self._parameters = [
+            (i, _compat.input_name(n))
+            for i, n in enumerate(capture.inputs)
+            if n in capture.parameters
+        ]
+        _link_shared(calls)
+        self._plan_releases()
+        self.sizes: dict[str, int] = {}
+        self.holding = Holding(calls, chunker, plan.stream)
+
+    def _plan_releases(self) -> None:
+        crossing = [self.borders.leaves(i) for i in range(len(self.calls) + 1)]
+        last: dict[pre_.Leaf, int] = {}
+        for i, call in enumerate(self.calls):
+            for leaf in (*crossing[i], *call.leaves, *call.outputs):
+                last[leaf] = i
+        final = {pre_.leaf_of(self.pre, o) for o in self.capture.outputs if isinstance(o, fx.Node)}
+        final.update(crossing[-1])
+        late = [o for o in self.capture.outputs if isinstance(o, Late)]
+        final.update(leaf for o in late for leaf in o.region.leaves)
+        readers = Tally(leaf for call in self.calls for leaf in call.leaves)
+        readers.update(leaf for leaves in crossing for leaf in leaves)
+        for call in self.calls:
+            call.sole = [readers[leaf] == 1 and leaf not in final for leaf in call.outputs]
+        for leaf, i in last.items():
+            if leaf not in final and leaf[0] != "input":
+                self.calls[i].release.append(leaf)
+
+    def __call__(self, *args: Any) -> list[Any]:
+        try:
+            with faults.running("a streamed call"):
+                return self._run(*args)
+        except InternalError as error:
+            own = faults.of_run(error, lambda: _compat_hooks.function(self.plain)(*args))
+            if own is error:
+                raise
+        raise own
+
+    def _run(self, *args: Any) -> list[Any]:
+        sizes = bind_sizes(self.capture, args)
+        self.sizes = sizes
+        table = self.roles.table() if self.roles is not None else None
+        whole = self.chunker.whole(sizes)
+        if whole and table is None:
+            self.whole_calls += 1
+            return _compat_hooks.function(self.plain)(*args)
+        by_node = dict(zip(self.capture.inputs, args, strict=True))
+        env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
+        env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
+        state = CallState(sizes, names={id(args[i]): name for i, name in self._parameters})
+        step = self._step(table, env) if table is not None else None
+        fresh = not any(args[i].is_leaf and args[i].grad is not None for i, _ in self._parameters)
+        learns = step is None and torch.is_grad_enabled()
+        # the second run of a checkpoint must save what the first did
+        holds = learns and not _compat_hooks.saved_elsewhere()
+        holding = self.holding.to_run(sizes, fresh) if holds else ()
+        del by_node, args
+        for i, call in enumerate(self.calls):
+            self.borders.cross(i, env)
+            chunk = self.chunk(i)
+            tensors = [env[leaf] for leaf in call.leaves]
+            if step is None:
+                outputs = run_region(
+                    call.code, state, chunk, tensors, call.shared, call.sole, i in holding
+                )
+            else:
+                seed = call.code.draw_seed(tensors[0].device)
+                run = Run(self.selected[i], step, state, chunk, seed, call.shared)
+                outputs = run_selected(run, tensors)
+            del tensors
+            env.update(zip(call.outputs, outputs, strict=True))
+            del outputs
+            for leaf in call.release:
+                env.pop(leaf, None)
+        self.borders.cross(len(self.calls), env)
+        return [self._output(o, env) for o in self.capture.outputs]
+
+    def chunk(self, at: int) -> int:
+        """Rows per chunk of a region in the latest call."""
+        if self.plan.stream is None or self.chunker.whole(self.sizes):
+            return self.sizes.get("T", 1)
+        updates = bool(self.selected) and bool(self.selected[at].updates)
+        return self.chunker(self.calls[at].code, self.sizes, updates=updates)
+
+    def _step(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> Step:
+        """Select the variant of every region for this call."""
+        assert self.roles is not None
+        self._tell_order(table, env)
+        self.table = table
+        codes = [(c.code, c.leaves, c.outputs) for c in self.calls]
+        self.selected = select(codes, env, table, _adapted, armed=self.roles.armed)
+        updates = any(s.updates for s in self.selected)
+        return Step(table, updates, table.generation)
+
+    def _tell_order(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> None:
+        """Tell the table at which position of the graph each parameter is first read."""
+        if self._first_use is None:
+            at = {node: i for i, node in enumerate(self.capture.gm.graph.nodes)}
+            self._first_use = {
+                n.name: min((at[u] for u in n.users), default=len(at)) for n in self.capture.inputs
+            }
+        order = {
+            value: position
+            for name, position in self._first_use.items()
+            if isinstance(value := env.get(("input", name)), nn.Parameter)
+        }
+        table.tell_order(order)
+
+    def _output(self, output: Any, env: dict[pre_.Leaf, Any]) -> Any:
+        if isinstance(output, Dropped):
+            shape = [cap.canonical(s, self.capture.symbols) for s in output.value.shape]
+            return dropped(shape, self.sizes, output.value.dtype, output.value.device)
+        if isinstance(output, Late):
+            assert self.late is not None
+            return self.late(output, [env[leaf] for leaf in output.region.leaves], self.sizes)
+        return env[pre_.leaf_of(self.pre, output)] if isinstance(output, fx.Node) else output
+
+
+def bind_sizes(capture: cap.Capture, args: Sequence[Any]) -> dict[str, int]:
+    """Values of the canonical symbols in this call."""
+    sizes: dict[str, int] = {}
+    for position, dim, size in capture.bindings:
+        value = args[position]
+        actual = value if dim is None else value.shape[dim]
+        (symbol,) = size.free_symbols
+        sizes[str(symbol)] = int(actual) - int(size - symbol)
+    return sizes

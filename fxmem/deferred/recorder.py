@@ -1,0 +1,200 @@
+"""Deferred outputs of one model, and the compiled programs of what is done with them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxmem._compat import graph as _compat
+from fxmem._compat.overrides import version
+from fxmem.axes.sizes import evaluate
+from fxmem.caches import Cache
+from fxmem.deferred.source import Source, source
+from fxmem.deferred.tape import MODE, Memory, Node, needed
+from fxmem.deferred.tensor import handle
+from fxmem.errors import FxmemError, FxmemWarning, ModifiedParameterError
+from fxmem.frontend import origin
+from fxmem.frontend.capture import attribute, canonical, is_size, value_of
+from fxmem.frontend.inputs import uniform
+from fxmem.frontend.late_outputs import Late
+
+KEEP = 'Stream(logits="keep") hands out plain logits'
+
+
+@dataclass(eq=False)
+class Program:
+    """What equal recordings share."""
+
+    plain: Callable[..., Any]
+    backend: Any
+    compiled: Callable[..., Any]
+    calls: list[str]
+
+    @property
+    def summary(self) -> str:
+        """The calls in order, and how they run."""
+        return f"{' '.join(self.calls)}: {'streamed' if self.backend.graphs else 'on whole logits'}"
+
+
+_PROGRAMS: Cache[tuple[str, str], Program] = Cache("recorded losses", 256)
+_NUMBERS: Cache[str, tuple[list[Any], set[int]]] = Cache("numbers in recordings", 1024)
+"""The numbers of the first recording of a text, and which have had another value since."""
+
+
+def _settled(made: Source) -> Source:
+    """Numbers are constants until they change."""
+    first, varying = _NUMBERS.setdefault(made.text, (made.numbers, set()))
+    varying |= {i for i, n in enumerate(made.numbers) if n != first[i]}
+    return made.fixed(varying)
+
+
+@dataclass(eq=False)
+class Head:
+    """One output of one call."""
+
+    recorder: Recorder
+
+
+@dataclass(eq=False)
+class Recorder:
+    """``key`` tells plans apart; ``backend()`` makes a Dynamo backend for one program."""
+
+    key: str
+    backend: Callable[[], Any]
+    programs: dict[str, Program] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+
+    def output(self, late: Late, values: Sequence[Any], sizes: dict[str, int]) -> Tensor:
+        """A tensor that stands for a late output; ``values``: what its region reads."""
+        return handle(_head(late, values, sizes, Head(self)))
+
+    def give(self, wanted: list[Node], alive: Iterable[Node], name: str) -> None:
+        """Compute nodes, and with them what else of the same outputs is small and still there."""
+        heads = frozenset().union(*(n.heads for n in wanted))
+        wide = any(n.wide for n in wanted)
+        wanted = sorted(dict.fromkeys(wanted), key=lambda n: n.fake.dim())
+        if not wide:
+            wanted += [
+                n for n in alive
+                if n.real is None and not n.wide and n.heads <= heads and n not in wanted
+            ]  # fmt: skip
+        nodes = needed(wanted)
+        _unchanged(nodes)
+        made = _settled(source(nodes, wanted))
+        for node, real in zip(wanted, self._run(made, wide, name), strict=True):
+            node.real, node.memory.given = real, True
+            node.args, node.kwargs, node.writers, node.versions = (), {}, (), []
+
+    def _run(self, made: Source, wide: bool, name: str) -> Sequence[Tensor]:
+        program = self._program(made)
+        if wide:
+            self._tell(name, f"makes the logits whole at {_line()}")
+            return _plain(program, made.inputs)
+        try:
+            with (
+                _compat.capture_config(), uniform(made.inputs, {}) as (own, _),
+                warnings.catch_warnings(),
+            ):  # fmt: skip
+                # Dynamo asks for the gradient of inputs that are no leaves
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+                for x in own:
+                    if not isinstance(x, nn.Parameter):
+                        _compat.mark_dynamic(x)
+                with torch.enable_grad(), _compat.no_autocast():
+                    found: Sequence[Tensor] = program.compiled(*own)
+                    return found
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            what = error.what if isinstance(error, FxmemError) else str(error).split("\n")[0]
+            result = _plain(program, made.inputs)  # a fault of the values is raised here
+            self._tell(name, f"at {_line()} runs on whole logits, since {what}")
+            return result
+
+    def _program(self, made: Source) -> Program:
+        key = (self.key, made.text)
+        if key not in _PROGRAMS:
+            plain, backend = made.function(), self.backend()
+            compiled = torch.compile(  # type: ignore[call-overload]  # the stub lacks some
+                plain, backend=backend, fullgraph=True, isolate_recompiles=True, recompile_limit=64
+            )
+            _PROGRAMS[key] = Program(plain, backend, compiled, made.calls)
+        return self.programs.setdefault(made.text, _PROGRAMS[key])
+
+    def _tell(self, name: str, what: str) -> None:
+        if name not in self.told:
+            self.told.add(name)
+            warnings.warn(f"{name} {what}; exact, not streamed; {KEEP}", FxmemWarning, stacklevel=2)
+
+
+def _plain(program: Program, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    with torch.enable_grad(), _compat.no_autocast():
+        found: Sequence[Tensor] = program.plain(*inputs)
+        return found
+
+
+def _unchanged(nodes: Sequence[Node]) -> None:
+    """
+    Raises:
+        ModifiedParameterError: what the recorded calls read is not what it was.
+    """
+    for node in nodes:
+        if any(version(t) != v for t, v in node.versions):
+            name = node.target if isinstance(node.target, str) else node.target.__name__
+            raise ModifiedParameterError(
+                f"a tensor that {name} on the logits reads was changed in place before its result "
+                "was wanted", source=_line(),
+                advice="read what depends on the logits before optimizer.step() and other changes "
+                f"in place; {KEEP}",
+            )  # fmt: skip
+
+
+def _line() -> str:
+    """The innermost line of the caller's that is neither ours nor torch's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        line = origin.Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        if line.library not in ("fxmem", "torch", "python"):
+            return str(line)
+        frame = frame.f_back  # type: ignore[assignment]
+    return "an unknown line"
+
+
+def _head(late: Late, values: Sequence[Any], sizes: dict[str, int], head: Head) -> Node:
+    """The nodes of a late output's region; the last of them."""
+    region = late.region
+    capture = region.capture
+
+    def sized(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(sized, value))
+        return evaluate(canonical(value, capture.symbols), sizes)
+
+    env: dict[fx.Node, Any] = dict(zip(region.inputs, values, strict=True))
+    env |= {n: sized(value_of(n)) for n in capture.inputs if n not in env and is_size(value_of(n))}
+    for n in region.nodes:
+        if is_size(value_of(n)):
+            env[n] = sized(value_of(n))
+        elif n.op == "get_attr":
+            env[n] = attribute(capture.gm, str(n.target))
+        else:
+            form = "method" if n.op == "call_method" else "function"
+            args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: env[a])
+            env[n] = Node(form, n.target, args, kwargs, capture.contexts[n], None, Memory())
+    node: Node = env[region.outputs[0]]
+    node.sources = tuple(v for v in values if isinstance(v, Tensor) and v.requires_grad)
+    shape = sized(tuple(late.value.shape))
+    with MODE, torch.enable_grad():
+        node.fake = torch.empty(shape, dtype=late.value.dtype, device=late.value.device)
+        if node.sources:
+            node.fake = node.fake.requires_grad_().clone()
+    node.rows = node.fake.numel() // max(1, shape[-1])
+    node.heads = frozenset((head,))
+    node.versions = [(v, version(v)) for v in values if isinstance(v, Tensor)]
+    return node

@@ -1,0 +1,102 @@
+"""Inputs of a call in one layout, each a tensor of its own.
+
+Dynamo tells layouts apart: a view (a slice of a long text, a transposed or expanded tensor) or one
+tensor given twice would each be captured anew. What lies plainly is given by another name, without
+the base it is a view of; the rest is copied where it is small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmem._compat.graph import is_view
+
+COPY_BYTES = 16 << 20
+"""What is larger keeps its layout: that costs a capture, a copy would cost memory."""
+
+
+@contextlib.contextmanager
+def uniform(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The arguments of a call with its tensors laid out plainly.
+
+    Lists and dicts among them are the caller's own while the call runs, so that what it does to
+    them (``batch.pop("labels")``) is seen; on leaving they have their own tensors again, and what
+    was written to a copy is written to the original.
+    """
+    given = _Given()
+    try:
+        yield [given.take(a) for a in args], {k: given.take(v) for k, v in kwargs.items()}
+    finally:
+        given.give_back()
+
+
+class _Given:
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.own: dict[int, tuple[Any, Any]] = {}
+        """``id`` of a replacement -> it and what the caller gave."""
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.containers: dict[int, list[Any] | dict[Any, Any]] = {}
+
+    def take(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if type(value) is tuple:
+            return self._replace(value, tuple([self.take(v) for v in value]))
+        if type(value) in (list, dict) and id(value) not in self.containers:
+            self.containers[id(value)] = value
+            for key, item in _items(value):
+                new = self.take(item)
+                if new is not item:
+                    value[key] = new
+        return value
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        if type(value) is not Tensor or value.layout is not torch.strided or value.is_nested:
+            return value
+        known, plain = id(value) in self.seen, _is_plain(value)
+        self.seen.add(id(value))
+        if plain and not known and not is_view(value):
+            return value
+        if plain and not value.requires_grad:
+            new = value.detach()
+        elif value.nbytes <= COPY_BYTES:
+            new = value.clone(memory_format=torch.contiguous_format)
+            self.copies.append((new, value))
+        else:
+            return value
+        return self._replace(value, new)
+
+    def _replace(self, value: Any, new: Any) -> Any:
+        self.own[id(new)] = (new, value)
+        return new
+
+    def give_back(self) -> None:
+        for container in self.containers.values():
+            for key, item in _items(container):
+                if id(item) in self.own:
+                    container[key] = self.own[id(item)][1]
+        for new, value in self.copies:
+            if new._version:
+                with torch.no_grad():
+                    value.copy_(new)
+
+
+def _items(container: list[Any] | dict[Any, Any]) -> list[tuple[Any, Any]]:
+    return list(enumerate(container) if isinstance(container, list) else container.items())
+
+
+def _is_plain(value: Tensor) -> bool:
+    """As a new tensor lies: no offset, and dense strides, of dimensions of one row too."""
+    step, strides = 1, []
+    for size in reversed(value.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return value.storage_offset() == 0 and list(value.stride()) == strides[::-1]

@@ -1,0 +1,95 @@
+"""Where an operator or a failure comes from: module path and source line.
+
+The line is the user's own where one is involved. A line of an installed library is named by its
+path inside the library, so that a reader sees that it is not theirs to change.
+"""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+_INSTALLED = ("site-packages", "dist-packages")
+_STANDARD = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
+_PACKAGE = Path(__file__).parent.parent
+_OWN = tuple(str(p) + "/" for p in (
+    _PACKAGE, _PACKAGE.parent / "passes", _PACKAGE.parent / "kernels"
+))  # fmt: skip
+_FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n?\s*(.*)')
+
+
+def is_own(file: str) -> bool:
+    """The file is one of fxmem's."""
+    return file.startswith(_OWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a call stack, outermost first in a stack."""
+
+    file: str
+    number: int
+    function: str
+    code: str = ""
+
+    @property
+    def library(self) -> str | None:
+        """The installed library it belongs to; None for code of the user's own."""
+        if is_own(self.file):
+            return "fxmem"
+        parts = Path(self.file).parts
+        for name in _INSTALLED:
+            if name in parts[:-1]:
+                return parts[parts.index(name) + 1]
+        return "python" if self.file.startswith((*_STANDARD, "<frozen")) else None
+
+    def __str__(self) -> str:
+        file = self.file
+        if (library := self.library) not in (None, "fxmem", "python"):
+            parts = Path(file).parts
+            file = "/".join(parts[parts.index(str(library)) :])
+        return f'File "{file}", line {self.number}, in {self.function}  {self.code}'.rstrip()
+
+
+def place(stack: Sequence[Line]) -> Line | None:
+    """The innermost line of the user's own; else the innermost of a library other than torch."""
+    own = [line for line in stack if line.library is None]
+    others = [line for line in stack if line.library not in ("torch", "fxmem", "python")]
+    return next((lines[-1] for lines in (own, others, stack) if lines), None)
+
+
+def stack_of(node: fx.Node) -> list[Line]:
+    """The calls that made a node, outermost first."""
+    found = _FRAME.findall(str(node.meta.get("stack_trace") or ""))
+    return [
+        Line(file, int(number), function, code.strip()) for file, number, function, code in found
+    ]
+
+
+def source_line(node: fx.Node) -> str | None:
+    """``File "net.py", line 3, in forward  code`` of the call that made a node."""
+    line = place(stack_of(node))
+    return None if line is None else str(line)
+
+
+def module_path(node: fx.Node) -> str | None:
+    """Dotted path of the module that a node comes from, such as ``model.layers.3.mlp``."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    return path_of(list(stack.values())[-1][0]) if stack else None
+
+
+def path_of(source: Any) -> str | None:
+    """What the user calls a module, from Dynamo's name for it, such as ``L['self'].blocks[1]``."""
+    text = re.sub(r"^[LG]\['(self|args|kwargs|fn)'\](\[[^\]]*\]|\.__self__)*", "", str(source))
+    text = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", text.replace("_modules", ""))
+    text = re.sub(r"^[LG]\.", "", text.replace("__self__", ""))
+    return ".".join(filter(None, text.split("."))) or None
+
+
+__all__ = ["Line", "is_own", "module_path", "path_of", "place", "source_line", "stack_of"]

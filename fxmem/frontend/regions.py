@@ -1,0 +1,325 @@
+"""Where to cut a model: regions between two narrow waists of the graph.
+
+Walk the main nodes in order and look at the bytes per token of the values alive across each
+position. At a *waist* a single state is alive (the residual stream): the smallest value that occurs
+again and again. Waists split the graph into *segments*. A segment that mixes tokens (attention)
+starts a region and takes the token-local segments after it along, up to the next mixing one; what
+precedes the first mixing segment (the embedding) and what follows the last one without a
+counterpart elsewhere (final norm, LM head, loss) are regions of their own. Values that merely pass
+by a region are not its inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmem._compat import hooks as _compat_hooks
+from fxmem.axes.sizes import has_axis, per_token
+from fxmem.frontend.capture import (
+    Capture,
+    Graph,
+    attribute,
+    call_node,
+    canonical,
+    canonical_shape,
+    is_size,
+    is_tensor,
+    run,
+    value_of,
+)
+from fxmem.frontend.origin import module_path
+from fxmem.frontend.parameter_free import Cone, Leaf, Preamble, leaf_of
+from fxmem.frontend.subgraph import Body, Subgraph
+
+
+@dataclass(slots=True)
+class Region:
+    """A stretch of main nodes as a function of ints, tensors (in ``leaves`` order) and cones."""
+
+    capture: Capture
+    nodes: list[fx.Node]
+    outputs: list[fx.Node]
+    ints: list[fx.Node]
+    inputs: list[fx.Node]
+    leaves: list[Leaf]
+    values: list[torch.Tensor]
+    cones: list[tuple[fx.Node, Cone]]
+    cone_args: list[list[int]]
+
+    @property
+    def needs_grad(self) -> list[bool]:
+        """Which tensor inputs want a gradient."""
+        return [bool(v.requires_grad) for v in self.values]
+
+    @property
+    def modules(self) -> str:
+        """Paths of the modules that it comes from, first and last; empty where none is known."""
+        paths = list(dict.fromkeys(p for n in self.nodes if (p := module_path(n))))
+        return " .. ".join(dict.fromkeys((*paths[:1], *paths[-1:])))
+
+    @property
+    def parameter_mask(self) -> list[bool]:
+        named = {("input", p.name) for p in self.capture.parameters}
+        return [leaf in named for leaf in self.leaves]
+
+    def function(
+        self, call: Callable[[fx.Node, Any, Any], Any] = call_node
+    ) -> Callable[..., list[Any]]:
+        """``fn(*ints, *tensors) -> outputs``; ``call`` replaces single ops (canonicalisation)."""
+
+        def fn(*values: Any) -> list[Any]:
+            k = len(self.ints)
+            env: dict[fx.Node, Any] = self._every_size(values[:k])
+            tensors = values[k:]
+            env.update(zip(self.inputs, tensors, strict=False))
+            for (node, cone), args in zip(self.cones, self.cone_args, strict=True):
+                ints = [env[i] for i in cone.ints]
+                env[node] = _compat_hooks.function(cone.module)(*ints, *(tensors[i] for i in args))
+            run(self.nodes, env, self.capture, call)
+            return [env[n] for n in self.outputs]
+
+        return fn
+
+    def _every_size(self, given: Sequence[Any]) -> dict[fx.Node, Any]:
+        """What ``given`` has for ``ints``, for every input that is one of these sizes."""
+        values = dict(zip(map(self._size, self.ints), given, strict=True))
+        inputs = [n for n in self.capture.inputs if isinstance(value_of(n), torch.SymInt)]
+        return {n: values[name] for n in inputs if (name := self._size(n)) in values}
+
+    def _size(self, node: fx.Node) -> str:
+        return str(canonical(value_of(node), self.capture.symbols))
+
+    def key(self) -> str:
+        """Structural identity: equal keys run the same program on other weights."""
+        index: dict[fx.Node, str] = self._every_size([f"i{i}" for i in range(len(self.ints))])
+        symbols = self.capture.symbols
+        lines = [f"int {canonical(value_of(n), symbols)}" for n in self.ints]
+        for leaf_value, parameter in zip(self.values, self.parameter_mask, strict=True):
+            lines.append(f"in {_describe(leaf_value, symbols)} {parameter}")
+        for i, n in enumerate(self.inputs):
+            index[n] = f"t{i}"
+        for i, ((node, cone), args) in enumerate(zip(self.cones, self.cone_args, strict=True)):
+            index[node] = f"c{i}"
+            lines.append(f"cone {[index[i] for i in cone.ints]} {args} {cone.key}")
+        lines += _lines(self.nodes, index, self.capture, symbols)
+        lines.append(f"out {[index[n] for n in self.outputs]}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _lines(
+    nodes: Sequence[fx.Node], index: dict[fx.Node, str], graph: Graph, symbols: Any
+) -> list[str]:
+    """One line per node, the same for nodes that do the same; adds their names to ``index``."""
+    lines = []
+    for i, n in enumerate(nodes):
+        index.setdefault(n, f"v{i}")
+        if is_size(value_of(n)):
+            lines.append(f"{index[n]} = {_sizes(value_of(n), symbols)}")
+            continue
+        args = fx.map_arg((n.args, n.kwargs), lambda a: _Name(index[a]))
+        target = _target(n, graph, symbols)
+        lines.append(f"{index[n]} = {target} {args} {graph.contexts[n]}")
+    return lines
+
+
+def _sizes(value: Any, symbols: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return str([_sizes(v, symbols) for v in value])
+    return str(canonical(value, symbols))
+
+
+class _Name(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _target(node: fx.Node, graph: Graph, symbols: Any) -> str:
+    """What the node calls. A name alone may stand for several functions: the object counts."""
+    t = node.target
+    if isinstance(t, Subgraph):
+        return f"{type(t).__name__} {t.options} {[_body(b, symbols) for b in t.bodies]}"
+    if isinstance(t, str):
+        return f"{t} {id(attribute(graph.gm, t))}" if node.op == "get_attr" else t
+    return f"{getattr(t, '__module__', '')}.{getattr(t, '__qualname__', t)} {hash(t)}"
+
+
+def _body(body: Body, symbols: Any) -> str:
+    index = {n: f"a{i}" for i, n in enumerate(body.inputs)}
+    lines = _lines(body.nodes, index, body, symbols)
+    result = fx.map_arg(body.result, lambda a: _Name(index[a]))
+    return "\n".join([*lines, f"out {result}"])
+
+
+def _describe(value: torch.Tensor, symbols: Any) -> str:
+    return f"{canonical_shape(value, symbols)} {value.dtype} {value.device} {value.requires_grad}"
+
+
+def split(
+    capture: Capture, pre: Preamble, mixes: Callable[[Region], bool]
+) -> tuple[list[Region], list[list[fx.Node]]]:
+    """The regions of a capture in order, and what runs between them: the nodes before each region,
+    then those after the last. ``mixes`` says whether a segment needs other tokens.
+    """
+    main = capture.main
+    hooks = {p for p, n in enumerate(main) if _compat_hooks.is_hook(n)}
+    cuts = sorted({*_waists(capture, main), *hooks, *(p + 1 for p in hooks)} - {0, len(main)})
+    bounds = [0, *cuts, len(main)]
+    segments = [main[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+    between = [_compat_hooks.is_hook(s[0]) for s in segments]
+    atoms = [None if b else make(capture, pre, s) for s, b in zip(segments, between, strict=True)]
+    keys = ["" if a is None else a.key() for a in atoms]
+    known: dict[str, bool] = {"": False}
+    for atom, key in zip(atoms, keys, strict=True):
+        if atom is not None and key not in known:
+            known[key] = mixes(atom)
+    regions: list[Region] = []
+    borders: list[list[fx.Node]] = [[]]
+    for group in _group(keys, [known[k] for k in keys]):
+        for hook, run_ in itertools.groupby(group, key=lambda i: between[i]):
+            nodes = [n for i in run_ for n in segments[i]]
+            if hook:
+                borders[-1] += nodes
+            else:
+                regions.append(make(capture, pre, nodes))
+                borders.append([])
+    return regions, borders
+
+
+def _group(keys: Sequence[str], mixing: Sequence[bool]) -> list[list[int]]:
+    """Indices of segments per region; see the module's first paragraph."""
+    if not any(mixing):
+        # no mixing at all: every segment is its own region, equal ones share a program
+        return [[i] for i in range(len(keys))]
+    first, last = mixing.index(True), len(mixing) - 1 - mixing[::-1].index(True)
+    groups = [[i] for i in range(first)]
+    for i in range(first, last + 1):
+        if mixing[i] or not groups or i == first:
+            groups.append([i])
+        else:
+            groups[-1].append(i)
+    body = Counter(keys[first : last + 1])
+    tail = last + 1
+    while tail < len(keys) - 1 and body[keys[tail]]:
+        groups[-1].append(tail)
+        tail += 1
+    if tail < len(keys):
+        groups.append(list(range(tail, len(keys))))
+    return groups
+
+
+def _waists(capture: Capture, main: list[fx.Node]) -> list[int]:
+    """Positions ``p`` such that a region may end before ``main[p]``.
+
+    A single state is alive there, beside values under a quarter of its size (router logits that
+    pass by), and it has the size that most of these positions share.
+    """
+    alone = _single_states(capture, main)
+    runs = [v for p, v in enumerate(alone) if v is not None and (p == 0 or alone[p - 1] != v)]
+    if not runs:
+        return []
+    residual = Counter(runs).most_common(1)[0][0]
+    return [p for p in range(1, len(main)) if alone[p] == residual and alone[p - 1] != residual]
+
+
+def _single_states(capture: Capture, main: list[fx.Node]) -> list[float | None]:
+    """Bytes per token of the one streamed state alive before each node; None where more are."""
+    order = {n: i for i, n in enumerate(main)}
+    ends: dict[int, list[fx.Node]] = {}
+    alive: dict[fx.Node, float] = {}
+    out: list[float | None] = []
+    tuples = -1  # last use of a tuple of tensors: no cut before it
+    for p, n in enumerate(main):
+        for gone in ends.pop(p, ()):
+            del alive[gone]
+        largest = max(alive.values(), default=0.0)
+        large = [v for v in alive.values() if v >= largest / 4]
+        out.append(large[0] if len(large) == 1 and tuples < 0 else None)
+        value = value_of(n)
+        last = max((order[u] for u in n.users if u in order), default=-1)
+        tuples = max(
+            tuples, last if isinstance(value, (tuple, list)) and not is_size(value) else -1
+        )
+        tuples = -1 if tuples <= p else tuples
+        if last > p and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            shape = capture.shape(n)
+            if any(has_axis(d) for d in shape):
+                alive[n] = per_token(shape) * value.dtype.itemsize
+                ends.setdefault(last + 1, []).append(n)
+    return out
+
+
+def make(capture: Capture, pre: Preamble, nodes: list[fx.Node]) -> Region:
+    """The region of consecutive main nodes ``nodes`` with its inputs and outputs."""
+    inside = set(nodes)
+    final = {o for o in capture.outputs if isinstance(o, fx.Node)}
+    outputs = [
+        n for n in nodes
+        if is_tensor(n)
+        and (n in final or any(u not in inside and u in capture.main_set for u in n.users))
+    ]  # fmt: skip
+    external = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+    ints = _ints(capture)
+    scalars = [a for a in external if not is_tensor(a) and a not in ints]
+    tensors = [a for a in external if is_tensor(a) and a not in pre.cones]
+    leaves = [leaf_of(pre, a) for a in tensors]
+    values = [value_of(a) for a in tensors]
+    cones, cone_args = [], []
+    for a in external:
+        if a in pre.cones:
+            cone = pre.cones[a]
+            args = []
+            for leaf, value in zip(cone.leaves, cone.values, strict=True):
+                if leaf not in leaves[len(tensors) :]:
+                    leaves.append(leaf)
+                    values.append(value)
+                args.append(len(tensors) + leaves[len(tensors) :].index(leaf))
+            cones.append((a, cone))
+            cone_args.append(args)
+    return Region(
+        capture,
+        [*_closure(capture, scalars), *nodes],
+        outputs,
+        ints,
+        tensors,
+        leaves,
+        values,
+        cones,
+        cone_args,
+    )
+
+
+def _ints(capture: Capture) -> list[fx.Node]:
+    """One input for each size that varies, in order of their names."""
+    found: dict[str, fx.Node] = {}
+    for n in capture.inputs:
+        value = value_of(n)
+        if (
+            isinstance(value, torch.SymInt)
+            and value.node.expr.free_symbols <= capture.symbols.keys()
+        ):
+            found.setdefault(str(canonical(value, capture.symbols)), n)
+    return [found[name] for name in sorted(found)]
+
+
+def _closure(capture: Capture, scalars: list[fx.Node]) -> list[fx.Node]:
+    """Scalar nodes that a region repeats for itself, with what they are computed from, in order."""
+    needed: set[fx.Node] = set()
+
+    def visit(n: fx.Node) -> None:
+        if n not in needed and n.op != "placeholder" and not is_tensor(n):
+            needed.add(n)
+            if not is_size(value_of(n)):
+                for a in n.all_input_nodes:
+                    visit(a)
+
+    for a in scalars:
+        visit(a)
+    return [n for n in capture.nodes if n in needed]

@@ -1,0 +1,321 @@
+"""Predicted memory of one training step, without running it.
+
+:func:`predict` replays what :class:`~fxmem.compiler.compile.CompiledGraph` and autograd do with
+storages: what the preamble makes, what each region allocates (:mod:`fxmem.runtime.profile`),
+what waits for the backward, and the gradients that stay. Parameters, inputs of the call and
+gradients of earlier steps are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxmem._compat import graph as _compat
+from fxmem._compat import hooks as _compat_hooks
+from fxmem._compat.memory import StorageWatch
+from fxmem.axes.sizes import evaluate
+from fxmem.compiler.step import CompiledGraph
+from fxmem.frontend.capture import canonical, value_of
+from fxmem.frontend.parameter_free import Leaf
+from fxmem.runtime.profile import Output, Profile, body_bytes, inside_op, profile
+from fxmem.runtime.region_call import RegionCall
+from fxmem.runtime.region_code import RegionCode
+
+__all__ = ["Prediction", "Saved", "Step", "Use", "body_bytes", "predict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Bytes of one step above what was there before.
+
+    Attributes:
+        peak_bytes: the most alive at any time.
+        parameter_gradient_bytes: gradients alive after the step.
+        saved_bytes: alive between forward and backward.
+        transient_bytes: the most that one region takes while it runs.
+        timeline: ``(label, bytes alive)``; a region's entry is its own peak.
+    """
+
+    peak_bytes: int
+    parameter_gradient_bytes: int
+    saved_bytes: int
+    transient_bytes: int
+    timeline: list[tuple[str, int]]
+
+
+@dataclass(slots=True)
+class _Ledger:
+    """Storages alive, by holder counts."""
+
+    live: int = 0
+    transient: int = 0
+    timeline: list[tuple[str, int]] = field(default_factory=list)
+    sizes: dict[Any, int] = field(default_factory=dict)
+    holders: dict[Any, int] = field(default_factory=dict)
+
+    def hold(self, storage: Any, size: int = 0) -> None:
+        if storage not in self.holders:
+            self.holders[storage], self.sizes[storage] = 0, size
+            self.live += size
+        self.holders[storage] += 1
+
+    def release(self, storage: Any) -> None:
+        self.holders[storage] -= 1
+        if not self.holders[storage]:
+            self.live -= self.sizes.pop(storage)
+            del self.holders[storage]
+
+    def mark(self, label: str, extra: int = 0) -> None:
+        self.transient = max(self.transient, extra)
+        self.timeline.append((label, self.live + extra))
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a region runs: code, rows per chunk, names of programs, and whether a backward comes."""
+
+    code: RegionCode
+    chunk: int
+    forward: str
+    backward: str
+    learns: bool
+
+
+@dataclass(slots=True)
+class Saved:
+    """What one region keeps for its backward."""
+
+    call: RegionCall
+    use: Use
+    leaves: list[Any]
+    gradients: list[tuple[Any, Output] | None] | None
+
+
+def predict(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
+    """Memory of a step of ``graph`` at ``sizes``: symbol name -> int, such as ``{"T": 4096}``."""
+    if graph.chunker.whole(sizes):
+        return _predict_whole(graph, sizes)
+    return Step(graph, dict(sizes)).predict()
+
+
+def _predict_whole(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
+    """A call that is too small to stream: the captured graph and autograd, over fake tensors."""
+    capture, watch = graph.capture, StorageWatch(inside_op)
+    timeline: list[tuple[str, int]] = []
+    with _compat.FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        given = [_fake(graph, value_of(n), sizes) for n in capture.inputs]
+        watch.ignore(given)
+        with watch:
+            outputs = _compat_hooks.function(graph.plain)(*given)
+            timeline.append(("forward", watch.peak))
+            saved = watch.settle()
+            loss = next((o for o in outputs if _is_loss(o)), None)
+            if loss is not None:
+                loss.backward()
+        timeline.append(("backward", watch.peak))
+        gradients = sum(g.nbytes for t in given if (g := getattr(t, "grad", None)) is not None)
+    return Prediction(watch.peak, gradients, saved, watch.peak, timeline)
+
+
+def _is_loss(output: Any) -> bool:
+    return isinstance(output, torch.Tensor) and not output.dim() and output.requires_grad
+
+
+def _fake(graph: CompiledGraph, value: Any, sizes: Mapping[str, int]) -> Any:
+    """A run-time input of a capture at the given sizes."""
+    symbols = graph.capture.symbols
+    if isinstance(value, torch.SymInt):
+        known = value.node.expr.free_symbols <= symbols.keys()
+        return evaluate(canonical(value, symbols), sizes) if known else 1  # nobody reads it
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = [evaluate(canonical(s, symbols), sizes) for s in value.shape]
+    return torch.empty(
+        shape, dtype=value.dtype, device=value.device, requires_grad=value.requires_grad
+    )
+
+
+class Step:
+    """Replays a step of a graph in a ledger of storages."""
+
+    def __init__(self, graph: CompiledGraph, sizes: dict[str, int]) -> None:
+        self.graph, self.sizes = graph, sizes
+        self.ledger = _Ledger()
+        self.env: dict[Leaf, Any] = {}
+        self.gradients: dict[Leaf, Any] = {}
+        self.masks: set[tuple[Any, ...]] = set()
+
+    def predict(self) -> Prediction:
+        saved = self.forward()
+        between = self.ledger.live
+        self.backward(saved)
+        return Prediction(
+            max((b for _, b in self.ledger.timeline), default=0), self.gradient_bytes(), between,
+            self.ledger.transient, self.ledger.timeline,
+        )  # fmt: skip
+
+    def use(self, index: int) -> Use:
+        code = self.graph.calls[index].code
+        kind = "loss" if code.learns and code.early else "forward"
+        held = "+" if index in self.graph.holding(self.sizes) else ""
+        rows = self.graph.chunker(code, self.sizes)
+        return Use(code, rows, kind + held, "backward" + held, code.learns)
+
+    def forward(self) -> list[tuple[int, Saved]]:
+        self._preamble()
+        saved: list[tuple[int, Saved]] = []
+        for index, call in enumerate(self.graph.calls):
+            use = self.use(index)
+            run = profile(use.code, use.forward, self.sizes, use.chunk)
+            self._masks(call, run)
+            self.ledger.mark(f"forward {call.modules}", run.peak)
+            values = self._results(("forward", index), run)
+            count = len(use.code.joint.outputs)
+            made = [v for v in values[:count] if v is not None]
+            for leaf, (storage, _) in zip(call.outputs, made, strict=True):
+                self.env[leaf] = storage
+                self.ledger.hold(storage)
+            if use.learns:
+                rest = values[count:]
+                gradients = rest if use.forward.startswith("loss") else None
+                held = [v[0] for v in rest if v is not None] if gradients is None else []
+                saved.append((index, self._save(call, use, gradients, held)))
+            self._drop(values)
+            for leaf in call.release:
+                if (gone := self.env.pop(leaf, None)) is not None:
+                    self.ledger.release(gone)
+        for leaf in [leaf for leaf in self.env if leaf[0] == "pre"]:
+            self.ledger.release(self.env.pop(leaf))
+        self.ledger.mark("after forward")
+        return saved
+
+    def _save(
+        self, call: RegionCall, use: Use, gradients: list[Any] | None, held: list[Any]
+    ) -> Saved:
+        kept = use.code.saved(gradients is not None, use.backward.removeprefix("backward"))
+        leaves = [
+            self.env[leaf]
+            for leaf, keep in zip(call.leaves, kept, strict=False)
+            if keep and leaf in self.env
+        ] + held
+        for storage in leaves:
+            self.ledger.hold(storage)
+        for gradient in gradients or []:
+            if gradient is not None:
+                self.ledger.hold(gradient[0])
+        return Saved(call, use, leaves, gradients)
+
+    def backward(self, saved: list[tuple[int, Saved]]) -> None:
+        for index, entry in reversed(saved):
+            code = entry.use.code
+            tangents = [
+                self.gradients.pop(leaf, None)
+                for leaf, d in zip(entry.call.outputs, code.differentiable, strict=True)
+                if d
+            ]
+            gradients = entry.gradients or self.region(index, entry, tangents)
+            self.take(index, entry, gradients)
+            self._drop(gradients)
+            for storage in (*entry.leaves, *(t for t in tangents if t is not None)):
+                self.ledger.release(storage)
+        self.ledger.mark("after backward")
+
+    def region(self, index: int, entry: Saved, tangents: list[Any]) -> list[Any]:
+        """Run one region's backward; its gradients, each held once."""
+        use = entry.use
+        over = self._overwritten(entry, tangents) if tangents else {}
+        begin = [*self._started(index, entry), *over]
+        run = profile(use.code, use.backward, self.sizes, use.chunk, begin)
+        self._masks(entry.call, run)
+        self.ledger.mark(f"backward {entry.call.modules}", run.peak)
+        return self._results(("backward", index), run, over)
+
+    def take(self, index: int, entry: Saved, gradients: list[Any]) -> None:
+        """Give a region's gradients to whom they belong."""
+        for i, (leaf, gradient) in enumerate(zip(entry.call.leaves, gradients, strict=True)):
+            if gradient is not None:
+                storage, output = gradient
+                self._accumulate(leaf, storage, output, i in entry.call.shared)
+
+    def _started(self, index: int, entry: Saved) -> list[str]:
+        """Accumulators that continue a gradient begun by a later region (tied weights)."""
+        call, use = entry.call, entry.use
+        program = use.code.program(use.backward)
+        sums = {b.name: b.dtype for loop in program.loops for b in loop.allocate if b.zero}
+        owned = [i for i, (leaf, last) in call.shared.items() if last and leaf in self.gradients]
+        names = [(program.outputs[i], use.code.values[i].dtype) for i in owned]
+        return [name for name, dtype in names if name is not None and sums.get(name) == dtype]
+
+    def _overwritten(self, entry: Saved, tangents: list[Any]) -> dict[str, Any]:
+        """Buffers that take a tangent's place, and its storage."""
+        call = entry.call
+        program = call.code.program(entry.use.backward)
+        sole = [s for s, d in zip(call.sole, call.code.differentiable, strict=True) if d]
+        names = call.code.tangents(program)
+        free = {n: t for n, t, s in zip(names, tangents, sole, strict=False) if s and t is not None}
+        return {b: free[name] for b, name in program.overwrites.items() if name in free}
+
+    def _accumulate(self, leaf: Leaf, storage: Any, output: Output, shared: bool) -> None:
+        """A first gradient of odd layout is copied; autograd adds a second one out of place."""
+        if leaf in self.gradients:
+            if not shared:
+                self.ledger.mark(f"sum {leaf[1]}", output.bytes)
+            return
+        if not output.contiguous and leaf[0] == "input":
+            storage = ("copy", leaf)
+        self.ledger.hold(storage, output.bytes)
+        self.gradients[leaf] = storage
+        self.ledger.mark(f"gradient {leaf[1]}")
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of inputs, which stay."""
+        storages = {s for leaf, s in self.gradients.items() if leaf[0] == "input"}
+        return sum(self.ledger.sizes[s] for s in storages)
+
+    def _results(
+        self, owner: Any, run: Profile, given: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Hold every output once; :meth:`_drop` lets go again. ``given``: storages by buffer."""
+        out: list[Any] = []
+        for output, name in zip(run.outputs, run.names, strict=True):
+            if output is None:
+                out.append(None)
+                continue
+            storage = (given or {}).get(name or "", (owner, output.storage))
+            self.ledger.hold(storage, output.bytes)
+            out.append((storage, output))
+        return out
+
+    def _drop(self, results: list[Any]) -> None:
+        for result in results:
+            if result is not None:
+                self.ledger.release(result[0])
+
+    def _masks(self, call: RegionCall, run: Profile) -> None:
+        """Masks are classified by the first region that uses them and kept until the step ends."""
+        for mask in run.masks:
+            key = (mask.key, *(call.leaves[i] for i in mask.inputs if 0 <= i < len(call.leaves)))
+            if key not in self.masks:
+                self.masks.add(key)
+                self.ledger.mark("mask", mask.transient)
+                self.ledger.hold(key, mask.kept)
+
+    def _preamble(self) -> None:
+        """Run the parameter-free part over fake tensors."""
+        pre = self.graph.pre
+        watch = StorageWatch()
+        with _compat.FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            given = [_fake(self.graph, value_of(n), self.sizes) for n in pre.inputs]
+            watch.ignore(given)
+            with watch:
+                results = _compat_hooks.function(pre.module)(*given)
+            watch.settle()
+            self.ledger.mark("preamble", watch.peak)
+            for name, value in zip(pre.outputs, results, strict=True):
+                storage, size = watch.owner(value)
+                self.env["pre", name] = ("pre", storage)
+                self.ledger.hold(("pre", storage), size)

@@ -1,0 +1,192 @@
+"""The plan: what fxmem may do to a model, as plain values.
+
+A plan is immutable, compares and hashes by value and survives a trip through TOML and JSON. All
+checks happen when it is built, so nothing is captured or changed for a plan that cannot work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import tomli_w
+
+from fxmem.checks import check_names, choice, mapping, refuse_unknown, tokens, without_none
+from fxmem.errors import PlanError
+from fxmem.plan.blocks import Blocks
+
+if TYPE_CHECKING:
+    from fxmem.prune.units.masks import Masks
+
+
+def _is_masks(value: object) -> bool:
+    from fxmem.prune.units.masks import Masks
+
+    return isinstance(value, Masks)
+
+
+@refuse_unknown
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Stream forward and backward over chunks of the sequence.
+
+    Attributes:
+        chunk: tokens per chunk in the body of the model. ``"auto"`` chooses from the memory
+            estimate and never makes a short sequence slower than not streaming it. A chunk longer
+            than the sequence means one chunk.
+        loss_chunk: tokens per chunk in the region that holds the LM head and the loss; ``"auto"``
+            as above.
+        offload: where values kept from the forward wait for the backward; ``"none"`` leaves them
+            on the device.
+        logits: ``"drop"`` does not keep the logits of a captured model that also returns a loss:
+            reading them raises DroppedLogitsError. Without a loss they are deferred: what is done
+            with them is recorded, and runs chunk by chunk when its result is wanted. ``"keep"``
+            keeps them, at sequence length x vocabulary elements.
+        hold: ``"auto"`` holds the results of attention from forward to backward, instead of making
+            them again, in as many of the last layers as leave the peak of the step where it is:
+            their memory is free until the gradients of the earlier layers need it. This counts on
+            a backward after every forward and on gradients that stay until its end; where hooks
+            free them, take ``"none"``, which makes everything again. Not with ``Plan.blocks``; with
+            ``lower="inductor"`` only among equal layers, of which one at least then holds in the
+            first step and one does not, so that both forms are compiled.
+
+    Raises:
+        PlanError: for an unknown option or an impossible value.
+    """
+
+    chunk: int | Literal["auto"] = "auto"
+    loss_chunk: int | Literal["auto"] = "auto"
+    offload: Literal["none"] = "none"
+    logits: Literal["drop", "keep"] = "drop"
+    hold: Literal["auto", "none"] = "auto"
+
+    def __post_init__(self) -> None:
+        tokens("Stream.chunk", self.chunk)
+        tokens("Stream.loss_chunk", self.loss_chunk)
+        choice("Stream.offload", self.offload, ("none",), ("cpu",))
+        choice("Stream.logits", self.logits, ("drop", "keep"), ())
+        choice("Stream.hold", self.hold, ("auto", "none"), ())
+
+    def to_dict(self) -> dict[str, int | str]:
+        """The fields as a dict of plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Stream:
+        """Build from `to_dict`'s result; fields left out take their defaults.
+
+        Raises:
+            PlanError: `data` is no mapping, or has an unknown name or an impossible value.
+        """
+        return cls(**mapping(cls, data))
+
+
+@refuse_unknown
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `fxmem.transform` and the ``"fxmem"`` backend do to a model.
+
+    Attributes:
+        stream: how to stream over the sequence; None leaves the sequence whole.
+        blocks: train one block at a time with `fxmem.BlockAdamW`; None trains as usual.
+        prune: masks of a smaller model (:class:`fxmem.Masks`); ``transform`` returns that model.
+        lower: how chunk bodies run. ``"eager"`` calls PyTorch's own operators; ``"inductor"``
+            compiles each distinct body once, for all lengths, at its first call; ``"triton"`` puts
+            fxmem's kernels where one fits and can run on the device, and PyTorch's operators
+            elsewhere; ``"auto"`` is ``"triton"`` on a GPU and ``"eager"`` on a CPU.
+
+    Raises:
+        PlanError: for an unknown option or an impossible value.
+    """
+
+    stream: Stream | None = None
+    blocks: Blocks | None = None
+    prune: Masks | None = None
+    lower: Literal["auto", "eager", "inductor", "triton"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.stream is not None and not isinstance(self.stream, Stream):
+            raise PlanError(
+                f"Plan.stream is {self.stream!r}",
+                advice="allowed values: None or fxmem.Stream(...)",
+            )
+        if self.prune is not None and not _is_masks(self.prune):
+            raise PlanError(
+                f"Plan.prune is {self.prune!r}", advice="allowed values: None or fxmem.Masks"
+            )
+        if self.blocks is not None and not isinstance(self.blocks, Blocks):
+            raise PlanError(
+                f"Plan.blocks is {self.blocks!r}",
+                advice="allowed values: None or fxmem.Blocks(...)",
+            )
+        choice("Plan.lower", self.lower, ("auto", "eager", "inductor", "triton"), ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as nested dicts of plain values, every field present."""
+        stream = None if self.stream is None else self.stream.to_dict()
+        blocks = None if self.blocks is None else self.blocks.to_dict()
+        prune = None if self.prune is None else self.prune.to_dict()
+        return {"stream": stream, "blocks": blocks, "prune": prune, "lower": self.lower}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Build from `to_dict`'s result; fields left out take their defaults.
+
+        Raises:
+            PlanError: `data` is no mapping, or has an unknown name or an impossible value.
+        """
+        values = mapping(cls, data)
+        if values.get("stream") is not None:
+            values["stream"] = Stream.from_dict(values["stream"])
+        if values.get("blocks") is not None:
+            values["blocks"] = Blocks.from_dict(values["blocks"])
+        if values.get("prune") is not None:
+            from fxmem.prune.units.masks import Masks
+
+            values["prune"] = Masks.from_dict(values["prune"])
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """The plan as TOML. TOML has no null, so fields that are None are left out."""
+        return tomli_w.dumps(without_none(self.to_dict()))
+
+    @classmethod
+    def from_toml(cls, text: str) -> Plan:
+        """Read a plan from TOML.
+
+        Raises:
+            PlanError: `text` is not TOML, or has an unknown name or an impossible value.
+        """
+        try:
+            data = tomllib.loads(text)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(f"the plan is not valid TOML: {error}") from error
+        return cls.from_dict(data)
+
+    def to_json(self) -> str:
+        """The plan as one line of JSON with sorted keys; equal plans give equal text."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan from JSON.
+
+        Raises:
+            PlanError: `text` is not JSON, or has an unknown name or an impossible value.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise PlanError(f"the plan is not valid JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, 64 hex digits: the same in every process."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+__all__ = ["Blocks", "Plan", "Stream", "check_names"]

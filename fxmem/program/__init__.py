@@ -1,0 +1,1 @@
+"""The program that a region runs, and the functions its bodies call."""

@@ -1,0 +1,1 @@
+"""Which channels must be removed together."""

@@ -1,0 +1,1 @@
+"""One runner for rewrites, and the checks between them."""

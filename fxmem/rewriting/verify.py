@@ -1,0 +1,186 @@
+"""Checks between passes: what must hold of a graph whatever a pass did to it.
+
+:class:`Verifier` remembers what a pass was given; :meth:`Verifier.check` compares. Nodes that
+the pass did not touch are not evaluated again, so the checks are always on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxmem._compat.data_sizes import by_data, evaluating
+from fxmem._compat.graph import is_control_node
+from fxmem.axes.signature import TensorInfo
+from fxmem.axes.sizes import same
+from fxmem.errors import VerificationError
+from fxmem.frontend.capture import Context, attribute, contexts_of
+from fxmem.frontend.joint import Joint, info_of
+from fxmem.program.steps import Program
+from fxmem.rewriting.text import Subject, describe, line, lines, value
+from fxmem.rewriting.verify_code import check_code, graphs
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """What a pass was given; ``text``: its nodes then, in order."""
+
+    subject: Subject
+    text: list[str]
+
+    @classmethod
+    def of(cls, subject: Subject) -> Verifier:
+        return cls(subject, lines(subject))
+
+    def check(self, name: str, after: Verifier, *, full: bool = False) -> None:
+        """Raise :class:`VerificationError` where pass ``name``, which made ``after``, broke a rule.
+
+        ``full``: evaluate every node again, touched or not.
+        """
+        result = after.subject
+        if _calls(lines(self.subject)) != _calls(self.text):
+            raise VerificationError(f"pass {name} changed its input")
+        for graph in graphs(result):
+            try:
+                graph.lint()
+            except RuntimeError as e:
+                raise VerificationError(f"pass {name} left a malformed graph: {e}") from e
+        if isinstance(result, (fx.Graph, Program)):
+            check_code(name, self.subject, result)
+            return
+        assert isinstance(self.subject, (fx.GraphModule, Joint))
+        if not _agree(_signature(self.subject), _signature(result)):
+            raise VerificationError(f"pass {name} changed the signature")
+        if isinstance(result, Joint):
+            _check_joint(name, result)
+        self._check_values(name, result, full)
+
+    def _check_values(self, name: str, result: fx.GraphModule | Joint, full: bool) -> None:
+        contexts = contexts_of(result)[0] if isinstance(result, fx.GraphModule) else {}
+        known = set(self.text)
+        touched: set[fx.Node] = set()
+        for node in result.graph.nodes:
+            if node.op not in ("call_function", "call_method") or is_control_node(node):
+                continue
+            moved = any(a in touched for a in node.all_input_nodes)
+            if full or moved or line(node) not in known:
+                touched.add(node)
+                with contexts.get(node, Context()).enter():
+                    _true_value(name, node, result)
+
+
+def _calls(text: list[str]) -> list[str]:
+    """Without the recorded values, whose sizes a guard of the check before may have fixed."""
+    return [one.rpartition("): ")[0] or one for one in text]
+
+
+def _signature(program: fx.GraphModule | Joint) -> tuple[Any, ...]:
+    nodes = list(program.graph.nodes)
+    inputs = [(n.target, value(n)) for n in nodes if n.op == "placeholder"]
+    outputs = nodes[-1].args[0]
+    flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return (inputs, [value(o) if isinstance(o, fx.Node) else o for o in flat])
+
+
+def _agree(a: Any, b: Any) -> bool:
+    """Equal values of the recorded kind: tensors by dtype, device and sizes as expressions."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_agree(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return (a.dtype, a.device) == (b.dtype, b.device) and _agree(list(a.shape), list(b.shape))
+    if by_data(a) and by_data(b):
+        return True  # it has a new name each time
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        return isinstance(b, (int, torch.SymInt)) and _same_size(a, b)
+    nameless = (
+        getattr(type(a), "__repr__", None) is object.__repr__
+    )  # says where it lies, not what it is
+    return type(a) is type(b) and (nameless or str(a) == str(b))
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    """Equal as expressions; a minimum or maximum also under what the capture is guarded by."""
+    one, other = _expression(a), _expression(b)
+    parts = {type(e).__name__ for x in (one, other) for e in sympy.preorder_traversal(x)}
+    return same(one, other) or (not parts.isdisjoint(("Min", "Max")) and bool(a == b))
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _check_joint(name: str, joint: Joint) -> None:
+    """The lists that give a joint graph its meaning are those of its graph."""
+
+    def broken(what: str) -> VerificationError:
+        return VerificationError(f"pass {name}: {what} of the joint graph are not its graph's")
+
+    nodes = list(joint.graph.nodes)
+    given = [*joint.ints, *joint.inputs, joint.seed, *(t for t in joint.tangents if t is not None)]
+    if given != [n for n in nodes if n.op == "placeholder"]:
+        raise broken("the inputs")
+    results = list(nodes[-1].args[0])
+    count = len(joint.outputs)
+    if results[:count] != joint.outputs:
+        raise broken("the outputs")
+    if [g for g in results[count:] if g is not None] != [g for g in joint.grads if g is not None]:
+        raise broken("the gradients")
+    for node in nodes:
+        if node.op == "output":
+            continue
+        want, got = info_of(value(node), joint.symbols), joint.info.get(node)
+        if not _same_info(want, got):
+            raise VerificationError(
+                f"pass {name}: {node.name} is noted as {got}, its value is {want}",
+                op=str(node.target),
+            )
+
+
+def _same_info(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_same_info(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, TensorInfo) and isinstance(b, TensorInfo):
+        return (
+            a.dtype == b.dtype
+            and a.rank == b.rank
+            and all(same(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+        )
+    return a is None and b is None
+
+
+def _true_value(name: str, node: fx.Node, program: fx.GraphModule | Joint) -> None:
+    """The recorded value has the dtype, shape and device that the op gives."""
+    recorded = value(node)
+    what = f"pass {name}: the recorded value of {node.name}"
+    if recorded is None and not node.users:
+        return  # a call for its effect, such as a write
+    if recorded is None:
+        raise VerificationError(f"{what} is missing", op=str(node.target))
+    module = program if isinstance(program, fx.GraphModule) else program.module
+    mode = getattr(recorded, "fake_mode", None)
+
+    def given(a: fx.Node) -> Any:
+        if a.op != "get_attr" or value(a) is not None:
+            return value(a)
+        # bodies of higher-order ops and what those hold have no value of their own
+        held = attribute(module, str(a.target))
+        if isinstance(held, torch.Tensor) and mode is not None:
+            return mode.from_tensor(held)
+        return held
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
+    with evaluating(mode), torch.no_grad():
+        if node.op == "call_method":
+            actual = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            assert callable(node.target)
+            actual = node.target(*args, **kwargs)
+    if not _agree(actual, recorded):
+        raise VerificationError(
+            f"{what} is {describe(recorded)}, the op gives {describe(actual)}",
+            op=str(node.target),
+        )

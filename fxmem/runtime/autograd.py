@@ -1,0 +1,168 @@
+"""Running programs: the loops, and one autograd function per region.
+
+The autograd function's inputs are the region's tensors and its parameters, so every gradient is
+returned exactly once per backward and hooks, gradient accumulation, DDP and ``GradScaler`` behave
+as always. The forward saves the region's inputs only. A region that ends in a scalar loss takes its
+gradients in the forward, with tangent 1, and scales them later: the LM head is never computed
+twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmem.errors import BackwardTwiceError, DoubleBackwardError, ModifiedParameterError
+from fxmem.runtime.loops import CallState
+from fxmem.runtime.region_code import RegionCode
+from fxmem.runtime.shared_grads import Shared
+
+
+class RegionFunction(torch.autograd.Function):
+    """``apply(code, state, chunk, seed, shared, sole, hold, *tensors) -> outputs``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        code: RegionCode,
+        state: CallState,
+        chunk: int,
+        seed: Tensor | None,
+        shared: Shared,
+        sole: Sequence[bool],
+        hold: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        grads, held = None, []  # type: list[Tensor | None] | None, list[Tensor]
+        variant = code.variant(ctx.needs_input_grad[-len(tensors) :])
+        if hold and not variant:
+            outputs, held = code.forward_held(state, chunk, tensors, seed)
+        else:
+            outputs, grads = code.forward(state, chunk, tensors, seed, learn=True, variant=variant)
+        kept = code.saved(grads is not None, "+" if held else variant)
+        saved = [t if k else None for t, k in zip(tensors, kept, strict=True)]
+        ctx.save_for_backward(*saved, *held)
+        ctx.count = len(saved)
+        state.watch(saved)
+        ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
+        ctx.shared = shared
+        state.shared.own(shared, ctx)
+        ctx.sole = [s for s, d in zip(sole, code.differentiable, strict=True) if d]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(o for o, d in zip(outputs, code.differentiable, strict=True) if not d)
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise DoubleBackwardError("backward with create_graph=True through a streamed region")
+        state, code = ctx.state, ctx.code
+        saved = _saved(ctx, state)
+        grads, ctx.grads = ctx.grads, None
+        given = [t for t, d in zip(tangents, code.differentiable, strict=True) if d]
+        free = [t is not None and f and _storage(t) in state.fresh
+                for t, f in zip(given, ctx.sole, strict=True)]  # fmt: skip
+        loss = given[code.loss] if sum(t is not None for t in given) == 1 else None
+        if grads is not None and loss is not None:
+            out = joined(code.scale(grads, loss), state.shared.take(ctx.shared))
+        else:
+            out = _backward(ctx, saved, given, free)
+        taken = [t for t, f in zip(given, free, strict=True) if not f]
+        _tell_fresh(state, code, out, [*saved, *taken])
+        state.shared.hand_on(ctx.shared, out)
+        return (None, None, None, None, None, None, None, *out)
+
+
+def _backward(
+    ctx: Any, saved: Sequence[Any], given: Sequence[Tensor | None], free: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients for these tangents; None for inputs that depend on none of them."""
+    whole: RegionCode = ctx.code
+    owned = ctx.state.shared.take(ctx.shared)
+    there = [t is not None for t in given]
+    if not any(there):
+        return joined([None] * ctx.count, owned)
+    code = whole.given(there)
+    held = saved[ctx.count :] if code is whole else ()
+    return code.backward(
+        ctx.state, ctx.chunk, saved[: ctx.count], ctx.seed, [t for t in given if t is not None],
+        owned, code.variant(ctx.needs_input_grad[-ctx.count :]),
+        free=[f for f, t in zip(free, there, strict=True) if t], held=held,
+    )  # fmt: skip
+
+
+def joined(grads: list[Tensor | None], more: Mapping[int, Tensor]) -> list[Tensor | None]:
+    for i, part in more.items():
+        own = grads[i]
+        grads[i] = part if own is None else part.add_(own)
+    return grads
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tell_fresh(
+    state: CallState, code: RegionCode, grads: list[Tensor | None],
+    others: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Tell the next backward which gradients of other regions' values have a storage of their own,
+    and give those of parameters one: what autograd adds to must be nothing else's memory."""
+    held = {_storage(t) for t in others if t is not None}
+    counts = Counter(_storage(g) for g in grads if g is not None)
+    for i, parameter in enumerate(code.region.parameter_mask):
+        grad = grads[i]
+        if grad is None:
+            continue
+        storage = _storage(grad)
+        if parameter and counts[storage] > 1:
+            counts[storage] -= 1
+            grads[i] = grad.clone()
+        elif not parameter and counts[storage] == 1 and storage not in held:
+            state.fresh.add(storage)
+        else:
+            state.fresh.discard(storage)
+
+
+def _saved(ctx: Any, state: CallState) -> Sequence[Any]:
+    """The saved tensors, unchanged since the forward."""
+    try:
+        saved: Sequence[Any] = ctx.saved_tensors
+        state.begin_backward()
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            state.begin_backward()
+            raise ModifiedParameterError(
+                "a parameter or input was changed in place between forward and backward"
+            ) from error
+        raise BackwardTwiceError("backward through the same forward a second time") from error
+    return saved
+
+
+def run_region(
+    code: RegionCode,
+    state: CallState,
+    chunk: int,
+    tensors: Sequence[Tensor],
+    shared: Shared | None = None,
+    sole: Sequence[bool] | None = None,
+    hold: bool = False,
+) -> Sequence[Tensor]:
+    """Outputs of a region, with autograd where any input wants a gradient.
+
+    ``sole``: which outputs have one reader, another region, so that their gradient comes as that
+    region made it. ``hold``: keep ``code.held`` for the backward.
+    """
+    seed = code.draw_seed(tensors[0].device)
+    if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):
+        sole = sole or [False] * len(code.differentiable)
+        shared = shared or {}
+        return RegionFunction.apply(code, state, chunk, seed, shared, sole, hold, *tensors)
+    with torch.no_grad():
+        return code.forward(state, chunk, tensors, seed, learn=False)[0]

@@ -1,0 +1,22 @@
+"""One region of a capture: its code, where its tensors come from, where its results go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fxmem.frontend import parameter_free as pre_
+from fxmem.runtime.region_code import RegionCode
+
+
+@dataclass(slots=True)
+class RegionCall:
+    """One region of a capture: its code, where its tensors come from, and where its outputs go."""
+
+    code: RegionCode
+    leaves: list[pre_.Leaf]
+    outputs: list[pre_.Leaf]
+    release: list[pre_.Leaf] = field(default_factory=list)
+    modules: str = ""
+    shared: dict[int, tuple[pre_.Leaf, bool]] = field(default_factory=dict)
+    sole: list[bool] = field(default_factory=list)
+    """Which outputs have one reader, a later region."""

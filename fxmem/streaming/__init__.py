@@ -1,0 +1,1 @@
+"""Labels, loops and bodies: how a traced region is cut along the sequence."""

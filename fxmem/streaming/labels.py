@@ -1,0 +1,393 @@
+"""Labels: what every value of a joint graph is along the streamed axis, and when it can be had.
+
+| kind | meaning |
+|---|---|
+| STRAIGHT | computed whole, outside the loops: inputs, weights, narrow values, sums, barriers |
+| FLEX | cheap, wide and parameter-free (masks, constants): recomputed for whatever slice is asked |
+| CUT | chunk i of it needs chunk i of its cut operands |
+| PARTIAL | the axis was contracted away: chunks add up |
+
+*Stage*: a CUT value of stage k is made in loop k. A value that is needed complete (keys at
+attention, a sum) is complete after its loop, so its users are one stage later, with two exceptions
+that remove loops: a PREFIX use in an ascending loop reads only rows that exist already, and a
+SUFFIX sum in a descending loop is final for the rows of the current chunk.
+
+The rules come from :mod:`fxmem.rules`; whatever a row does not allow is a *barrier*: the op runs
+whole and exact, and :class:`Barrier` says why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmem.axes.signature import (
+    AxisRule,
+    Call,
+    Cut,
+    Signature,
+    TensorInfo,
+    axis_cuts,
+    locate,
+    place,
+)
+from fxmem.axes.sizes import Size, T, divide, has_axis, product, same
+from fxmem.frontend.capture import canonical, is_wide
+from fxmem.frontend.joint import Joint
+from fxmem.frontend.origin import module_path, source_line
+from fxmem.program.steps import Barrier
+from fxmem.rules import lookup, no_fit
+from fxmem.rules.fused import ATTENTION, QUERY
+
+ASCENDING, DESCENDING = 1, -1
+
+
+class Kind(Enum):
+    STRAIGHT = "straight"
+    FLEX = "flex"
+    CUT = "cut"
+    PARTIAL = "partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    kind: Kind
+    stage: int = 0
+    cut: Cut | None = None
+    suffix: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a node uses one tensor operand: whole (``cut`` is None) or its chunk under ``cut``."""
+
+    operand: fx.Node
+    cut: Cut | None
+    prefix: bool = False
+
+
+@dataclass(slots=True)
+class Labels:
+    joint: Joint
+    directions: tuple[int, ...]
+    label: dict[fx.Node, Any] = field(default_factory=dict)
+    uses: dict[fx.Node, tuple[Use, ...]] = field(default_factory=dict)
+    barriers: list[Barrier] = field(default_factory=list)
+    masked: list[fx.Node] = field(default_factory=list)
+
+    def of(self, node: fx.Node) -> Label:
+        label = self.label[node]
+        assert isinstance(label, Label), node
+        return label
+
+
+def call_of(node: fx.Node, joint: Joint) -> Call:
+    """The call of a node: :class:`TensorInfo` for tensors and sizes for SymInts."""
+
+    def convert(a: fx.Node) -> Any:
+        info = joint.info[a]
+        return canonical(a.meta["val"], joint.symbols) if info is None else info
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), convert)
+    info = joint.info[node]
+    return Call(str(node.target), tuple(args), kwargs, info if isinstance(info, tuple) else (info,))
+
+
+def signature_of(node: fx.Node, joint: Joint) -> Signature | None:
+    """The signature of a node's call; None where it has no row, or one that does not fit it."""
+    row, call = lookup(node.target), call_of(node, joint)
+    found = row.rule(call) if row is not None else None
+    return found if found is not None and len(found.ins) == len(call.tensors) else None
+
+
+def tensor_operands(node: fx.Node, joint: Joint) -> list[fx.Node]:
+    """Tensor operands in argument order, repeats included."""
+    found: list[fx.Node] = []
+    fx.map_arg(
+        (node.args, node.kwargs), lambda a: found.append(a) if joint.info[a] is not None else None
+    )
+    return found
+
+
+def analyse(joint: Joint, *, causal: bool, directions: Sequence[int] = ()) -> Labels:
+    """Label every node.
+
+    ``causal``: attention masks are known to hide later keys; ``directions`` are one per loop.
+    """
+    labels = Labels(joint, tuple(directions))
+    for node in joint.graph.nodes:
+        if node.op == "placeholder" or node.op == "get_attr":
+            labels.label[node] = Label(Kind.STRAIGHT)
+        elif node.op == "call_function" and joint.info[node] is not None:
+            _visit(labels, node, causal)
+    return labels
+
+
+def _visit(labels: Labels, node: fx.Node, causal: bool) -> None:
+    if node.target is operator.getitem and isinstance(labels.label.get(node.args[0]), tuple):
+        labels.label[node] = labels.label[node.args[0]][node.args[1]]
+        return
+    call = call_of(node, labels.joint)
+    row = lookup(node.target)
+    operands = tensor_operands(node, labels.joint)
+    several = isinstance(labels.joint.info[node], tuple)
+    if row is not None and several:
+        row = replace(row, cheap=False)
+    if call.op in ATTENTION:
+        call = _attention_call(labels, node, call, causal)
+    signature = row.rule(call) if row is not None else None
+    if signature is not None and len(signature.ins) != len(operands):
+        signature = None
+    wide = any(o is not None and _streams(labels, node, o) for o in call.outs)
+    outcome = _decide(labels, call, row, signature, operands, wide)
+    if outcome is None:
+        reason = "its axis is needed complete" if signature is not None else no_fit(row, call)
+        _barrier(labels, node, call, operands, reason)
+        return
+    label, labels.uses[node] = outcome
+    labels.label[node] = (label,) if several and not isinstance(label, tuple) else label
+
+
+def _streams(labels: Labels, node: fx.Node, info: TensorInfo) -> bool:
+    """The value is to be cut if it can be."""
+    if node in labels.joint.learned:
+        return any(has_axis(d) for d in info.shape)
+    return is_wide(info.shape)
+
+
+def _attention_call(labels: Labels, node: fx.Node, call: Call, causal: bool) -> Call:
+    mask, flag = ATTENTION[call.op]
+    at = QUERY[call.op]
+    given, queries = node.args[mask], labels.joint.info[node.args[at]].shape[-2]
+    if given is None:
+        causal = bool(node.args[flag])
+    elif not same(queries, T):
+        # chunks of the batch, and of queries that are not the tokens, read it as it is
+        return call
+    elif labels.of(given).kind in (Kind.STRAIGHT, Kind.FLEX):
+        labels.masked.append(node)
+    else:
+        return call
+    # a key's row tells its place in the stream only where neither it nor the queries are shifted
+    cuts = [labels.of(n).cut for n in node.args[at : at + 3]]
+    causal = causal and all(c is None or c.offset == 0 for c in cuts)
+    return replace(call, args=(*call.args[:flag], causal, *call.args[flag + 1 :]))
+
+
+def _decide(
+    labels: Labels,
+    call: Call,
+    row: AxisRule | None,
+    signature: Signature | None,
+    operands: list[fx.Node],
+    wide: bool,
+) -> tuple[Any, tuple[Use, ...]] | None:
+    given = [labels.of(o) for o in operands]
+    is_cut = any(g.kind is Kind.CUT for g in given)
+    flexible = any(g.kind is Kind.FLEX for g in given)
+    if not is_cut and not flexible and not wide:
+        summed = _summed(labels, call, signature, operands, given)
+        return summed or _straight(labels, call, operands, given)
+    if row is None or signature is None:
+        return None
+    options = _options(labels, call, signature, operands, given)
+    flex = row.cheap and len(call.outs) == 1 and (len(options) != 1 or not operands)
+    if flex and not is_cut and (options or not operands or wide):
+        stage = max((_ready(labels, g, None) for g in given), default=0)
+        return Label(Kind.FLEX, stage), tuple(Use(o, None) for o in operands)
+    for option in sorted(options, key=lambda o: (o.conflicts, o.contracts)):
+        result = _apply(labels, call, signature, operands, given, option)
+        if result is not None:
+            return result
+    return None
+
+
+def _summed(
+    labels: Labels, call: Call, signature: Signature | None, operands: list[fx.Node],
+    given: list[Label],
+) -> tuple[Any, tuple[Use, ...]] | None:  # fmt: skip
+    """A sum over a streamed input adds up chunk by chunk, and so can start from another sum: the
+    gradient of a tied embedding from that of the head.
+    """
+    infos = [labels.joint.info[o] for o in operands]
+    reads = any(
+        o in labels.joint.learned and i.dtype.is_floating_point and _streams(labels, o, i)
+        for o, i in zip(operands, infos, strict=True)
+    )
+    if not reads or signature is None:
+        return None
+    for option in _options(labels, call, signature, operands, given):
+        if option.contracts:
+            return _apply(labels, call, signature, operands, given, option)
+    return None
+
+
+def _straight(
+    labels: Labels, call: Call, operands: list[fx.Node], given: list[Label]
+) -> tuple[Any, tuple[Use, ...]]:
+    uses = tuple(Use(o, None) for o in operands)
+    stage = max((_ready(labels, g, u) for g, u in zip(given, uses, strict=True)), default=0)
+    label = Label(Kind.STRAIGHT, stage)
+    return (label if len(call.outs) == 1 else tuple(label for _ in call.outs)), uses
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """Cut the call along ``letter``; ``cuts`` per operand (None: whole)."""
+
+    letter: str
+    relative: Cut
+    cuts: tuple[Cut | None, ...]
+    conflicts: int
+    contracts: bool
+
+
+def _options(
+    labels: Labels, call: Call, sig: Signature, operands: list[fx.Node], given: list[Label]
+) -> list[_Option]:
+    found: dict[str, _Option] = {}
+    any_cut = any(g.kind is Kind.CUT for g in given)
+    for i, label in enumerate(given):
+        shape = call.tensors[i].shape
+        cuts: tuple[Cut, ...]
+        if any_cut:
+            cuts = (label.cut,) if label.cut is not None and label.kind is Kind.CUT else ()
+        else:
+            cuts = axis_cuts(shape)
+        for cut in cuts:
+            at = locate(sig.ins[i], shape, cut, sig.extent) if sig.ins[i][cut.dim] else None
+            if at is None or at[0] in sig.whole or at[0] in found:
+                continue
+            option = _option(call, sig, given, *at)
+            if option is not None:
+                found[at[0]] = option
+    return list(found.values())
+
+
+def _option(
+    call: Call, sig: Signature, given: list[Label], letter: str, relative: Cut
+) -> _Option | None:
+    cuts: list[Cut | None] = []
+    conflicts = 0
+    for i, label in enumerate(given):
+        cut = place(letter, relative, sig.ins[i], sig.extent)
+        shape = call.tensors[i].shape
+        if cut is not None and not same(
+            shape[cut.dim], product((cut.outer, cut.length, cut.inner))
+        ):
+            return None
+        cuts.append(cut)
+        if label.kind is Kind.CUT and (cut is None or cut != label.cut):
+            conflicts += 1
+    contracts = not any(d is not None and any(letter in x for x in d) for d in sig.outs)
+    return _Option(letter, relative, tuple(cuts), conflicts, contracts)
+
+
+def _apply(
+    labels: Labels,
+    call: Call,
+    sig: Signature,
+    operands: list[fx.Node],
+    given: list[Label],
+    option: _Option,
+) -> tuple[Any, tuple[Use, ...]] | None:
+    uses = [
+        Use(operand, cut, prefix=i in sig.prefix)
+        for i, (operand, cut) in enumerate(zip(operands, option.cuts, strict=True))
+    ]
+    if not any(u.cut is not None for u in uses):
+        return None
+    stage = max(_ready(labels, g, u) for g, u in zip(given, uses, strict=True))
+    outs = [_output(sig, option, i, info, stage) for i, info in enumerate(call.outs)]
+    if any(o is False for o in outs):
+        return None
+    return (outs[0] if len(outs) == 1 else tuple(outs)), tuple(uses)
+
+
+def _output(
+    sig: Signature, option: _Option, index: int, info: TensorInfo | None, stage: int
+) -> Any:
+    """Label of one output; None where it does not exist, False where this option cannot make it."""
+    dims = sig.outs[index]
+    if info is None or dims is None:
+        return None
+    cut = place(option.letter, option.relative, dims, sig.extent)
+    if cut is None:
+        if any(option.letter in d for d in dims) or not sig.sums:
+            return False
+        return Label(Kind.PARTIAL, stage, suffix=index in sig.suffix)
+    if option.letter in sig.shift:
+        shifted = _shifted(cut, sig.shift[option.letter], info.shape[cut.dim])
+        if shifted is not None:
+            return Label(Kind.CUT, stage, shifted)
+        # rows of a table: not as many as the length has
+        table = sig.fills and not has_axis(info.shape[cut.dim]) and (cut.outer, cut.inner) == (1, 1)
+        return Label(Kind.PARTIAL, stage) if table else False
+    if not same(info.shape[cut.dim], product((cut.outer, cut.length, cut.inner))):
+        return False
+    return Label(Kind.CUT, stage, cut)
+
+
+def _shifted(cut: Cut, shift: Size, dim: Size) -> Cut | None:
+    """The cut after rows moved by ``shift``; None where rows would leave the streamed axis."""
+    length = divide(dim, product((cut.outer, cut.inner)))
+    if length is None or (cut.outer, cut.inner) != (1, 1):
+        return cut if length is not None and same(length, cut.length) and shift == 0 else None
+    offset = product((cut.offset + shift,))
+    inside = offset.is_nonnegative and product((T - offset - length,)).is_nonnegative
+    return Cut(cut.dim, length, offset) if inside else None
+
+
+def _ready(labels: Labels, label: Label, use: Use | None) -> int:
+    """The first stage at which the use can be served."""
+    chunk = use is not None and use.cut is not None
+    direction = labels_direction(labels, label.stage)
+    if label.kind is Kind.CUT and not (chunk and use is not None and use.cut == label.cut):
+        ready = use is not None and use.prefix and direction == ASCENDING and _plain(label.cut)
+        return label.stage if ready else label.stage + 1
+    if label.kind is Kind.PARTIAL:
+        ready = label.suffix and direction == DESCENDING and use is not None and _plain(use.cut)
+        return label.stage if ready else label.stage + 1
+    return label.stage
+
+
+def _plain(cut: Cut | None) -> bool:
+    """Row r is that of token r, so that a chunk has the rows up to its last token, or from its
+    first.
+    """
+    return cut is not None and (cut.offset, cut.outer, cut.inner) == (0, 1, 1)
+
+
+def labels_direction(labels: Labels, stage: int) -> int:
+    return labels.directions[stage] if stage < len(labels.directions) else ASCENDING
+
+
+def _barrier(
+    labels: Labels, node: fx.Node, call: Call, operands: list[fx.Node], reason: str
+) -> None:
+    given = [labels.of(o) for o in operands]
+    label, labels.uses[node] = _straight(labels, call, operands, given)
+    alone = isinstance(labels.joint.info[node], tuple) and not isinstance(label, tuple)
+    labels.label[node] = (label,) if alone else label
+    shape = next((o.shape for o in call.outs if o is not None), ())
+    labels.barriers.append(
+        Barrier(node, call.op, reason, module_path(node), source_line(node), shape)
+    )
+
+
+def describe(labels: Labels) -> Mapping[str, str]:
+    """Node name -> label, for dumps."""
+    return {n.name: str(v) for n, v in labels.label.items()}
+
+
+__all__ = [
+    "ASCENDING", "ATTENTION", "Barrier", "DESCENDING", "Kind", "Label", "Labels", "Use", "analyse",
+    "call_of", "describe", "has_axis", "labels_direction", "signature_of", "tensor_operands",
+    "torch",
+]  # fmt: skip

@@ -1,0 +1,78 @@
+"""Inline activation checkpoints and nested compile regions: the body takes the place of the call.
+
+A streamed region keeps its inputs and recomputes the rest, chunk by chunk, so a checkpoint inside
+it has nothing left to save; as one opaque call it could be neither cut nor cut up into regions.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxmem._compat import graph as _compat
+from fxmem.rewriting.pipeline import Required, copy_graph
+
+
+@dataclass(frozen=True, slots=True)
+class InlineBodies(Required):
+    """Replace every checkpoint and nested compile region, those inside others too, by the nodes of
+    its body.
+    """
+
+    name: str = "inline_bodies"
+
+    def run(self, gm: fx.GraphModule) -> fx.GraphModule:
+        if not _calls(gm):
+            return gm
+        gm = copy_graph(gm)
+        while calls := _calls(gm):
+            for node in calls:
+                _inline(gm, node)
+        return copy_graph(gm)  # without the bodies that nothing calls now
+
+
+def _calls(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if _compat.inlined_operands(n) is not None]
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
+    function, operands = node.args[0], _compat.inlined_operands(node) or ()
+    assert isinstance(function, fx.Node)
+    body = getattr(gm, str(function.target))
+    placeholders = body.graph.find_nodes(op="placeholder")
+    env: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))
+    with gm.graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "output":
+                results = fx.map_arg(inner.args[0], lambda a: env[a])
+            elif inner.op != "placeholder":
+                env[inner] = gm.graph.node_copy(inner, lambda a: env[a])
+                if inner.op == "get_attr":
+                    env[inner].target = _adopt(gm, body, str(inner.target))
+    for user in list(node.users):
+        if user.target is operator.getitem and isinstance(results, (tuple, list)):
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])
+            gm.graph.erase_node(user)
+    if node.users:
+        node.replace_all_uses_with(results)
+    gm.graph.erase_node(node)
+    if not function.users:
+        gm.graph.erase_node(function)
+
+
+def _adopt(gm: fx.GraphModule, body: fx.GraphModule, target: str) -> str:
+    """A name in ``gm`` for an attribute of ``body``."""
+    value: Any = body
+    for part in target.split("."):
+        value = getattr(value, part)
+    name = base = f"{target.replace('.', '_')}_inlined"
+    count = 0
+    while hasattr(gm, name):
+        count += 1
+        name = f"{base}_{count}"
+    setattr(gm, name, value)
+    return name

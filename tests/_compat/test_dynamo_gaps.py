@@ -1,0 +1,51 @@
+"""What Dynamo refuses and fxmem answers; Dynamo's own captures are as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxmem._compat.dynamo_gaps import answered
+
+WEIGHT = nn.Parameter(torch.randn(3, 3))
+
+
+def embeddings_that_learn(x: Tensor) -> Tensor:
+    h = x * 2
+    h.requires_grad_(True)
+    return h @ WEIGHT
+
+
+def identity_that_does_not(x: Tensor) -> Tensor:
+    eye = torch.eye(3)
+    eye.requires_grad = False
+    return x @ (WEIGHT - eye)
+
+
+def name_of_a_class(x: Tensor) -> Tensor:
+    return x if type(WEIGHT).__module__.startswith("torchao.") else x @ WEIGHT
+
+
+KINDS = (embeddings_that_learn, identity_that_does_not, name_of_a_class)
+
+
+@pytest.mark.parametrize("fn", KINDS, ids=lambda f: f.__name__)
+def test_it_is_captured_with_the_plain_gradient(fn: Callable[[Tensor], Tensor]) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(2, 3)
+    with answered():
+        got = torch.compile(fn, backend="eager", fullgraph=True)(x)
+    want = fn(x)
+    pairs = zip(*(torch.autograd.grad(y.sum(), WEIGHT) for y in (got, want)), strict=True)
+    assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("fn", KINDS, ids=lambda f: f.__name__)
+def test_dynamo_needs_the_answer(fn: Callable[[Tensor], Tensor]) -> None:
+    """Without it there is nothing to answer, and this file may go."""
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(fn, backend="eager", fullgraph=True)(torch.randn(2, 3))

@@ -1,0 +1,39 @@
+"""Losses outside the model take about as much memory as labels that the model is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+from outside_losses import LOSSES, batch
+from torch import Tensor, nn
+
+import fxmem
+
+VOCAB, TOKENS = 8192, 1024
+PAIRS = ("dpo", "halves_of_logits", "orpo")
+LIMITS = {"grpo": 1.35}
+"""Of the peak with labels; 1.3 for the others. GRPO takes an entropy besides."""
+
+
+def peak(net: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Of the second step, above what lives between steps."""
+    loss().backward()
+    net.zero_grad()
+    return fxmem.measure.peak_bytes(lambda: loss().backward())
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    return fxmem.transform(tiny.model(num_hidden_layers=1, vocab_size=VOCAB, hidden_size=64))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_peak(name: str, net: nn.Module) -> None:
+    count = 2 if name in PAIRS else 1
+    data = batch(TOKENS // count, VOCAB, torch.float32, count)
+    given = peak(net, lambda: net(input_ids=data["ids"], labels=data["labels"]).loss)
+    taken = peak(net, lambda: LOSSES[name](net(input_ids=data["ids"]).logits, data))
+    assert taken <= LIMITS.get(name, 1.3) * given

@@ -1,0 +1,69 @@
+"""One rank of a step under DistributedDataParallel."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import tiny
+import torch
+import transformers as tf
+from double import everything_in_double
+from torch import Tensor, nn
+
+import fxmem
+
+LENGTHS = (37, 64)
+"""One per rank: another number of chunks, so a collective inside a loop would hang."""
+
+
+def inputs(rank: int) -> dict[str, Tensor]:
+    return tiny.batch(2, LENGTHS[rank], padding=("left", "mixed")[rank])
+
+
+def run_rank(rank: int, file: str, out: str, name: str, options: dict[str, bool]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
+    with everything_in_double():
+        model = tiny.model(name).double()
+        fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=9)))
+        net: Any = nn.parallel.DistributedDataParallel(model, **options)
+        if not options:
+            with net.no_sync():
+                net(**inputs(1 - rank)).loss.backward()
+            net.zero_grad()
+        for _ in range(2):
+            net(**inputs(rank)).loss.backward()
+    bodies = fxmem.explain(model).executed_bodies
+    torch.save(({n: p.grad for n, p in model.named_parameters()}, bodies), f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def weights_of_trainer(folder: str, *, stream: bool) -> dict[str, Tensor]:
+    """Two steps of transformers' Trainer with its own arguments for several processes."""
+    model = tiny.model("llama").double()
+    if stream:
+        fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=9)))
+    rows = [{k: v[0] for k, v in tiny.batch(1, n).items()} for n in (37, 64, 37, 64)]
+    rows = [{k: row[k] for k in ("input_ids", "labels")} for row in rows]
+    arguments = tf.TrainingArguments(
+        folder, per_device_train_batch_size=1, max_steps=2, learning_rate=1e-2, save_strategy="no",
+        report_to=[], use_cpu=True, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    tf.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def run_trainer(rank: int, port: int, out: str) -> None:
+    """A rank of torchrun, streamed and plain."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    with everything_in_double():
+        both = [weights_of_trainer(out, stream=s) for s in (False, True)]
+    torch.save(both, f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()

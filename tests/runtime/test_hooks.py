@@ -1,0 +1,359 @@
+"""Hooks and changed modules between steps: as in plain PyTorch, whenever they come and go."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import twins
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+from torch.utils.checkpoint import checkpoint
+
+import fxmem
+
+Handles = list[Any]
+Change = Callable[[Any, Handles], None]
+
+
+def step(net: nn.Module, seed: int = 0) -> Tensor:
+    net.zero_grad()
+    loss = net(twins.ids(seed=seed))["loss"]
+    loss.backward()
+    return loss.detach()
+
+
+def agree(models: tuple[nn.Module, nn.Module]) -> None:
+    want, got = (step(net) for net in models)
+    twins.same(got, want, "loss")
+    twins.same_gradients(models[1], models[0])
+
+
+def times(factor: float) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output * factor
+        return {k: v * factor for k, v in output.items()}
+
+    return hook
+
+
+def forward_hooks(net: Any, handles: Handles) -> None:
+    handles += [
+        net.layers[0].register_forward_hook(times(2)),
+        net.layers[1].up.register_forward_hook(times(0.5)),
+        net.layers[1].up.register_forward_hook(lambda m, a, o: o + 1, prepend=True),
+        net.layers[1].register_forward_hook(
+            lambda m, a, k, o: o * 1.5, with_kwargs=True, always_call=True
+        ),
+        net.register_forward_hook(times(3)),
+    ]
+
+
+def forward_pre_hooks(net: Any, handles: Handles) -> None:
+    handles += [
+        net.layers[0].register_forward_pre_hook(lambda m, a: (a[0] * 1.5,)),
+        net.layers[1].norm.register_forward_pre_hook(
+            lambda m, a, k: ((a[0] + 1,), k), with_kwargs=True
+        ),
+        net.register_forward_pre_hook(lambda m, a: ((a[0] + 1) % twins.VOCAB,)),
+    ]
+
+
+def hooks_of_all_modules(net: Any, handles: Handles) -> None:
+    handles += [
+        every_module.register_module_forward_hook(times(1.1)),
+        every_module.register_module_forward_pre_hook(
+            lambda m, a: (a[0] * 1.1,) if a[0].is_floating_point() else None
+        ),
+    ]
+
+
+def another_hook_of_all_modules(net: Any, handles: Handles) -> None:
+    first = every_module.register_module_forward_hook(times(1.1))
+    step(net)
+    first.remove()
+    handles.append(
+        every_module.register_module_forward_hook(
+            lambda m, a, o: o - 1 if isinstance(o, Tensor) else o
+        )
+    )
+
+
+def a_closure_that_changes(net: Any, handles: Handles) -> None:
+    factor = 2.0
+    handles.append(net.layers[0].register_forward_hook(lambda m, a, o: o * factor))
+    step(net)
+    factor = 3.0
+
+
+def another_hook_in_its_place(net: Any, handles: Handles) -> None:
+    first = net.layers[0].register_forward_hook(times(2))
+    step(net)
+    first.remove()
+    handles.append(net.layers[0].register_forward_hook(lambda m, a, o: o - 1))
+
+
+def some(first: list[Any], others: list[Any]) -> Any:
+    """All of them as tests, the others only where there is time: each costs a capture or two."""
+    return pytest.mark.parametrize(
+        "change", [*first, *(pytest.param(f, marks=pytest.mark.slow) for f in others)],
+        ids=[f.__name__ for f in (*first, *others)],
+    )  # fmt: skip
+
+
+@some(
+    [forward_hooks, another_hook_of_all_modules],
+    [forward_pre_hooks, hooks_of_all_modules, a_closure_that_changes, another_hook_in_its_place],
+)
+def test_forward_hooks_come_and_go(change: Change) -> None:
+    models = twins.pair()
+    agree(models)
+    handles: Handles = []
+    for net in models:
+        change(net, handles)
+        if "all_modules" in change.__name__ and net is models[0]:
+            step(models[1])
+            break
+    try:
+        agree(models)
+    finally:
+        for handle in handles:
+            handle.remove()
+    agree(models)
+
+
+def whole(grads: Any) -> None:
+    """Every gradient a hook sees is that of the whole sequence."""
+    assert all(g is None or g.shape[:2] == (2, 13) for g in grads)
+
+
+def backward_hooks(net: Any, handles: Handles, seen: list[Any]) -> None:
+    def after(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        whole([*inputs, *outputs])
+        seen.append((type(module).__name__, [*inputs, *outputs]))
+        return tuple(None if g is None else g * 2 for g in inputs)
+
+    def before(module: nn.Module, outputs: Any) -> Any:
+        whole(outputs)
+        seen.append((type(module).__name__, list(outputs)))
+        return tuple(g + 0.1 for g in outputs)
+
+    for module in (net.layers[0], net.layers[1], net.layers[1].up, net.norm):
+        handles.append(module.register_full_backward_hook(after))
+        handles.append(module.register_full_backward_pre_hook(before))
+
+
+def hooks_on_tensors(net: Any, handles: Handles, seen: list[Any]) -> None:
+    def gradient(name: str) -> Callable[[Tensor], Tensor]:
+        def hook(grad: Tensor) -> Tensor:
+            whole([grad])
+            seen.append((name, [grad]))
+            return grad * 2
+
+        return hook
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            args[0].register_hook(gradient(f"{name} in"))
+            output.register_hook(gradient(f"{name} out"))
+            output.register_hook(lambda g: g + 0.1)
+
+        return hook
+
+    for name in ("layers.0", "layers.1.up", "layers.1.mix", "layers.1.drop", "norm"):
+        handles.append(net.get_submodule(name).register_forward_hook(watch(name)))
+
+
+def hooks_on_parameters(net: Any, handles: Handles, seen: list[Any]) -> None:
+    for name, p in net.named_parameters():
+        handles.append(p.register_hook(lambda g, n=name: seen.append((n, [g])) or g * 2))
+        handles.append(
+            p.register_post_accumulate_grad_hook(lambda p, n=name: seen.append((n, [p.grad])))
+        )
+
+
+@pytest.mark.parametrize("early", [True, pytest.param(False, marks=pytest.mark.slow)])
+@some([backward_hooks, hooks_on_tensors], [hooks_on_parameters])
+def test_gradient_hooks_see_whole_gradients_once(change: Any, early: bool) -> None:
+    models = twins.pair()
+    if not early:
+        agree(models)
+    seen: tuple[list[Any], list[Any]] = [], []
+    handles: Handles = []
+    for net, calls in zip(models, seen, strict=True):
+        change(net, handles, calls)
+    agree(models)
+    assert sorted(n for n, _ in seen[0]) == sorted(n for n, _ in seen[1])
+    key = lambda call: (call[0], len(call[1]))  # noqa: E731
+    for (name, want), (_, got) in zip(
+        sorted(seen[0], key=key), sorted(seen[1], key=key), strict=True
+    ):
+        for a, b in zip(got, want, strict=True):
+            twins.same(a, b, name)
+    for handle in handles:
+        handle.remove()
+    agree(models)
+
+
+def test_what_a_forward_hook_keeps() -> None:
+    models = twins.pair()
+    kept: list[list[Tensor]] = [[], []]
+    for net, values in zip(models, kept, strict=True):
+        step(net)
+        net.layers[0].register_forward_hook(lambda m, a, o, v=values: v.append(o.detach()))
+    agree(models)
+    (want,), (got,) = kept
+    twins.same(got, want)
+
+
+def test_a_hook_on_a_value_that_never_stands_whole() -> None:
+    class Scores(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return q @ q.transpose(1, 2)
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix, self.scores = nn.Embedding(11, 8), nn.Linear(8, 8), Scores()
+
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            x = self.embed(ids)
+            x = x + self.scores(self.mix(x)).softmax(-1) @ x
+            return {"loss": x.square().mean()}
+
+    models = twins.pair(Mixing())
+    agree(models)
+    handle = models[1].scores.register_full_backward_hook(lambda m, i, o: None)
+    with pytest.raises(fxmem.HookError, match=r"T x T.*scores.*hidden states"):
+        step(models[1])
+    handle.remove()
+    agree(models)
+
+
+def test_an_old_kind_of_hook_is_refused() -> None:
+    models = twins.pair()
+    agree(models)
+    handle = models[1].layers[0].register_backward_hook(lambda m, i, o: None)
+    with pytest.raises(fxmem.HookError, match="register_full_backward_hook"):
+        step(models[1])
+    handle.remove()
+    agree(models)
+
+
+def test_two_names_of_one_tensor() -> None:
+    """`contiguous`, `to` and the like give the tensor back, so a hook sees the gradient of all."""
+
+    class Names(twins.Net):
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            x = self.embed(ids)
+            y = x.contiguous().to(x.dtype)
+            y.register_hook(lambda g: g * 2)
+            x.register_hook(lambda g: g + 0.1)
+            y = self.layers[0](F.dropout(y, 0.0)) + x
+            y.register_hook(lambda g: g.square())
+            return {"loss": F.cross_entropy((y @ self.shift).flatten(0, 1), ids.flatten())}
+
+    agree(twins.pair(Names()))
+
+
+def test_hooks_under_an_activation_checkpoint() -> None:
+    class Checkpointed(twins.Net):
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            x = self.embed(ids)
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return {"loss": F.cross_entropy((x @ self.shift).flatten(0, 1), ids.flatten())}
+
+    models = twins.pair(Checkpointed())
+    for net in models:
+        net.layers[1].register_full_backward_hook(lambda m, i, o: (i[0] * 2,))
+    agree(models)
+
+
+def new_module(net: Any) -> None:
+    net.norm = nn.LayerNorm(twins.D, eps=0.1).double()
+
+
+def swapped_modules(net: Any) -> None:
+    net.layers[0], net.layers[1] = net.layers[1], net.layers[0]
+
+
+def one_layer_more(net: Any) -> None:
+    net.layers.append(copy.deepcopy(net.layers[0]))
+
+
+def numbers(net: Any) -> None:
+    net.layers[0].scale, net.norm.eps, net.layers[1].drop.p = 2.0, 0.5, 1.0
+
+
+def evaluation_of_one_module(net: Any) -> None:
+    net.layers[0].drop.p = net.layers[1].drop.p = 1.0
+    step(net)
+    net.layers[0].eval()
+
+
+def another_forward(net: Any) -> None:
+    plain = net.layers[0].forward
+    net.layers[0].forward = lambda x: plain(x) * 2
+
+
+def another_class(net: Any) -> None:
+    class Doubled(twins.Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    net.layers[0].__class__ = Doubled
+
+
+def tied_and_replaced_parameters(net: Any) -> None:
+    net.layers[1].mix.weight = net.layers[0].mix.weight
+    net.layers[1].up = net.layers[0].up
+    net.norm.weight = nn.Parameter(torch.ones(twins.D).double() * 2)
+    net.layers[0].down.weight.data = net.layers[0].down.weight.data * 2
+
+
+def untied_parameters(net: Any) -> None:
+    own, net.layers[1].mix.weight = net.layers[1].mix.weight, net.layers[0].mix.weight
+    step(net)
+    net.layers[1].mix.weight = own
+
+
+def frozen_parameters(net: Any) -> None:
+    net.embed.weight.requires_grad_(False)
+    net.layers[1].up.requires_grad_(False)
+
+
+def parametrized(net: Any) -> None:
+    nn.utils.parametrizations.weight_norm(net.layers[0].mix)
+
+
+@some(
+    [tied_and_replaced_parameters],
+    [
+        new_module, swapped_modules, one_layer_more, numbers, evaluation_of_one_module,
+        another_forward, another_class, untied_parameters, frozen_parameters, parametrized,
+    ],
+)  # fmt: skip
+def test_changed_modules_take_effect(change: Callable[[Any], None]) -> None:
+    models = twins.pair()
+    agree(models)
+    for net in models:
+        change(net)
+    agree(models)
+
+
+def test_functions_that_are_replaced_take_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = twins.pair()
+    agree(models)
+    forward = twins.Layer.forward
+    monkeypatch.setattr(twins.Layer, "forward", lambda self, x: forward(self, x) * 2)
+    agree(models)
+    monkeypatch.setattr(F, "silu", lambda x: x * 2)
+    agree(models)
+    monkeypatch.setattr(forward, "__code__", (lambda self, x: x * 2).__code__)
+    agree(models)
