@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ from fxmem.report.text import Report
 
 if TYPE_CHECKING:
     from fxmem.compiler.bisection import bisect
+    from fxmem.trainer_callback import TrainerCallback
 
 # Version 0.1.0 pickled plans, options and masks under these names of modules.
 for _old, _new in (("plan_blocks", "plan.blocks"), ("prune.masks", "prune.units.masks"),
@@ -89,6 +91,7 @@ __all__ = [
     "SGD",
     "SignSGD",
     "Stream",
+    "TrainerCallback",
     "UnitGroup",
     "UnsupportedOpError",
     "VerificationError",
@@ -111,9 +114,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "bisect":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fxmem.compiler.bisection import bisect
+_LATE = {"bisect": "fxmem.compiler.bisection", "TrainerCallback": "fxmem.trainer_callback"}
+"""What is imported when it is first asked for."""
 
-    return bisect
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATE[name]), name)

@@ -6,6 +6,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from fxmem._compat import errors as _compat_errors
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
-from fxmem._compat import tracing
+from fxmem._compat import recorded_outputs, tracing
 from fxmem._compat.dynamo_gaps import answered
 from fxmem._compat.trl import plain_head
 from fxmem.blocks import adapters
@@ -25,6 +26,8 @@ from fxmem.compiler.compile import compile_graph
 from fxmem.compiler.step import CompiledGraph
 from fxmem.compiler.training_step import check_called
 from fxmem.deferred.recorder import Recorder
+from fxmem.distributed import fsdp2
+from fxmem.distributed.fsdp2 import ShardedModel
 from fxmem.errors import (
     CaptureError,
     FxmemError,
@@ -42,6 +45,7 @@ from fxmem.plan import carry
 from fxmem.plan.plan import Plan, Stream, check_names
 from fxmem.prune.shrink.materialize import materialize
 from fxmem.roles.roles import RoleSource, RoleTable
+from fxmem.runtime import sharding
 
 
 class Backend:
@@ -60,6 +64,7 @@ class Backend:
         self.recorder, self.one = recorder, one
         self.flags = Flags()
         self.graphs: list[CompiledGraph] = []
+        self.sharded: ShardedModel | None = None
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
@@ -83,14 +88,14 @@ class Backend:
             isinstance(v, Tensor) and v.requires_grad for v in example_inputs
         )
         if not learns or (self.plan.stream is None and self.roles is None):
-            return gm.forward
+            return _unstreamed(gm)
         if _compat.mark_inputs(gm, example_inputs):
             _compat.restart_capture("fxmem streams a symbolic length")
         if not has_varying_size(gm) and self.roles is not None:
             raise RoleError(_not_streamed("split into regions"))
         if not has_varying_size(gm):
             warnings.warn(_not_streamed("streamed"), FxmemWarning, stacklevel=2)
-            return gm.forward
+            return _unstreamed(gm)
         late = None if self.recorder is None else self.recorder.output
         graph = compile_graph(gm, example_inputs, self.plan, self.roles, late=late, one=self.one)
         if graph.capture.fixes_length:
@@ -100,6 +105,12 @@ class Backend:
             )  # fmt: skip
         self.graphs.append(graph)
         return graph
+
+
+def _unstreamed(gm: fx.GraphModule) -> Callable[..., Any]:
+    if sharding.current() is None:
+        return gm.forward
+    return _raiser(sharding.NotStreamedError("this capture does not stream"))
 
 
 def _not_streamed(done: str) -> str:
@@ -153,6 +164,7 @@ def _plan_of(options: Any) -> Plan:
 
 
 NO_DDP = "give the model itself, one process each, and Blocks(average=True)"
+NO_SHARDS = "train without fully_shard, or without Plan(blocks=...)"
 RECAPTURES = 64
 """Captures per model (train and eval, with and without a mask, autocast states) before an error."""
 
@@ -166,7 +178,8 @@ def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     Class, parameters, ``state_dict``, ``save_pretrained`` and ``generate`` stay as they are. Calls
     without gradients (evaluation, generation) run the original forward. Deep copies and pickles
     follow the plan as well, except for ``plan.blocks``. With ``plan.prune`` the result is a new,
-    smaller model and the given one stays as it is.
+    smaller model and the given one stays as it is. Of a DistributedDataParallel the model inside is
+    transformed; parameters that ``fully_shard`` has spread, before or after, stay where they are.
 
     Raises:
         PlanError: the plan cannot work with this model.
@@ -179,6 +192,9 @@ def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
         plan = replace(plan, prune=None)
         if plan.stream is None and plan.blocks is None:
             return model
+    if isinstance(model, nn.parallel.DistributedDataParallel) and plan.blocks is None:
+        transform(model.module, plan)
+        return model
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise PlanError(
             f"the model is wrapped by {type(model).__name__}, which averages gradients",
@@ -219,24 +235,39 @@ def install(model: nn.Module, plan: Plan) -> None:
                     "DistributedDataParallel averages gradients after blocks have used them",
                     advice=NO_DDP,
                 )
+        if engine.sharded is None:
+            engine.sharded = fsdp2.of(model)
+        shards = engine.sharded
+        if shards is not None and engine.roles is not None:
+            raise RoleError("blocks do not follow fully_shard", advice=NO_SHARDS)
         try:
-            with (
-                _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
-                streamable(model),
-                uniform(args, kwargs) as (own, given), engine.flags.shown(model), plain_head(),
-            ):  # fmt: skip
-                for leaf in _compat.tree_leaves((own, given)):
-                    if isinstance(leaf, Tensor):
-                        _compat.mark_dynamic(leaf)
-                return compiled(_compat_hooks.unguarded(model))(*own, **given)
+            with shards.call(args, kwargs) if shards else nullcontext((args, kwargs)) as call_of:
+                return streamed(*call_of)
+        except sharding.NotStreamedError:
+            return plain(*args, **kwargs)
         except Exception as error:
             if engine.flags.try_again():
                 return call(*args, **kwargs)
-            named = faults.of_call(error, model, lambda: plain(*args, **kwargs))
+            if shards is not None:
+                shards.reset()
+            again = None if shards is not None else lambda: plain(*args, **kwargs)
+            named = faults.of_call(error, model, again)
             if named is error:
                 raise
             cause = error if named.__cause__ is None else named.__cause__
         raise named from (cause if isinstance(named, FxmemError) else None)
+
+    def streamed(args: Any, kwargs: Any) -> Any:
+        recorded_outputs.install(model, kwargs)
+        with (
+            _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
+            streamable(model),
+            uniform(args, kwargs) as (own, given), engine.flags.shown(model), plain_head(),
+        ):  # fmt: skip
+            for leaf in _compat.tree_leaves((own, given)):
+                if isinstance(leaf, Tensor):
+                    _compat.mark_dynamic(leaf)
+            return compiled(_compat_hooks.unguarded(model))(*own, **given)
 
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine
@@ -283,8 +314,22 @@ def use_roles(model: nn.Module, table: Callable[[], RoleTable | None]) -> None:
         graph.roles = engine.roles
 
 
+def is_transformed(model: nn.Module) -> bool:
+    """Whether :func:`transform` was applied to the module itself and not undone."""
+    return model in _TRANSFORMED
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that :func:`transform` changes."""
+    inside = isinstance(model, nn.parallel.DistributedDataParallel)
+    return model.module if inside else model
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`transform`."""
+    if unwrapped(model) is not model:
+        restore(unwrapped(model))
+        return model
     if model not in _TRANSFORMED:
         raise NotTransformedError(f"{type(model).__name__} was not transformed")
     carry.detach(model)

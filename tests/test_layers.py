@@ -20,10 +20,11 @@ ROOMS = (
     # the languages: sizes and signatures, the table, what a user asks for, what a region runs
     "axes", "rules", "prune.units", "plan", "program", "kernels", "measure",
     # from a model to a program that runs, in the order in which data flows
-    "frontend", "rewriting", "streaming", "passes", "runtime", "roles", "backends", "compiler",
+    "frontend", "rewriting", "streaming", "passes", "runtime", "distributed", "roles", "backends",
+    "compiler",
     # what is built on it
     "deferred", "blocks", "prune.coupling", "prune.shrink", "prune.search", "prune",
-    "memory", "api", "report", "__init__", "demo", "cli", "__main__",
+    "memory", "api", "trainer_callback", "report", "__init__", "demo", "cli", "__main__",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ROOMS)}
 FILES = {module_of(file): file for file in package_files()}

@@ -28,6 +28,7 @@ from fxmem.runtime.autograd import run_region
 from fxmem.runtime.loops import CallState
 from fxmem.runtime.region_call import RegionCall
 from fxmem.runtime.retention import Holding
+from fxmem.runtime.sharding import NotStreamedError, current
 from fxmem.streaming.chunk_size import Chunker
 
 LateOutput = Callable[[Late, Sequence[Any], dict[str, int]], Any]
@@ -99,34 +100,45 @@ class CompiledGraph:
         sizes = bind_sizes(self.capture, args)
         self.sizes = sizes
         table = self.roles.table() if self.roles is not None else None
-        whole = self.chunker.whole(sizes)
+        whole, sharding = self.chunker.whole(sizes), current()
         if whole and table is None:
             self.whole_calls += 1
+            if sharding is not None:
+                raise NotStreamedError("the call is small against the weights")
             return _compat_hooks.function(self.plain)(*args)
         by_node = dict(zip(self.capture.inputs, args, strict=True))
         env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
-        state = CallState(sizes, names={id(args[i]): name for i, name in self._parameters})
+        names = {id(args[i]): name for i, name in self._parameters}
+        state = CallState(sizes, names=names, sharding=sharding)
         step = self._step(table, env) if table is not None else None
         fresh = not any(args[i].is_leaf and args[i].grad is not None for i, _ in self._parameters)
         learns = step is None and torch.is_grad_enabled()
         # the second run of a checkpoint must save what the first did
         holds = learns and not _compat_hooks.saved_elsewhere()
         holding = self.holding.to_run(sizes, fresh) if holds else ()
+        shards = None if sharding is None else sharding.regions(
+            [[env.get(leaf) for leaf in call.leaves] for call in self.calls]
+        )  # fmt: skip
         del by_node, args
         for i, call in enumerate(self.calls):
             self.borders.cross(i, env)
             chunk = self.chunk(i)
             tensors = [env[leaf] for leaf in call.leaves]
+            shard = None if shards is None else shards[i]
+            if shard is not None:
+                shard.before_forward()
             if step is None:
                 outputs = run_region(
-                    call.code, state, chunk, tensors, call.shared, call.sole, i in holding
+                    call.code, state, chunk, tensors, call.shared, call.sole, i in holding, shard
                 )
             else:
                 seed = call.code.draw_seed(tensors[0].device)
                 run = Run(self.selected[i], step, state, chunk, seed, call.shared)
                 outputs = run_selected(run, tensors)
             del tensors
+            if shard is not None:
+                shard.after_forward()
             env.update(zip(call.outputs, outputs, strict=True))
             del outputs
             for leaf in call.release:

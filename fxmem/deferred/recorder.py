@@ -23,6 +23,7 @@ from fxmem.frontend import origin
 from fxmem.frontend.capture import attribute, canonical, is_size, value_of
 from fxmem.frontend.inputs import uniform
 from fxmem.frontend.late_outputs import Late
+from fxmem.runtime.sharding import Sharding, current
 
 KEEP = 'Stream(logits="keep") hands out plain logits'
 
@@ -68,10 +69,12 @@ class Recorder:
     key: str
     backend: Callable[[], Any]
     programs: dict[str, Program] = field(default_factory=dict)
+    sharding: Sharding | None = None
     told: set[str] = field(default_factory=set)
 
     def output(self, late: Late, values: Sequence[Any], sizes: dict[str, int]) -> Tensor:
         """A tensor that stands for a late output; ``values``: what its region reads."""
+        self.sharding = current()
         return handle(_head(late, values, sizes, Head(self)))
 
     def give(self, wanted: list[Node], alive: Iterable[Node], name: str) -> None:
@@ -92,6 +95,14 @@ class Recorder:
             node.args, node.kwargs, node.writers, node.versions = (), {}, (), []
 
     def _run(self, made: Source, wide: bool, name: str) -> Sequence[Tensor]:
+        if self.sharding is None:
+            return self._values(made, wide, name)
+        found: Sequence[Tensor] = self.sharding.outside(
+            lambda: self._values(made, wide, name), made.inputs
+        )
+        return found
+
+    def _values(self, made: Source, wide: bool, name: str) -> Sequence[Tensor]:
         program = self._program(made)
         if wide:
             self._tell(name, f"makes the logits whole at {_line()}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmem._compat.overrides import tree_leaves
+from fxmem.caches import Cache
 from fxmem.deferred.tape import Node, Unknown
 from fxmem.frontend.capture import Context
 
@@ -24,8 +25,8 @@ _ARITHMETIC = frozenset(
     f"{i}{name}{end}" for name in ("add", "sub", "mul", "div", "truediv", "true_divide")
     for i in ("", "i") for end in ("", "_")
 )  # fmt: skip
-_GLOBALS: dict[str, Any] = {"torch": torch}
-_NAMES: dict[Any, str] = {}
+_CONSTANTS: Cache[tuple[str, Any], tuple[str, Any]] = Cache("constants in recordings", 4096)
+_NUMBER = itertools.count()
 SMALLEST = 8
 """Smaller numbers are dimensions and counts rather than lengths."""
 
@@ -52,7 +53,7 @@ class Source:
         return Source(text.replace("):", f"{names}):", 1), inputs, self.calls, [])
 
     def function(self) -> Any:
-        space = dict(_GLOBALS)
+        space = {"torch": torch, **dict(_CONSTANTS.values())}
         exec(compile(self.text, "<recorded>", "exec"), space)
         return space["program"]
 
@@ -144,11 +145,11 @@ def constant(value: Any) -> str:
     if not callable(value) and not isinstance(value, simple):
         raise Unknown(f"an argument is a {type(value).__name__}")
     key = (type(value).__name__, str(value) if isinstance(value, float) else value)
-    if key not in _NAMES:
-        known = getattr(value, "__name__", type(value).__name__)
-        _NAMES[key] = f"{known}_{len(_NAMES)}" if str(known).isidentifier() else f"c{len(_NAMES)}"
-        _GLOBALS[_NAMES[key]] = value
-    return _NAMES[key]
+    if key not in _CONSTANTS:
+        known = str(getattr(value, "__name__", type(value).__name__))
+        name = f"{known if known.isidentifier() else 'c'}_{next(_NUMBER)}"
+        _CONSTANTS[key] = name, value
+    return _CONSTANTS[key][0]
 
 
 def source(nodes: Sequence[Node], wanted: Sequence[Node]) -> Source:

@@ -74,11 +74,11 @@ def _from_user(error: Exception) -> bool:
     return Line(file, 0, "").library is None and not file.startswith("<")
 
 
-def of_call(error: Exception, model: nn.Module, plain: Callable[[], Any]) -> Exception:
+def of_call(error: Exception, model: nn.Module, plain: Callable[[], Any] | None) -> Exception:
     """What leaves a call of a transformed model in place of ``error``.
 
     ``plain``: the same call in plain PyTorch; run, without gradients, where the model itself may be
-    what raised.
+    what raised. None: it would wait for other processes.
     """
     if isinstance(error, FxmemError) or not dynamo.while_capturing(error):
         return error
@@ -92,8 +92,10 @@ def of_call(error: Exception, model: nn.Module, plain: Callable[[], Any]) -> Exc
             advice="keep what the reason names the same from step to step, or give it as a "
             "tensor; fxmem.transform(model, plan) anew starts from no captures",
         )
-    if dynamo.is_user_exception(error) and (own := _raised_by(plain, model)) is not None:
-        return own
+    if plain is not None and dynamo.is_user_exception(error):
+        own = _raised_by(plain, model)
+        if own is not None:
+            return own
     if _compat_hooks.has_old_hooks(model):
         return HookError(
             "a hook by register_backward_hook, which sees the last op of a module only",

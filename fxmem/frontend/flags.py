@@ -13,7 +13,8 @@ code asks for the flag, or that hooks watch, is always shown the truth.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,7 @@ class Flags:
     def __init__(self) -> None:
         self.truth = False
         self.pretending: list[nn.Parameter] = []
-        self._shown: set[int] | None = None
+        self._shown: dict[int, weakref.ref[nn.Parameter]] | None = None
         self._wide, self._told, self._unfinished = True, False, False
         self._reads: list[str] = []
 
@@ -44,12 +45,12 @@ class Flags:
             yield
             return
         parameters = list(model.parameters())
-        learning = {id(p) for p in parameters if p.requires_grad}
+        learning = [p for p in parameters if p.requires_grad]
         if self._shown is None or not self._wide:
-            self._shown = learning | (self._shown or set())
-        elif not learning <= self._shown:
-            self._shown = {id(p) for p in parameters if p.is_leaf and p.is_floating_point()}
-        self.pretending = [p for p in parameters if not p.requires_grad and id(p) in self._shown]
+            self._shown = (self._shown or {}) | _refs(learning)
+        elif not all(map(self._was_shown, learning)):
+            self._shown = _refs([p for p in parameters if p.is_leaf and p.is_floating_point()])
+        self.pretending = [p for p in parameters if not p.requires_grad and self._was_shown(p)]
         try:
             with _compat_flags.reads() as self._reads:
                 for p in self.pretending:
@@ -58,6 +59,10 @@ class Flags:
         finally:
             self._unfinished = bool(self.pretending)
             self.real()
+
+    def _was_shown(self, parameter: nn.Parameter) -> bool:
+        ref = (self._shown or {}).get(id(parameter))
+        return ref is not None and ref() is parameter
 
     def real(self) -> None:
         """From here on the flags are the user's."""
@@ -89,6 +94,11 @@ class Flags:
         self._shown = None
         self.truth, self._wide = self._told or bool(self._reads) or not self._wide, False
         return True
+
+
+def _refs(parameters: Iterable[nn.Parameter]) -> dict[int, weakref.ref[nn.Parameter]]:
+    """By identity; another parameter may get the ``id`` of one that is gone."""
+    return {id(p): weakref.ref(p) for p in parameters}
 
 
 __all__ = ["Flags"]

@@ -50,6 +50,7 @@ def explain(model: nn.Module | api.Backend) -> Report:
     if isinstance(model, api.Backend):
         engine, name = model, "backend"
     else:
+        model = api.unwrapped(model)
         name = type(model).__name__
         found = api._TRANSFORMED.get(model) if isinstance(model, nn.Module) else None
         if found is None:

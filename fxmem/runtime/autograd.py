@@ -19,11 +19,12 @@ from torch import Tensor
 from fxmem.errors import BackwardTwiceError, DoubleBackwardError, ModifiedParameterError
 from fxmem.runtime.loops import CallState
 from fxmem.runtime.region_code import RegionCode
+from fxmem.runtime.sharding import RegionShards
 from fxmem.runtime.shared_grads import Shared
 
 
 class RegionFunction(torch.autograd.Function):
-    """``apply(code, state, chunk, seed, shared, sole, hold, *tensors) -> outputs``."""
+    """``apply(code, state, chunk, seed, shared, sole, hold, shards, *tensors) -> outputs``."""
 
     @staticmethod
     def forward(
@@ -35,6 +36,7 @@ class RegionFunction(torch.autograd.Function):
         shared: Shared,
         sole: Sequence[bool],
         hold: bool,
+        shards: RegionShards | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         grads, held = None, []  # type: list[Tensor | None] | None, list[Tensor]
@@ -49,7 +51,7 @@ class RegionFunction(torch.autograd.Function):
         ctx.count = len(saved)
         state.watch(saved)
         ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
-        ctx.shared = shared
+        ctx.shared, ctx.shards = shared, shards
         state.shared.own(shared, ctx)
         ctx.sole = [s for s, d in zip(sole, code.differentiable, strict=True) if d]
         ctx.set_materialize_grads(False)
@@ -62,21 +64,32 @@ class RegionFunction(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise DoubleBackwardError("backward with create_graph=True through a streamed region")
-        state, code = ctx.state, ctx.code
-        saved = _saved(ctx, state)
-        grads, ctx.grads = ctx.grads, None
-        given = [t for t, d in zip(tangents, code.differentiable, strict=True) if d]
-        free = [t is not None and f and _storage(t) in state.fresh
-                for t, f in zip(given, ctx.sole, strict=True)]  # fmt: skip
-        loss = given[code.loss] if sum(t is not None for t in given) == 1 else None
-        if grads is not None and loss is not None:
-            out = joined(code.scale(grads, loss), state.shared.take(ctx.shared))
+        if ctx.shards is None:
+            out = _gradients(ctx, tangents)
         else:
-            out = _backward(ctx, saved, given, free)
-        taken = [t for t, f in zip(given, free, strict=True) if not f]
-        _tell_fresh(state, code, out, [*saved, *taken])
-        state.shared.hand_on(ctx.shared, out)
-        return (None, None, None, None, None, None, None, *out)
+            with ctx.shards.backward():
+                out = _gradients(ctx, tangents)
+                ctx.shards.take(out)
+        return (None, None, None, None, None, None, None, None, *out)
+
+
+def _gradients(ctx: Any, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Of the region's tensors; those of shared parameters go to their owner."""
+    state, code = ctx.state, ctx.code
+    saved = _saved(ctx, state)
+    grads, ctx.grads = ctx.grads, None
+    given = [t for t, d in zip(tangents, code.differentiable, strict=True) if d]
+    free = [t is not None and f and _storage(t) in state.fresh
+            for t, f in zip(given, ctx.sole, strict=True)]  # fmt: skip
+    loss = given[code.loss] if sum(t is not None for t in given) == 1 else None
+    if grads is not None and loss is not None:
+        out = joined(code.scale(grads, loss), state.shared.take(ctx.shared))
+    else:
+        out = _backward(ctx, saved, given, free)
+    taken = [t for t, f in zip(given, free, strict=True) if not f]
+    _tell_fresh(state, code, out, [*saved, *taken])
+    state.shared.hand_on(ctx.shared, out)
+    return out
 
 
 def _backward(
@@ -153,6 +166,7 @@ def run_region(
     shared: Shared | None = None,
     sole: Sequence[bool] | None = None,
     hold: bool = False,
+    shards: RegionShards | None = None,
 ) -> Sequence[Tensor]:
     """Outputs of a region, with autograd where any input wants a gradient.
 
@@ -163,6 +177,6 @@ def run_region(
     if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):
         sole = sole or [False] * len(code.differentiable)
         shared = shared or {}
-        return RegionFunction.apply(code, state, chunk, seed, shared, sole, hold, *tensors)
+        return RegionFunction.apply(code, state, chunk, seed, shared, sole, hold, shards, *tensors)
     with torch.no_grad():
         return code.forward(state, chunk, tensors, seed, learn=False)[0]

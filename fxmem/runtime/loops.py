@@ -15,6 +15,7 @@ from fxmem.axes.sizes import evaluate_shape
 from fxmem.errors import ModifiedParameterError
 from fxmem.program.steps import Free, Loop, Mask, Program, Straight
 from fxmem.runtime import tile_map as masks
+from fxmem.runtime.sharding import Sharding
 from fxmem.runtime.shared_grads import SharedGrads
 
 
@@ -34,12 +35,15 @@ class CallState:
     """The latest autograd pass that has run a backward of the call."""
     fresh: set[int] = field(default_factory=set)
     """Storages of gradients on their way between regions that nothing else holds."""
+    sharding: Sharding | None = None
 
     def watch(self, saved: Sequence[Tensor | None]) -> None:
         """Remember the versions of parameters that a backward will read."""
         for tensor in saved:
             name = self.names.get(id(tensor))
             if tensor is not None and name is not None:
+                if self.sharding is not None:
+                    tensor = self.sharding.shard(tensor)
                 self.watched.append((name, tensor, tensor._version))
 
     def begin_backward(self) -> None:

@@ -21,22 +21,26 @@ def inputs(rank: int) -> dict[str, Tensor]:
     return tiny.batch(2, LENGTHS[rank], padding=("left", "mixed")[rank])
 
 
-def run_rank(rank: int, file: str, out: str, name: str, options: dict[str, bool]) -> None:
+def run_rank(rank: int, file: str, out: str, name: str, options: Any, order: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=2
     )
     with everything_in_double():
         model = tiny.model(name).double()
-        fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=9)))
+        plan = fxmem.Plan(stream=fxmem.Stream(chunk=9))
+        if order == "before":
+            fxmem.transform(model, plan)
         net: Any = nn.parallel.DistributedDataParallel(model, **options)
-        if not options:
+        if order == "after":
+            fxmem.transform(net, plan)
+        if options.keys() <= {"gradient_as_bucket_view"}:
             with net.no_sync():
                 net(**inputs(1 - rank)).loss.backward()
             net.zero_grad()
         for _ in range(2):
             net(**inputs(rank)).loss.backward()
-    bodies = fxmem.explain(model).executed_bodies
+    bodies = fxmem.explain(net).executed_bodies
     torch.save(({n: p.grad for n, p in model.named_parameters()}, bodies), f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -14,16 +14,23 @@ from double import everything_in_double, largest_difference
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "order"),
     [
-        ("llama", {}),
-        ("mixtral", {}),
-        pytest.param("llama", {"find_unused_parameters": True}, marks=pytest.mark.slow),
-        ("llama", {"static_graph": True}),
+        ("llama", {"gradient_as_bucket_view": True}, "after"),
+        *(
+            pytest.param(*given, marks=pytest.mark.distributed)
+            for given in (
+                ("mixtral", {}, "before"),
+                ("llama", {"find_unused_parameters": True}, "before"),
+                ("llama", {"static_graph": True}, "after"),
+            )
+        ),
     ],
 )
-def test_two_ranks_equal_one_process(tmp_path: Path, name: str, options: dict[str, bool]) -> None:
-    mp.spawn(run_rank, (str(tmp_path / "store"), str(tmp_path), name, options), nprocs=2)
+def test_two_ranks_equal_one_process(
+    tmp_path: Path, name: str, options: dict[str, bool], order: str
+) -> None:
+    mp.spawn(run_rank, (str(tmp_path / "store"), str(tmp_path), name, options, order), nprocs=2)
     with everything_in_double():
         plain = tiny.model(name).double()
         for rank in (0, 1):

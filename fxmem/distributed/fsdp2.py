@@ -1,0 +1,216 @@
+"""Streaming under FSDP2 (``fully_shard``): regions open and close FSDP2's own groups.
+
+For the time of a call the modules hold FSDP2's whole parameters, whose storage is empty while their
+group is closed, and FSDP2's module hooks are hidden from the capture. The loop over regions gathers
+each group before the first region that uses it, and closes it after the last; a backward gathers
+it again, puts the gradients where FSDP2 looks for them, and lets it reduce. So there is one gather
+per group and pass and one reduction per group, whatever the number of chunks, in the order of
+plain FSDP2: a rank that runs plain by itself (one token) waits for nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxmem._compat import fsdp as _compat
+from fxmem._compat import graph as _compat_graph
+from fxmem._compat.fsdp import Group
+from fxmem.errors import PlanError
+from fxmem.runtime import sharding
+
+
+def of(model: nn.Module) -> ShardedModel | None:
+    """The groups of a model; None where its parameters are whole.
+
+    Raises:
+        PlanError: they are spread by something under which no region can run.
+    """
+    if _compat.is_sharded(model):
+        sharded = ShardedModel(model)
+        if any(group.tensor_parallel for group in sharded.groups):
+            raise _tensor_parallel(next(n for n, _ in model.named_parameters()))
+        return sharded
+    if any(map(_compat.is_sharded, model.modules())):
+        raise PlanError(
+            f"fully_shard was applied to parts of {type(model).__name__} and not to it",
+            advice="apply it to the whole model last: fully_shard(model)",
+        )
+    if (name := _compat.fsdp1_module(model)) is not None:
+        raise PlanError(
+            f"`{name or type(model).__name__}` is wrapped by FullyShardedDataParallel",
+            advice="shard it with fully_shard (FSDP2), which streams",
+        )
+    if _compat.replicated(model):
+        raise PlanError(
+            f"replicate was applied to {type(model).__name__}",
+            advice="wrap the transformed model by torch.nn.parallel.DistributedDataParallel",
+        )
+    if (name := _compat.dtensor_parameter(model)) is not None:
+        raise _tensor_parallel(name)
+    if (name := _compat.zero3_parameter(model)) is not None:
+        raise PlanError(
+            f"parameter `{name}` is partitioned by DeepSpeed ZeRO-3",
+            advice="use ZeRO-1 or ZeRO-2, which keep parameters whole, or fully_shard (FSDP2)",
+        )
+    return None
+
+
+def _tensor_parallel(name: str) -> PlanError:
+    return PlanError(
+        f"parameter `{name}` is a part of a larger one (tensor parallelism), which does not stream",
+        advice="load the model without tp_plan or parallelize_module, and shard it with "
+        "fully_shard",
+    )
+
+
+class ShardedModel:
+    """The groups of one model; a :class:`fxmem.runtime.sharding.Sharding`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        known: dict[Any, Group] = {}
+        self.model = model
+        self.root = _compat.group_of(model, known)
+        self.modules = [
+            (m, _compat.group_of(m, known)) for m in model.modules() if _compat.is_sharded(m)
+        ]
+        self.groups = list(known.values())
+        self.owners: dict[Tensor, Group] = {}
+        self.shards: dict[Tensor, Tensor] = {}
+
+    @contextlib.contextmanager
+    def call(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+        """A call of the model; gives its arguments, cast by the policy of precision."""
+        if self.root.in_backward and _compat_graph.backward_id() < 0:
+            self.root.reset()  # a backward that failed
+        given = self.root.open(args, kwargs)
+        for group in self.groups:
+            for whole, shard in group.whole():
+                self.owners[whole], self.shards[whole] = group, shard
+            group.show()
+        try:
+            with self._traced(), sharding.using(self):
+                yield given
+        finally:
+            for group in self.groups:
+                group.hide()
+        self.root.close()
+
+    @contextlib.contextmanager
+    def _traced(self) -> Iterator[None]:
+        """The modules without FSDP2's hooks."""
+        was = [(m, _compat.hooks_of(m)) for m, _ in self.modules]
+        for m, group in self.modules:
+            _compat.set_hooks(m, _compat.traced_hooks(m, group))
+        try:
+            yield
+        finally:
+            for m, hooks in was:
+                _compat.set_hooks(m, hooks)
+
+    def reset(self) -> None:
+        """After a call that failed."""
+        self.root.reset()
+
+    def regions(self, tensors: Sequence[Sequence[Any]]) -> list[Region]:
+        """For the regions of a capture in order, by the tensors that each takes."""
+        found = []
+        first: dict[Group, Region] = {}
+        last: dict[Group, Region] = {}
+        for given in tensors:
+            region = Region(self.root)
+            for at, value in enumerate(given):
+                group = self.owners.get(value) if isinstance(value, Tensor) else None
+                if group is not None:
+                    region.mine.append((at, value))
+                    first.setdefault(group, region)
+                    last[group] = region
+                    if group not in region.uses:
+                        region.uses.append(group)
+            found.append(region)
+        # the root is opened and closed by the call, and reduced at the end of the backward
+        for group in self.groups:
+            if group in first and group is not self.root:
+                first[group].opens.append(group)
+                last[group].closes.append(group)
+        return found
+
+    def shard(self, parameter: Tensor) -> Tensor:
+        """What an optimizer changes."""
+        return self.shards.get(parameter, parameter)
+
+    def outside(self, run: Callable[[], Sequence[Tensor]], inputs: Sequence[Any]) -> Any:
+        """``run()`` after the call, where it reads whole parameters among ``inputs``."""
+        groups = dict.fromkeys(self.owners[x] for x in inputs if x in self.owners)
+        for group in groups:
+            group.open()
+        output = tuple(run())
+        for group in reversed(groups):
+            output = group.close(output)
+        return output
+
+
+@dataclass(eq=False, slots=True)
+class Region:
+    """What one region does for its groups; a :class:`fxmem.runtime.sharding.RegionShards`.
+
+    Attributes:
+        uses: groups of its parameters.
+        opens: those that no earlier region of the forward uses.
+        closes: those that no later one uses.
+        mine: sharded parameters, by position among its tensors.
+    """
+
+    root: Group
+    uses: list[Group] = field(default_factory=list)
+    opens: list[Group] = field(default_factory=list)
+    closes: list[Group] = field(default_factory=list)
+    mine: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def before_forward(self) -> None:
+        """Gather what the region is the first to use."""
+        for group in self.opens:
+            group.open()
+
+    def after_forward(self) -> None:
+        """Close what it is the last to use."""
+        for group in self.closes:
+            group.close()
+
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[None]:
+        """Gather what it uses; the root first, which ends the backward."""
+        try:
+            self.root.open_backward()
+            for group in reversed(self.uses):
+                group.open_backward()
+            yield
+        except BaseException:
+            self.root.reset()
+            raise
+
+    def take(self, grads: list[Tensor | None]) -> None:
+        """Hand the gradients to FSDP2, which reduces them where they are complete."""
+        with torch.no_grad():
+            for at, parameter in self.mine:
+                grad, grads[at] = grads[at], None
+                if grad is not None:
+                    _accumulate(parameter, grad)
+                    del grad
+        for group in reversed(self.opens):
+            group.reduce()
+
+
+def _accumulate(parameter: Tensor, grad: Tensor) -> None:
+    """As autograd does: in the layout of the parameter."""
+    if parameter.grad is not None:
+        parameter.grad.add_(grad)
+    elif grad.stride() == parameter.stride():
+        parameter.grad = grad
+    else:
+        parameter.grad = torch.empty_like(parameter).copy_(grad)

@@ -1,0 +1,102 @@
+"""``fully_shard`` around or inside a transformed model: exact, and communicating as plain FSDP2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import on_ranks
+from sharded import difference
+from sharded_runs import (
+    checkpointed,
+    chunks_of_a_step,
+    failing,
+    field,
+    hybrid,
+    narrow,
+    policies,
+    refused,
+    two_steps,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "order"),
+    [
+        ("llama", "layers", "after"),
+        pytest.param("llama", "head", "before", marks=pytest.mark.distributed),
+        pytest.param("llama", "root", "after", marks=pytest.mark.distributed),
+        pytest.param("qwen2", "layers", "before", marks=pytest.mark.distributed),
+        pytest.param("qwen2", "accelerate", "after", marks=pytest.mark.distributed),
+        pytest.param("llama", "accelerate", "before", marks=pytest.mark.distributed),
+        pytest.param("qwen3_moe", "layers", "after", marks=pytest.mark.distributed),
+    ],
+)
+def test_two_steps_on_two_ranks(name: str, way: str, order: str) -> None:
+    for ((want, plain), (got, streamed)), bodies in on_ranks(two_steps, name, way, order):
+        assert bodies > 0
+        assert difference(got, want) < 1e-10
+        assert streamed == plain
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("chunk", [1, 7, 63, 64, 100])
+def test_any_chunk_size_communicates_alike(chunk: int) -> None:
+    for (want, plain), (got, streamed) in on_ranks(chunks_of_a_step, chunk):
+        assert difference(got, want) < 1e-10
+        assert streamed == plain
+
+
+def test_a_day_in_the_field() -> None:
+    for ((want, plain), (got, streamed)), bodies in on_ranks(field):
+        assert bodies > 0
+        assert streamed == plain
+        for one, two in zip(got, want, strict=True):
+            if isinstance(one, float):
+                assert abs(one - two) < 1e-10
+            else:
+                assert difference(([], one), ([], two)) < 1e-10
+
+
+@pytest.mark.distributed
+def test_options_of_fully_shard() -> None:
+    for found in on_ranks(policies):
+        for name, ((want, plain), (got, streamed)) in found.items():
+            assert difference(got, want) < 1e-10, name
+            assert streamed == plain, name
+
+
+@pytest.mark.distributed
+def test_replicas_of_shards_on_four_ranks() -> None:
+    for want, got in on_ranks(hybrid, count=4):
+        assert difference(got, want) < 1e-10
+
+
+@pytest.mark.distributed
+def test_the_step_after_a_failed_one_is_exact() -> None:
+    for outcomes, (want, got) in on_ranks(failing):
+        assert outcomes == ["forward", "forward", "backward"]
+        assert difference(got, want) < 1e-10
+
+
+@pytest.mark.distributed
+def test_other_wrappers_are_refused_by_name() -> None:
+    words = (
+        "fully_shard(model)", "tensor parallelism", "replicate", "FullySharded", "ZeRO-3",
+    )  # fmt: skip
+    for messages in on_ranks(refused):
+        for word, message, collectives in zip(words, messages[::2], messages[1::2], strict=True):
+            assert word in message, message
+            assert collectives == "0"
+
+
+@pytest.mark.distributed
+def test_checkpoints_both_ways(tmp_path: Path) -> None:
+    for want, got in on_ranks(checkpointed, str(tmp_path)):
+        assert difference(got, want) < 1e-10
+
+
+@pytest.mark.distributed
+def test_a_policy_of_precision() -> None:
+    for plain, streamed in on_ranks(narrow, double=False):
+        assert 0 < streamed <= 1.1 * plain
