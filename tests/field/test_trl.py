@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from trl.experimental import cpo, orpo
 
 import fxmem
 from fxmem import Plan, Stream
@@ -26,6 +28,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 WORDS = [f"w{i}" for i in range(80)]
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} "
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+)
 NAMES = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
 
 
@@ -33,8 +39,9 @@ def tokenizer() -> Any:
     inner = Tokenizer(models.WordLevel(NAMES, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return tf.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        chat_template=TEMPLATE,
+    )  # fmt: skip
 
 
 def dataset(row: Callable[[int, Callable[[int, int], str]], dict[str, Any]]) -> Dataset:
@@ -51,13 +58,27 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(c) % 7) for c in completions]
 
 
+def preference(_: int, text: Callable[[int, int], str]) -> dict[str, str]:
+    return {"prompt": text(5, 9), "chosen": text(8, 14), "rejected": text(8, 14)}
+
+
+def dialogue(_: int, text: Callable[[int, int], str]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text(5, 9)},
+                         {"role": "assistant", "content": text(8, 14)}]}  # fmt: skip
+
+
 SAMPLED = {"num_generations": 2, "max_completion_length": 12}
 KINDS: dict[str, tuple[Any, Any, Any, dict[str, Any], dict[str, Any]]] = {
     "sft": (trl.SFTTrainer, trl.SFTConfig, lambda i, t: {"text": t(20, 40)}, {}, {}),
-    "dpo": (
-        trl.DPOTrainer, trl.DPOConfig,
-        lambda i, t: {"prompt": t(5, 9), "chosen": t(8, 14), "rejected": t(8, 14)}, {}, {},
+    "dialogue": (trl.SFTTrainer, trl.SFTConfig, dialogue, {"assistant_only_loss": True}, {}),
+    "completion": (
+        trl.SFTTrainer, trl.SFTConfig, lambda i, t: {"prompt": t(5, 9), "completion": t(8, 14)},
+        {}, {},
     ),
+    "dpo": (trl.DPOTrainer, trl.DPOConfig, preference, {}, {}),
+    "orpo": (orpo.ORPOTrainer, orpo.ORPOConfig, preference, {}, {}),
+    "cpo": (cpo.CPOTrainer, cpo.CPOConfig, preference, {}, {}),
+    "reward": (trl.RewardTrainer, trl.RewardConfig, preference, {}, {}),
     "kto": (
         trl.KTOTrainer, trl.KTOConfig,
         lambda i, t: {"prompt": t(5, 9), "completion": t(8, 14), "label": bool(i % 2)}, {}, {},
@@ -78,9 +99,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "sft, label smoothing": ("sft", {"label_smoothing_factor": 0.1}, None),
     "sft, packed": ("sft", {"packing": True, "max_length": 32}, None),
     "sft, adapter": ("sft", {}, ADAPTER),
+    "sft, assistant only": ("dialogue", {}, None),
+    "sft, completion only": ("completion", {}, None),
     "dpo": ("dpo", {}, None),
     "dpo, adapter": ("dpo", {}, ADAPTER),
     "dpo, accumulated": ("dpo", {"gradient_accumulation_steps": 2}, None),
+    "orpo": ("orpo", {}, None),
+    "cpo": ("cpo", {}, None),
+    "reward": ("reward", {}, None),
     "kto": ("kto", {}, None),
     "grpo": ("grpo", {}, None),
     "grpo, adapter": ("grpo", {}, ADAPTER),
@@ -95,7 +121,12 @@ def trained(
 ) -> tuple[dict[str, Tensor], nn.Module]:
     kind, options, adapter = CASES[name]
     trainer, config, row, fixed, more = KINDS[kind]
-    net = tf.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    if kind == "reward":
+        kinds: Any = partial(tf.AutoModelForSequenceClassification.from_pretrained, num_labels=1)
+    else:
+        kinds = tf.AutoModelForCausalLM.from_pretrained
+    torch.manual_seed(0)
+    net = kinds(start, dtype=torch.float32)
     if stream:
         fxmem.transform(net, Plan(stream=Stream(chunk=8, loss_chunk=8)))
     if adapter is not None:
