@@ -10,7 +10,7 @@ one by one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class RoleFunction(torch.autograd.Function):
         )
         kept = code.saved(grads is not None, variant)
         ctx.save_for_backward(*(t if k else None for t, k in zip(tensors, kept, strict=True)))
-        ctx.run, ctx.grads, ctx.done = run, grads, False
+        ctx.run, ctx.grads, ctx.variant, ctx.done = run, grads, variant, False
         run.state.shared.own(_returned(run), ctx)
         run.step.read += [
             (p, p._version) for i, p in chosen.parameters.items() if kept[i] or i in chosen.updates
@@ -78,6 +78,10 @@ class RoleFunction(torch.autograd.Function):
         for parameter in chosen.updates.values():
             run.step.table.expect(parameter)
         run.step.expected += chosen.updates.values()
+        ctx.shapes = [
+            (o.shape, o.dtype, o.device)
+            for o, d in zip(outputs, code.differentiable, strict=True) if d
+        ]  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
             *(o for o, d in zip(outputs, code.differentiable, strict=True) if not d)
@@ -98,7 +102,11 @@ class RoleFunction(torch.autograd.Function):
         if grads is not None and loss is not None:
             out = joined(code.scale(grads, loss), run.state.shared.take(_returned(run)))
         else:
-            out = _backward(run, saved, given)
+            full = [
+                torch.zeros(s, dtype=dt, device=dev) if t is None else t
+                for t, (s, dt, dev) in zip(given, ctx.shapes, strict=True)
+            ]
+            out = _backward(run, ctx.variant, saved, full)
         grads = None
         _separate(out, run.selection.updates)
         run.state.shared.hand_on(_returned(run), out)
@@ -113,29 +121,16 @@ class RoleFunction(torch.autograd.Function):
 
 
 def _backward(
-    run: Run, saved: Sequence[Tensor | None], given: Sequence[Tensor | None]
+    run: Run, variant: str, saved: Sequence[Tensor | None], full: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients for these tangents; updates that depend on none of them are expected no more."""
-    there = [t is not None for t in given]
-    if not any(there):
-        run.step.table.forget(list(run.selection.updates.values()))
-        return joined([None] * len(saved), _started(run, {}))
-    chosen = replace(run.selection, code=run.selection.code.given(there))
-    tangents = [t for t in given if t is not None]
-    grads = chosen.code.joint.grads
-    without = [i for i in chosen.updates if grads[i] is None]
-    run.step.table.forget([chosen.updates[i] for i in without])
-    updates = {i: p for i, p in chosen.updates.items() if i not in without}
-    ties = any(i in run.shared for i, r in chosen.roles.items() if r is Role.ACTIVE)
+    code, updates = run.selection.code, run.selection.updates
+    ties = any(i in run.shared for i, r in run.selection.roles.items() if r is Role.ACTIVE)
     if updates and not ties and run.chunk >= run.state.sizes.get("T", 1):
-        values = [*saved, run.seed, *tangents]
-        return updates_in(
-            chosen.code, chosen.variant, run.state, run.chunk, values, updates, run.step.table
-        )
-    return chosen.code.backward(
-        run.state, run.chunk, saved, run.seed, tangents, _started(run, updates),
-        variant=chosen.variant,
-    )  # fmt: skip
+        given = [*saved, run.seed, *full]
+        return updates_in(code, variant, run.state, run.chunk, given, updates, run.step.table)
+    return code.backward(
+        run.state, run.chunk, saved, run.seed, full, _started(run), variant=variant
+    )
 
 
 def _separate(grads: list[Tensor | None], updates: Mapping[int, nn.Parameter]) -> None:
@@ -180,10 +175,10 @@ def _returned(run: Run) -> Shared:
     return {i: s for i, s in run.shared.items() if roles.get(i) is Role.ACTIVE}
 
 
-def _started(run: Run, updates: Mapping[int, nn.Parameter]) -> dict[int, Tensor]:
+def _started(run: Run) -> dict[int, Tensor]:
     """Sums that gradients of this region continue, by input position."""
     owned = run.state.shared.take(_returned(run))
-    for i, parameter in updates.items():
+    for i, parameter in run.selection.updates.items():
         if (part := run.step.table.started(parameter)) is not None:
             owned[i] = part
     return owned
