@@ -53,7 +53,7 @@ class Backend:
 
     ``raises``: errors leave through Dynamo, which then keeps no capture: the next call tries again.
     ``recorder``: takes wide outputs that are not computed in the call. ``one``: a capture is one
-    region.
+    region. ``states``: the call asks for states of the model.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Backend:
         self.flags = Flags()
         self.graphs: list[CompiledGraph] = []
         self.sharded: ShardedModel | None = None
+        self.states = False
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
@@ -97,7 +98,9 @@ class Backend:
             warnings.warn(_not_streamed("streamed"), FxmemWarning, stacklevel=2)
             return _unstreamed(gm)
         late = None if self.recorder is None else self.recorder.output
-        graph = compile_graph(gm, example_inputs, self.plan, self.roles, late=late, one=self.one)
+        graph = compile_graph(
+            gm, example_inputs, self.plan, self.roles, late=late, one=self.one, states=self.states
+        )
         if graph.capture.fixes_length:
             warnings.warn(
                 f"an operator's trace fixes the length{_fixed_at()}: exact, but every length is "
@@ -258,7 +261,7 @@ def install(model: nn.Module, plan: Plan) -> None:
         raise named from (cause if isinstance(named, FxmemError) else None)
 
     def streamed(args: Any, kwargs: Any) -> Any:
-        recorded_outputs.install(model, kwargs)
+        engine.states = recorded_outputs.install(model, kwargs)
         with (
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
             streamable(model),
@@ -321,8 +324,10 @@ def is_transformed(model: nn.Module) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that :func:`transform` changes."""
-    inside = isinstance(model, nn.parallel.DistributedDataParallel)
-    return model.module if inside else model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inside: nn.Module = model.module
+        return inside
+    return model
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -122,7 +122,7 @@ class Group:
     def open(self, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Any, Any]:
         """Gather the parameters; the arguments of the call, cast by the policy of precision."""
         given = self._state._pre_forward(self._state._modules[0], args, kwargs or {})
-        return given  # type: ignore[no-any-return]
+        return given[0], given[1]
 
     def close(self, output: Any = ()) -> Any:
         """After the last use in a forward. The backward of ``output`` gathers again."""
@@ -196,20 +196,20 @@ def _cast_output(dtype: torch.dtype | None) -> Callable[..., Any] | None:
     return None if dtype is None else lambda module, args, output: _cast(dtype, output)
 
 
-Hooks = tuple[OrderedDict[Any, Any], OrderedDict[Any, Any], OrderedDict[Any, Any]]
+Hooks = tuple[Any, Any, Any]
 
 
 def hooks_of(module: nn.Module) -> Hooks:
     """Forward pre-hooks, which of them take keywords, and forward hooks."""
     return (
         module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks
-    )  # type: ignore[return-value]  # fmt: skip
+    )  # fmt: skip
 
 
 def set_hooks(module: nn.Module, hooks: Hooks) -> None:
     (
         module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks
-    ) = hooks  # type: ignore[assignment]  # fmt: skip
+    ) = hooks  # fmt: skip
 
 
 def traced_hooks(module: nn.Module, group: Group) -> Hooks:

@@ -13,17 +13,22 @@ from torch import nn
 __all__ = ["install"]
 
 
-def install(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Install the hooks now, on the models inside ``model`` that the call makes record."""
+def install(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Install the hooks now, on the models inside ``model`` that the call makes record; whether
+    there are any.
+    """
     library = sys.modules.get("transformers.utils.output_capturing")
     ready = getattr(library, "maybe_install_capturing_hooks", None)
+    found = False
     if ready is None:
-        return
+        return found
     for module in model.modules():
         records = library._CAN_RECORD_REGISTRY.get(module)  # type: ignore[union-attr]
         config = getattr(module, "config", None)
         if records and any(_asked(f"output_{kind}", kwargs, config) for kind in records):
             ready(module)
+            found = True
+    return found
 
 
 def _asked(name: str, kwargs: Mapping[str, Any], config: Any) -> bool:

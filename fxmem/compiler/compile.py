@@ -51,11 +51,13 @@ GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
 def compile_graph(
     plain: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
     roles: RoleSource | None = None, *, late: LateOutput | None = None, one: bool = False,
+    states: bool = False,
 ) -> CompiledGraph:  # fmt: skip
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`.
 
     ``late``: makes what is returned for a wide output that is not computed here, from what its
-    region reads and the sizes of the call. ``one``: everything is one region.
+    region reads and the sizes of the call. ``one``: everything is one region. ``states``: the
+    caller asked for states of the model.
     """
     start = time.perf_counter()
     gm = copy_graph(plain)
@@ -66,7 +68,7 @@ def compile_graph(
     ambient = _ambient(example_inputs)
     capture = cap.analyse(gm, example_inputs, ambient)
     if plan.stream is not None and plan.stream.logits == "drop":
-        drop_outputs(capture)
+        drop_outputs(capture, states=states)
     pre = pre_.lower(capture, drawn_once)
     if one:
         parts = [regions.make(capture, pre, capture.main)]

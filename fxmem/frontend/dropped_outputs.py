@@ -85,8 +85,30 @@ class Dropped:
     value: Tensor
 
 
-def drop_outputs(capture: Capture) -> None:
-    """With a scalar loss, streamed activations do not leave the graph."""
+def _widened(capture: Capture, output: fx.Node) -> bool:
+    """Whether every way back through values of the same width ends at a narrower state."""
+    width = per_token(capture.shape(output))
+    ahead, seen = [output], {output}
+    while ahead:
+        learned = [
+            n for n in ahead.pop().all_input_nodes
+            if n in capture.main_set and is_tensor(n) and value_of(n).requires_grad
+        ]  # fmt: skip
+        widths = {n: per_token(capture.shape(n)) for n in learned}
+        if not learned or any(w > width for w in widths.values()):
+            return False
+        same = [n for n, w in widths.items() if w == width and n not in seen]
+        seen.update(same)
+        ahead += same
+    return True
+
+
+def drop_outputs(capture: Capture, *, states: bool = False) -> None:
+    """With a scalar loss, streamed activations do not leave the graph.
+
+    ``states``: the caller asked for states of the model; only what is wider than what it is made
+    from, as logits are, stays inside.
+    """
     nodes = [o for o in capture.outputs if isinstance(o, fx.Node) and is_tensor(o)]
     if not any(
         o in capture.main_set and value_of(o).dim() == 0 and value_of(o).requires_grad
@@ -96,7 +118,8 @@ def drop_outputs(capture: Capture) -> None:
     drop = set()
     for o in nodes:
         learned = o in capture.main_set and value_of(o).requires_grad
-        if learned and per_token(capture.shape(o)) > KEEP_PER_TOKEN:
+        wide = learned and per_token(capture.shape(o)) > KEEP_PER_TOKEN
+        if wide and not (states and not _widened(capture, o)):
             drop.add(o)
     capture.outputs = [
         Dropped(value_of(o)) if isinstance(o, fx.Node) and o in drop else o for o in capture.outputs

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 import fxmem
 from fxmem import Plan, Stream
 
-pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.field]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.field,
+]
 PLAN = Plan(stream=Stream(chunk=8))
 Rows = list[dict[str, Any]]
 
@@ -71,7 +75,7 @@ def trained(folder: Path, name: str, callbacks: list[Any], **changes: Any) -> An
     model = tiny.model("llama")
     model.config.use_cache = False
     args = tf.TrainingArguments(
-        str(folder), per_device_train_batch_size=2, max_steps=3, learning_rate=1e-2,
+        str(folder), per_device_train_batch_size=2, max_steps=3, learning_rate=0.1, optim="sgd",
         report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
         remove_unused_columns=False, **{**arguments, **changes},
     )  # fmt: skip

@@ -159,7 +159,9 @@ def test_weights_after_three_steps(name: str, tmp_path: Path) -> None:
     want, _ = trained(name, False, start, tmp_path / "plain")
     got, net = trained(name, True, start, tmp_path / "streamed")
     report = fxmem.explain(net)
-    assert report.executed_bodies and not report.barriers
+    assert report.executed_bodies
+    # the head of a reward model reads one row per sequence
+    assert not report.barriers or name == "reward"
     for key, weight in want.items():
         # AdamW divides by the root of tiny second moments
         assert (got[key] - weight).norm() <= 5e-6 * weight.norm(), key

@@ -204,13 +204,14 @@ def _zero3(model: Any) -> Any:
     return model
 
 
-def checkpointed(rank: int, folder: str) -> Any:
-    """Saved by a streamed model, loaded by a plain one, and back."""
+def checkpointed(rank: int, folder: str) -> list[bool]:
+    """Saved by a streamed model, loaded by a plain one, and back: whether weights are bit-equal."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     plain, model = both("llama", by_layer)
     steps(model, [inputs(rank)])
+    equal = []
     for source, target, name in ((model, plain, "a"), (plain, model, "b")):
         before = copy.deepcopy(state(source))
         dcp.save(get_model_state_dict(source), checkpoint_id=f"{folder}/{name}")
@@ -221,9 +222,10 @@ def checkpointed(rank: int, folder: str) -> Any:
         set_model_state_dict(target, kept)
         after = state(target)
         weights = [k for k in before if not k.endswith(".grad")]
-        assert all(torch.equal(before[k], after[k]) for k in weights)
+        equal += [torch.equal(before[k], after[k]) for k in weights]
+        steps(target, [inputs(rank)])
         dist.barrier()
-    return [steps(net, [inputs(rank)]) for net in (plain, model)]
+    return equal
 
 
 def narrow(rank: int) -> Any:
