@@ -31,7 +31,7 @@ from fxmem.measure.live import MIB, peak_bytes
 
 SETUPS = {"plain": "FSDP2", "checkpoint": "FSDP2, checkpointing", "fxmem": "FSDP2, fxmem"}
 KINDS = {
-    "all_gather_into_tensor": "gathers", "reduce_scatter_tensor": "reductions",
+    "all_gather_single": "gathers", "reduce_scatter_single": "reductions",
     "all_reduce": "all-reduces",
 }  # fmt: skip
 

@@ -35,6 +35,7 @@ from sharded_runs import (
 def test_two_steps_on_two_ranks(name: str, way: str, order: str) -> None:
     for ((want, plain), (got, streamed)), bodies in on_ranks(two_steps, name, way, order):
         assert bodies > 0
+        assert plain["gathers"] > 0 and plain["reductions"] > 0
         assert difference(got, want) < 1e-10
         assert streamed == plain
 
@@ -50,6 +51,7 @@ def test_any_chunk_size_communicates_alike(chunk: int) -> None:
 def test_a_day_in_the_field() -> None:
     for ((want, plain), (got, streamed)), bodies in on_ranks(field):
         assert bodies > 0
+        assert plain == 3  # one per group, for three backwards
         assert streamed == plain
         for one, two in zip(got, want, strict=True):
             if isinstance(one, float):

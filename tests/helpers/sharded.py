@@ -69,16 +69,23 @@ def stream(model: nn.Module, chunk: int) -> None:
     fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=chunk)))
 
 
+KINDS = {
+    "all_gather_single": "gathers", "reduce_scatter_single": "reductions",
+    "all_reduce": "all-reduces",
+}  # fmt: skip
+"""What FSDP2 calls, by kind."""
+
+
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
     """Collectives inside, by kind."""
     found: Counter[str] = Counter()
-    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+    names = [n for n in KINDS if hasattr(dist, n)]
     was = {name: getattr(dist, name) for name in names}
 
     def count(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found[name] += 1
+            found[KINDS[name]] += 1
             return was[name](*args, **kwargs)
 
         return call

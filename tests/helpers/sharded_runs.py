@@ -77,7 +77,7 @@ def field(rank: int) -> Any:
             for i in range(3):  # accumulation: one reduction per group at the end
                 net.set_requires_gradient_sync(i == 2)
                 net(**inputs(rank, i)).loss.backward()
-            reductions = collectives["reduce_scatter_tensor"]
+            reductions = collectives["reductions"]
         results.append(state(net))
         optimizer.step()
         optimizer.zero_grad()
