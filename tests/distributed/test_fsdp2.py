@@ -20,16 +20,17 @@ from sharded_runs import (
 )
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "way", "order"),
     [
         ("llama", "layers", "after"),
-        pytest.param("llama", "head", "before", marks=pytest.mark.distributed),
-        pytest.param("llama", "root", "after", marks=pytest.mark.distributed),
-        pytest.param("qwen2", "layers", "before", marks=pytest.mark.distributed),
-        pytest.param("qwen2", "accelerate", "after", marks=pytest.mark.distributed),
-        pytest.param("llama", "accelerate", "before", marks=pytest.mark.distributed),
-        pytest.param("qwen3_moe", "layers", "after", marks=pytest.mark.distributed),
+        ("llama", "head", "before"),
+        ("llama", "root", "after"),
+        ("qwen2", "layers", "before"),
+        ("qwen2", "accelerate", "after"),
+        ("llama", "accelerate", "before"),
+        ("qwen3_moe", "layers", "after"),
     ],
 )
 def test_two_steps_on_two_ranks(name: str, way: str, order: str) -> None:
