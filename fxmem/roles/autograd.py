@@ -23,6 +23,7 @@ from fxmem.roles.updates import backward as updates_in
 from fxmem.roles.variants import Selection
 from fxmem.runtime.autograd import _saved, joined
 from fxmem.runtime.loops import CallState
+from fxmem.runtime.region_code import RegionCode
 from fxmem.runtime.shared_grads import Shared
 
 
@@ -107,6 +108,13 @@ class RoleFunction(torch.autograd.Function):
                 for t, (s, dt, dev) in zip(given, ctx.shapes, strict=True)
             ]
             out = _backward(run, ctx.variant, saved, full)
+            # not the zeros of what depends on no tangent: plain PyTorch has no gradient there
+            there = _reached(code, [t is not None for t in given])
+            kept = [*run.selection.updates, *_returned(run)]
+            out = [
+                g if r or i in kept else None
+                for i, (g, r) in enumerate(zip(out, there, strict=True))
+            ]
         grads = None
         _separate(out, run.selection.updates)
         run.state.shared.hand_on(_returned(run), out)
@@ -131,6 +139,20 @@ def _backward(
     return code.backward(
         run.state, run.chunk, saved, run.seed, full, _started(run), variant=variant
     )
+
+
+def _reached(code: RegionCode, there: Sequence[bool]) -> list[bool]:
+    """Which gradients depend on the tangents that are there."""
+    known: dict[tuple[bool, ...], list[bool]] = code.derived.setdefault(("reached",), {})
+    if (key := tuple(there)) not in known:
+        joint = code.joint
+        tangents = [t for t in joint.tangents if t is not None]
+        after = {t for t, given in zip(tangents, there, strict=True) if given}
+        for node in joint.graph.nodes:
+            if any(n in after for n in node.all_input_nodes):
+                after.add(node)
+        known[key] = [g in after for g in joint.grads]
+    return known[key]
 
 
 def _separate(grads: list[Tensor | None], updates: Mapping[int, nn.Parameter]) -> None:
