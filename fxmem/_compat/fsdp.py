@@ -41,10 +41,8 @@ def fsdp1_module(model: nn.Module) -> str | None:
 def replicated(model: nn.Module) -> bool:
     """``replicate`` was applied, which hangs DistributedDataParallel on the module's hooks."""
     composable = sys.modules.get("torch.distributed._composable.replicate")
-    if composable is None:
-        return False
-    states = (composable._ReplicateState,)
-    return any(isinstance(_state(m), states) for m in model.modules())
+    kind = getattr(composable, "_ReplicateState", None)
+    return kind is not None and any(isinstance(_state(m), kind) for m in model.modules())
 
 
 def dtensor_parameter(model: nn.Module) -> str | None:
