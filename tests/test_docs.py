@@ -46,7 +46,7 @@ def test_example_of_the_readme_learns(tmp_path: Path) -> None:
 def test_guide_to_rows_runs_as_it_stands(tmp_path: Path) -> None:
     code = "\n".join(blocks(ROOT / "docs" / "adding-a-row.md"))
     tests = re.findall(r"^def (test_\w+)", code, re.MULTILINE)
-    assert len(tests) == 2
+    assert len(tests) == 3
     # After the last row of the page too: it says the same without letters.
     print_them = "\n".join(f"{name}(), print({name!r})" for name in tests)
     assert run(f"{code}\n{print_them}", tmp_path).split() == tests

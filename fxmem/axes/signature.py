@@ -81,7 +81,9 @@ class Signature:
     letter -> number of input rows skipped before output row 0 (a slice with an offset). ``fills``:
     rows that no input row moves to are zero, so that results of chunks add up. ``sums``: False
     where a missing letter is not a sum. ``extent``: size of the letters that share a
-    dimension with others.
+    dimension with others. ``carried``: letter -> 1 or -1, along which a chunk needs a state of the
+    chunk before it, or after it. Dimension 0 of a state counts chunks: the last output is the state
+    that came in, and ``states`` are operands that are such outputs of other ops.
     """
 
     ins: tuple[Dims, ...]
@@ -93,6 +95,8 @@ class Signature:
     fills: bool = False
     sums: bool = True
     extent: Mapping[str, Size] = field(default_factory=dict)
+    carried: Mapping[str, int] = field(default_factory=dict)
+    states: frozenset[int] = frozenset()
 
 
 Rule = Callable[[Call], Signature | None]
@@ -107,7 +111,9 @@ class AxisRule:
     where the chunk lies, ``[dim, outer, inner, start, length]``, in ops whose elements depend on
     their position; empty for the whole. ``cheap``: the op may be recomputed wherever
     a slice of it is needed (pointwise, views, factories). ``linear``: index of the tensor operand
-    in which the op is linear row by row, so that zero rows stay zero.
+    in which the op is linear row by row, so that zero rows stay zero. ``step``: what runs on a
+    chunk in place of an op whose signature has a letter ``carried``: ``step(state, *arguments) ->
+    (*outputs but the last, next state)``.
     """
 
     rule: Rule
@@ -115,6 +121,7 @@ class AxisRule:
     cheap: bool = False
     linear: int | None = None
     place: int | None = None
+    step: Callable[..., tuple[Any, ...]] | None = None
 
 
 def letters(prefix: str, count: int) -> Dims:

@@ -19,6 +19,10 @@ from fxmem.axes.size_calls import fold
 T = sympy.Symbol("T", integer=True, positive=True)
 LO = sympy.Symbol("lo", integer=True, nonnegative=True)
 HI = sympy.Symbol("hi", integer=True, positive=True)
+STEP = sympy.Symbol("step", integer=True, positive=True)
+"""Rows of a full chunk."""
+CHUNKS = sympy.Symbol("chunks", integer=True, positive=True)
+"""How many chunks a loop has."""
 
 Size: TypeAlias = sympy.Expr
 ZERO: Size = sympy.Integer(0)
@@ -142,3 +146,9 @@ def evaluate(expr: Size, env: Mapping[str, int]) -> int:
 
 def evaluate_shape(shape: Sequence[Size], env: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(evaluate(d, env) for d in shape)
+
+
+def with_chunks(sizes: Mapping[str, int], rows: int) -> dict[str, int]:
+    """The sizes of a call, and what its loops over chunks of so many rows know besides."""
+    length = sizes.get("T", 1)
+    return {**sizes, str(STEP): max(1, rows), str(CHUNKS): -(-length // max(1, rows))}

@@ -24,6 +24,7 @@ from fxmem.frontend import regions
 from fxmem.frontend.dropped_outputs import drop_outputs
 from fxmem.frontend.late_outputs import defer_outputs
 from fxmem.frontend.stateless_random import drawn_once
+from fxmem.passes.causal_convolutions import CausalConvolutions
 from fxmem.passes.drop_identities import DropIdentities
 from fxmem.passes.functionalize import Functionalize
 from fxmem.passes.hook_borders import HookBorders
@@ -43,7 +44,7 @@ from fxmem.streaming.token_mixing import mixes
 
 GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
     HookBorders(), Subgraphs(), PositionalArguments(), ScalarInputs(), Functionalize(),
-    DropIdentities(), ShareKvHeads(), SliceRowsFirst(), SelectLogProbs(),
+    DropIdentities(), CausalConvolutions(), ShareKvHeads(), SliceRowsFirst(), SelectLogProbs(),
 )  # fmt: skip
 """Rewrites of the captured graph, in order."""
 

@@ -11,6 +11,8 @@ from fxmem.frontend.canonicalize import Canonicalize
 from fxmem.frontend.joint import Caller, Joint
 from fxmem.passes.free_factories import FreeFactories
 from fxmem.passes.global_mean import GlobalMean
+from fxmem.passes.running_sums import RunningSums
+from fxmem.passes.shifts import Shifts
 from fxmem.passes.simplify import Simplify
 from fxmem.rewriting.pipeline import Pass, run_passes
 from fxmem.roles.low_rank import adapted
@@ -26,7 +28,9 @@ from fxmem.streaming.chunk_forms import HANDLERS
 _CODES = CodeLibrary()
 
 
-JOINT_PASSES: tuple[Pass[Joint], ...] = (FreeFactories(), GlobalMean(), Simplify())
+JOINT_PASSES: tuple[Pass[Joint], ...] = (
+    FreeFactories(), GlobalMean(), Simplify(), Shifts(), RunningSums(),
+)  # fmt: skip
 """Rewrites of every traced region, in order."""
 
 

@@ -19,9 +19,11 @@ from fxmem.frontend.canonical_attention import attention as canonical_attention
 from fxmem.frontend.capture import call_node
 from fxmem.frontend.stateless_random import StatelessRandom
 from fxmem.frontend.subgraph import Subgraph
+from fxmem.kernels.carried import running_product
 from fxmem.kernels.dropout import dropout as dropout_op
 from fxmem.kernels.token_nll import token_nll as token_nll_op
 
+_CALLS = ("call_function", "call_method")
 _NO_INDEX = torch.iinfo(torch.int64).min
 """Ignored by the token loss and not a place of any tensor: wrong indices stay an error."""
 
@@ -45,6 +47,8 @@ class Canonicalize:
             torch.concat: self.cat,
             torch.concatenate: self.cat,
             functional.selected_log_probs: self.selected_log_probs,
+            torch.cumprod: self.cumprod,
+            "cumprod": self.cumprod,
         }
 
     def site(self) -> tuple[Tensor, int]:
@@ -58,7 +62,7 @@ class Canonicalize:
 
     def __call__(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         self._node = node
-        form = self._forms.get(node.target) if node.op == "call_function" else None
+        form = self._forms.get(node.target) if node.op in _CALLS else None
         if form is not None:
             return form(*args, **kwargs)
         if isinstance(node.target, Subgraph):
@@ -69,6 +73,12 @@ class Canonicalize:
         """Joining with an empty tensor (a cache that holds nothing yet) gives the other tensor."""
         full = [t for t in tensors if tuple(t.shape) != (0,)]
         return full[0] if len(full) == 1 and not kwargs else torch.cat(tensors, dim, **kwargs)
+
+    def cumprod(self, x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+        x = x if dtype is None else x.to(dtype)
+        if not (x.requires_grad and isinstance(x.shape[dim], torch.SymInt)):
+            return torch.cumprod(x, dim)
+        return running_product(x, dim % x.dim())
 
     def dropout(
         self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False

@@ -8,6 +8,7 @@ outputs are the region's outputs and one gradient per input that wants one. Mean
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from fxmem._compat import tracing
 from fxmem._compat.data_sizes import by_data
 from fxmem.axes.signature import TensorInfo
 from fxmem.errors import CaptureError
-from fxmem.frontend.capture import canonical_shape, value_of
+from fxmem.frontend.capture import canonical_shape, fake_call, value_of
 from fxmem.frontend.hidden_writes import without_writes
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.frontend.regions import Region
@@ -92,6 +93,19 @@ class Joint:
         if any(a in self.learned for a in new.all_input_nodes):
             self.learned.add(new)
         return new
+
+    def first_of(self, at: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        """The first result of a call before ``at`` that has several."""
+        with self.graph.inserting_before(at):
+            call = self.graph.call_function(target, args)
+            first = self.graph.call_function(operator.getitem, (call, 0))
+        call.meta.update({k: v for k, v in at.meta.items() if k != "val"})
+        call.meta["val"] = fake_call(call, False)
+        self.info[call] = info_of(call.meta["val"], self.symbols)
+        first.meta["val"], self.info[first] = call.meta["val"][0], self.info[call][0]
+        if any(a in self.learned for a in call.all_input_nodes):
+            self.learned |= {call, first}
+        return first
 
     def number(self, at: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
         """A call before ``at`` that gives a size."""

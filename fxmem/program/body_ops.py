@@ -118,6 +118,12 @@ def pad_rows(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [before, after])
 
 
+@body_op(writes=(0,), fake=nothing)
+def hand_on(state: Tensor, after: Tensor) -> None:
+    """The state that the next chunk of the loop begins with."""
+    state.copy_(after)
+
+
 @adds("value")
 def add(acc: Tensor, value: Tensor) -> None:
     acc.add_(value)

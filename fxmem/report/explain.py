@@ -11,7 +11,7 @@ from torch import nn
 
 from fxmem import api
 from fxmem._compat import graph as _compat
-from fxmem.axes.sizes import evaluate_shape
+from fxmem.axes.sizes import evaluate_shape, with_chunks
 from fxmem.backends.inductor import STATS
 from fxmem.backends.lowering import matches
 from fxmem.blocks.attach import state_of
@@ -139,7 +139,7 @@ def _region(uses: list[tuple[CompiledGraph, RegionCall]]) -> RegionReport:
         LoopReport(
             label, "descending" if loop.descending else "ascending",
             len(_targets(loop)),
-            [_buffer(b, graph.sizes) for b in loop.allocate],
+            [_buffer(b, with_chunks(graph.sizes, chunk)) for b in loop.allocate],
         )
         for label, program in _programs(code)
         for loop in program.loops

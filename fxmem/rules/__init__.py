@@ -14,10 +14,11 @@ import torch
 from fxmem._compat.graph import OpOverload, is_random
 from fxmem.axes.signature import AxisRule, Call, Einsum
 from fxmem.errors import PlanError
-from fxmem.rules import arithmetic, fused, indexing, movement, windows
+from fxmem.rules import arithmetic, carried, fused, indexing, movement, windows
 
 TABLE: dict[str, AxisRule] = {
-    **movement.ROWS, **arithmetic.ROWS, **indexing.ROWS, **windows.ROWS, **fused.ROWS
+    **movement.ROWS, **arithmetic.ROWS, **indexing.ROWS, **windows.ROWS, **fused.ROWS,
+    **carried.ROWS,
 }  # fmt: skip
 
 # Ops without the tag that act element by element all the same.
@@ -84,6 +85,12 @@ def lookup(target: Any) -> AxisRule | None:
     if str(target) in POINTWISE_UNTAGGED or _is_pointwise(target):
         return arithmetic.POINTWISE
     return None
+
+
+def carries_state(target: Any) -> bool:
+    """Chunks of the op may need a state of the chunk before: its last result is that state."""
+    row = TABLE.get(str(target))
+    return row is not None and (row.step is not None or str(target) in carried.ROWS)
 
 
 def no_fit(row: AxisRule | None, call: Call) -> str:

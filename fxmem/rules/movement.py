@@ -73,13 +73,13 @@ def cut_slice(call: Call) -> Signature | None:
     source = letters("d", t.rank)
     if call.arg(4, 1) != 1:
         return Signature((source,), (source,), frozenset((f"d{dim}",)))
-    start = _position(call.arg(2), t.shape[dim])
+    start = position(call.arg(2), t.shape[dim])
     if start is None:
         return Signature((source,), (source,), frozenset((f"d{dim}",)))
     return Signature((source,), (source,), shift={f"d{dim}": start})
 
 
-def _position(value: Any, length: Size) -> Size | None:
+def position(value: Any, length: Size) -> Size | None:
     """The first row of a slice; None where it may count from either end."""
     start = size(0 if value is None else value)
     if start.is_negative:
@@ -92,7 +92,7 @@ def slice_backward(call: Call) -> Signature | None:
     source = letters("d", call.out.rank)
     if call.args[5] != 1:
         return Signature((source,), (source,), frozenset((f"d{dim}",)))
-    start = _position(call.args[3], call.out.shape[dim])
+    start = position(call.args[3], call.out.shape[dim])
     if start is None:
         return Signature((source,), (source,), frozenset((f"d{dim}",)))
     return Signature((source,), (source,), shift={f"d{dim}": -start}, fills=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
-from fxmem.axes.sizes import evaluate_shape
+from fxmem.axes.sizes import evaluate_shape, with_chunks
 from fxmem.errors import ModifiedParameterError
 from fxmem.program.steps import Free, Loop, Mask, Program, Straight
 from fxmem.runtime import tile_map as masks
@@ -84,12 +84,12 @@ def execute(
     """
     env: dict[str, Any] = dict(zip(program.inputs, tensors, strict=True))
     parts = chunks(state.sizes.get("T", 1), chunk)
+    sizes = with_chunks(state.sizes, chunk)
     tiles = {
         m.name: tile_map(m, state, env, parts)
         for m in program.masks
         if all(t in env for t in m.tensors)
     }
-    sizes = state.sizes
     device = next((t.device for t in tensors if t is not None and t.dim()), torch.device("cpu"))
     for step in program.steps:
         if isinstance(step, Free):
@@ -101,7 +101,7 @@ def execute(
             )
             env.update(zip(step.results, values, strict=True))
         else:
-            _run_loop(step, program, state, env, parts, tiles, device, begin)
+            _run_loop(step, program, state, sizes, env, parts, tiles, device, begin)
             counter.bodies += len(parts)
     return [None if o is None else _result(program, env, o) for o in program.outputs]
 
@@ -110,6 +110,7 @@ def _run_loop(
     step: Loop,
     program: Program,
     state: CallState,
+    sizes: Mapping[str, int],
     env: dict[str, Any],
     parts: list[tuple[int, int]],
     tiles: dict[str, masks.TileMap],
@@ -121,12 +122,12 @@ def _run_loop(
             env[b.name] = begin[b.name]
             continue
         make = torch.zeros if b.zero else torch.empty
-        env[b.name] = make(evaluate_shape(b.shape, state.sizes), dtype=b.dtype, device=device)
+        env[b.name] = make(evaluate_shape(b.shape, sizes), dtype=b.dtype, device=device)
     for name in step.masks:
         if name not in tiles:
             mask = next(m for m in program.masks if m.name == name)
             tiles[name] = tile_map(mask, state, env, parts)
-    ints = [state.sizes[i] for i in step.ints]
+    ints = [sizes[i] for i in step.ints]
     tensors = [env[t] for t in step.tensors]
     # A sink takes gradients where they arise, by functions that only the rewritten body calls.
     plain = all(isinstance(t, Tensor) for t in tensors)
@@ -154,7 +155,8 @@ def tile_map(
     tensors = [env[t] for t in mask.tensors]
     key = (mask.key, tuple(parts[:1]), *(id(t) for t in tensors))
     if key not in state.tiles:
-        ints = [state.sizes[i] for i in mask.ints]
+        sizes = with_chunks(state.sizes, parts[0][1] if parts else 1)
+        ints = [sizes[i] for i in mask.ints]
         tiles = masks.build(
             lambda lo, hi: _compat_hooks.function(mask.module)(*ints, lo, hi, *tensors), parts
         )

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat.memory import StorageWatch
-from fxmem.axes.sizes import evaluate_shape
+from fxmem.axes.sizes import evaluate_shape, with_chunks
 from fxmem.kernels import attention, token_nll
 from fxmem.program.body_op import BODY_OPS
 from fxmem.program.steps import Free, Loop, Mask, Program, Straight
@@ -114,6 +114,7 @@ def run_fake(
     begin: Sequence[str], fill: Callable[[dict[str, Any]], None] | None = None,
 ) -> Profile:  # fmt: skip
     """Memory of a program; ``fill`` may put other things than tensors in place of its inputs."""
+    sizes = with_chunks(sizes, chunk)
     watch = StorageWatch(inside_op)
     home = devices[0] if devices else torch.device("cpu")
     nodes: list[tuple[int, ...]] = []

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxmem._compat import graph as _compat
+from fxmem.axes.sizes import CHUNKS
 from fxmem.errors import FxmemWarning
 from fxmem.frontend import joint as joint_trace
 from fxmem.frontend.faults import running
@@ -28,6 +29,7 @@ from fxmem.passes.keep_sum_dtype import KeepSumDtype
 from fxmem.passes.reuse_tangents import ReuseTangents
 from fxmem.program.steps import Barrier, Loop, Program, Straight
 from fxmem.rewriting.pipeline import Pass, run_passes
+from fxmem.streaming.carried_states import with_states
 from fxmem.streaming.chunk_size import footprint
 from fxmem.streaming.emit import Emitter
 from fxmem.streaming.ignored_tokens import Packing, pack, packing, unpack
@@ -63,6 +65,9 @@ class RegionCode:
     ``early``: the gradients of a scalar loss are taken in the forward and scaled in the backward,
     which a backward of the user's own need not allow.
 
+    ``held``: values that the backward can be given by the forward instead of making them again;
+    ``hands_on``: they are all states that one chunk hands to the next.
+
     ``derived``: what other rooms made of this code and keep with it.
 
     ``only``: positions of the outputs that are differentiated, instead of all that can be.
@@ -97,6 +102,9 @@ class RegionCode:
         self.joint = self._trace(only)
         self.footprint = footprint(self.joint)
         self.held = [] if self.is_loss or not self.learns else mixed(self.joint)
+        self.hands_on = bool(self.held) and all(
+            self.joint.info[n].shape[:1] == (CHUNKS,) for n in self.held
+        )
         self.programs: dict[tuple[str, bool], Program] = {}
         self.derived: dict[tuple[Any, ...], Any] = {}
         self.half = any(v.dtype == torch.float16 for v in self.values) and self.early
@@ -135,6 +143,7 @@ class RegionCode:
         traced = self._rewrite(
             joint_trace.trace(self.region, self._caller(), backward=self.learns, only=only)
         )
+        with_states(traced)
         self.counter.traces += 1
         self.counter.trace_seconds += time.perf_counter() - start
         return traced

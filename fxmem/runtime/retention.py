@@ -4,6 +4,9 @@ where it costs no peak.
 Early in the backward there is room: the gradients that fill the memory at its end do not exist yet.
 So the last regions, whose backward comes first, hold theirs, as many as leave the largest moment of
 the step where it was. A call is taken to be one forward with its backward.
+
+States that are handed from chunk to chunk are always held: they are small, and without them the
+backward begins with one more loop, which makes them again.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fxmem.axes.sizes import evaluate_shape, has_axis
+from fxmem.axes.sizes import evaluate_shape, has_axis, with_chunks
 from fxmem.frontend.capture import canonical_shape
 from fxmem.plan.plan import Stream
 from fxmem.streaming.chunk_size import Chunker
@@ -111,7 +114,8 @@ class Holding:
                 m if self._able(c.code) else replace(m, held=0)
                 for m, c in zip(found, self.calls, strict=True)
             ]
-            self.known[key] = choose(found, accumulates=fresh)
+            always = {i for i, c in enumerate(self.calls) if c.code.hands_on and self._able(c.code)}
+            self.known[key] = choose(found, accumulates=fresh) | always
         return self.known[key]
 
     def _able(self, code: RegionCode) -> bool:
@@ -135,12 +139,19 @@ def moments(
 ) -> list[Moment]:
     """One per region."""
     ledger = _Once()
-    late = [_late(c, sizes, chunker.working(c.code, sizes), ledger) for c in reversed(calls)]
+    every = [with_chunks(sizes, chunker(c.code, sizes)) for c in calls]
+    late = [
+        _late(c, own, chunker.working(c.code, sizes), ledger)
+        for c, own in zip(reversed(calls), reversed(every), strict=True)
+    ]
     out = []
-    for call, (working, gradients) in zip(calls, reversed(late), strict=True):
+    for call, own, (working, gradients) in zip(calls, every, reversed(late), strict=True):
         code = call.code
-        held = sum(_bytes(code.joint.info[n], sizes) for n in code.held)
-        out.append(Moment(_saved(call, sizes, ledger), held, working, gradients))
+        held = sum(_bytes(code.joint.info[n], own) for n in code.held)
+        saved = _saved(call, sizes, ledger)
+        if code.hands_on:
+            saved, held = saved + held, 0
+        out.append(Moment(saved, held, working, gradients))
     return out
 
 

@@ -11,14 +11,16 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 from torch import fx
 
 from fxmem.axes.signature import Cut, TensorInfo
-from fxmem.axes.sizes import has_axis
+from fxmem.axes.sizes import CHUNKS, STEP, has_axis
 from fxmem.program import body_ops as runtime
 from fxmem.program import steps as ir
 from fxmem.program.body_op import BODY_OPS
 from fxmem.rewriting.pipeline import Pass, run_passes
+from fxmem.streaming.carried_forms import carried
 from fxmem.streaming.labels import ATTENTION, Use, signature_of, tensor_operands
 from fxmem.streaming.loop_body import Body, Handler, accumulator
 from fxmem.streaming.schedule import Loop, Schedule, producer
@@ -36,7 +38,8 @@ class Emitter:
         self.plan, self.labels, self.joint = plan, plan.labels, plan.labels.joint
         self.name, self.causal = name, causal
         self.handlers, self.body_passes = handlers, body_passes
-        self.ints = sorted({str(s) for e in self.joint.symbols.values() for s in e.free_symbols})
+        names = {str(s) for e in self.joint.symbols.values() for s in e.free_symbols}
+        self.ints = sorted(names | ({str(STEP), str(CHUNKS)} if self.labels.states else set()))
         self.names: dict[fx.Node, str] = {}
         self.masks: dict[fx.Node, ir.Mask] = {}
 
@@ -61,6 +64,8 @@ class Emitter:
         shapes = {
             self.names[n]: (self.joint.info[n].shape, self.joint.info[n].dtype) for n in self.names
         }
+        made = [b for s in steps if isinstance(s, ir.Loop) for b in s.allocate]
+        shapes |= {b.name: (b.shape, b.result) for b in made}
         return ir.Program(
             self.name, self.ints, [self.names[n] for n in inputs], list(outputs),
             _free(steps, outputs), list(self.masks.values()), self.causal,
@@ -110,12 +115,21 @@ class Emitter:
             dtype = accumulator(info.dtype) if total else info.dtype
             allocate.append(ir.Buffer(self.names[node], info.shape, dtype, info.dtype, total))
         body = self._body("lo", "hi")
+        for node in loop.nodes:
+            state = self.labels.states.get(node)
+            if state is not None and self._hands_on(state, loop):
+                info = self.joint.info[state]
+                shape = (sympy.Integer(1), *info.shape[1:])
+                name = body.carried[node] = f"state{len(self.names)}_{len(allocate)}"
+                allocate.append(ir.Buffer(name, shape, info.dtype, info.dtype, True))
         body.sums = set(loop.sums)
         body.kept = set(loop.buffers)
         body.order = {n: i for i, n in enumerate(loop.nodes)}
         masks = self._loop_masks(loop, body)
         for node in loop.nodes:
             self._node(body, node)
+        for state, after in body.handed_on:
+            body.call(runtime.hand_on, state, after)
         body.graph.output(None)
         where = f"{self.name} {', '.join(b.name for b in allocate)}"
         body.graph = run_passes(self.body_passes, body.graph, where)
@@ -123,6 +137,10 @@ class Emitter:
         return ir.Loop(
             body.finish(), self.ints, list(body.tensors), masks, loop.direction < 0, allocate, sums
         )
+
+    def _hands_on(self, state: fx.Node, loop: Loop) -> bool:
+        """The loop makes the states, and does not read them."""
+        return state not in self.plan.held and self.labels.of(state).stage == loop.stage
 
     def _loop_masks(self, loop: Loop, body: Body) -> list[str]:
         """One argument per distinct attention mask of the loop: its spans for the current chunk."""
@@ -155,6 +173,8 @@ class Emitter:
     def _node(self, body: Body, node: fx.Node) -> None:
         label = self.labels.label[node]
         handler = self.handlers.get(str(node.target))
+        if node in body.labels.states:
+            handler = carried
         value: Any = handler(body, node) if handler is not None else None
         if value is None and node not in body.sums:
             value = _default(body, node, label)

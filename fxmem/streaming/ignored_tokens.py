@@ -117,6 +117,8 @@ def _regular(joint: Joint, batch: Size) -> bool:
 def _token_local(joint: Joint) -> bool:
     """No token's value depends on another token, but through sums."""
     labels = analyse(joint, causal=True)
+    if labels.states:
+        return False
     for node, uses in labels.uses.items():
         straight = getattr(labels.label[node], "kind", None) is Kind.STRAIGHT
         target = str(node.target)

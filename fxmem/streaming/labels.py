@@ -12,6 +12,10 @@ attention, a sum) is complete after its loop, so its users are one stage later, 
 that remove loops: a PREFIX use in an ascending loop reads only rows that exist already, and a
 SUFFIX sum in a descending loop is final for the rows of the current chunk.
 
+An op with a *carried* letter needs a state of the chunk before (after) its own. It is in the first
+loop that ascends (descends), which hands the state on. Its state is a CUT value too, one entry per
+chunk: with it, any other loop can make the op's chunk again.
+
 The rules come from :mod:`fxmem.rules`; whatever a row does not allow is a *barrier*: the op runs
 whole and exact, and :class:`Barrier` says why.
 """
@@ -19,9 +23,8 @@ whole and exact, and :class:`Barrier` says why.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Any
 
 import torch
@@ -33,34 +36,19 @@ from fxmem.axes.signature import (
     Cut,
     Signature,
     TensorInfo,
-    axis_cuts,
-    locate,
     place,
 )
-from fxmem.axes.sizes import Size, T, divide, has_axis, product, same
+from fxmem.axes.sizes import T, has_axis, product, same
 from fxmem.frontend.capture import canonical, is_wide
 from fxmem.frontend.joint import Joint
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.program.steps import Barrier
-from fxmem.rules import lookup, no_fit
+from fxmem.rules import carries_state, lookup, no_fit
+from fxmem.rules.carried import ASCENDING, DESCENDING
 from fxmem.rules.fused import ATTENTION, QUERY
-
-ASCENDING, DESCENDING = 1, -1
-
-
-class Kind(Enum):
-    STRAIGHT = "straight"
-    FLEX = "flex"
-    CUT = "cut"
-    PARTIAL = "partial"
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    kind: Kind
-    stage: int = 0
-    cut: Cut | None = None
-    suffix: bool = False
+from fxmem.streaming.carried_states import state_of
+from fxmem.streaming.cut_options import Option, options, shifted
+from fxmem.streaming.label import STATES, Kind, Label
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +68,11 @@ class Labels:
     uses: dict[fx.Node, tuple[Use, ...]] = field(default_factory=dict)
     barriers: list[Barrier] = field(default_factory=list)
     masked: list[fx.Node] = field(default_factory=list)
+    held: frozenset[fx.Node] = frozenset()
+    carries: bool = False
+    """Some op has a carried letter: loops without a given direction ascend and descend in turn."""
+    states: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Op with a carried letter -> its state, where the op is cut along that letter."""
 
     def of(self, node: fx.Node) -> Label:
         label = self.label[node]
@@ -115,12 +108,16 @@ def tensor_operands(node: fx.Node, joint: Joint) -> list[fx.Node]:
     return found
 
 
-def analyse(joint: Joint, *, causal: bool, directions: Sequence[int] = ()) -> Labels:
+def analyse(
+    joint: Joint, *, causal: bool, directions: Sequence[int] = (), held: Collection[fx.Node] = ()
+) -> Labels:
     """Label every node.
 
-    ``causal``: attention masks are known to hide later keys; ``directions`` are one per loop.
+    ``causal``: attention masks are known to hide later keys; ``directions`` are one per loop;
+    ``held`` values exist before all loops.
     """
-    labels = Labels(joint, tuple(directions))
+    carries = any(carries_state(n.target) for n in joint.graph.nodes)
+    labels = Labels(joint, tuple(directions), held=frozenset(held), carries=carries)
     for node in joint.graph.nodes:
         if node.op == "placeholder" or node.op == "get_attr":
             labels.label[node] = Label(Kind.STRAIGHT)
@@ -145,6 +142,8 @@ def _visit(labels: Labels, node: fx.Node, causal: bool) -> None:
     if signature is not None and len(signature.ins) != len(operands):
         signature = None
     wide = any(o is not None and _streams(labels, node, o) for o in call.outs)
+    if signature is not None and signature.carried:
+        signature = _carried(labels, node, signature)
     outcome = _decide(labels, call, row, signature, operands, wide)
     if outcome is None:
         reason = "its axis is needed complete" if signature is not None else no_fit(row, call)
@@ -152,6 +151,20 @@ def _visit(labels: Labels, node: fx.Node, causal: bool) -> None:
         return
     label, labels.uses[node] = outcome
     labels.label[node] = (label,) if several and not isinstance(label, tuple) else label
+    if isinstance(label, tuple) and label[-1] is not None and label[-1].cut == STATES:
+        state = state_of(node, labels.joint)
+        assert state is not None
+        labels.states[node] = state
+
+
+def _carried(labels: Labels, node: fx.Node, signature: Signature) -> Signature:
+    """Where the states are there already, chunks may come in any order."""
+    state = state_of(node, labels.joint)
+    if state is None:
+        return replace(signature, carried={}, whole=signature.whole | signature.carried.keys())
+    if state in labels.held:
+        return replace(signature, carried=dict.fromkeys(signature.carried, 0))
+    return signature
 
 
 def _streams(labels: Labels, node: fx.Node, info: TensorInfo) -> bool:
@@ -196,12 +209,12 @@ def _decide(
         return summed or _straight(labels, call, operands, given)
     if row is None or signature is None:
         return None
-    options = _options(labels, call, signature, operands, given)
-    flex = row.cheap and len(call.outs) == 1 and (len(options) != 1 or not operands)
-    if flex and not is_cut and (options or not operands or wide):
+    found = options(call, signature, given)
+    flex = row.cheap and len(call.outs) == 1 and (len(found) != 1 or not operands)
+    if flex and not is_cut and (found or not operands or wide):
         stage = max((_ready(labels, g, None) for g in given), default=0)
         return Label(Kind.FLEX, stage), tuple(Use(o, None) for o in operands)
-    for option in sorted(options, key=lambda o: (o.conflicts, o.contracts)):
+    for option in sorted(found, key=lambda o: (o.conflicts, o.contracts)):
         result = _apply(labels, call, signature, operands, given, option)
         if result is not None:
             return result
@@ -222,7 +235,7 @@ def _summed(
     )
     if not reads or signature is None:
         return None
-    for option in _options(labels, call, signature, operands, given):
+    for option in options(call, signature, given):
         if option.contracts:
             return _apply(labels, call, signature, operands, given, option)
     return None
@@ -237,65 +250,13 @@ def _straight(
     return (label if len(call.outs) == 1 else tuple(label for _ in call.outs)), uses
 
 
-@dataclass(frozen=True, slots=True)
-class _Option:
-    """Cut the call along ``letter``; ``cuts`` per operand (None: whole)."""
-
-    letter: str
-    relative: Cut
-    cuts: tuple[Cut | None, ...]
-    conflicts: int
-    contracts: bool
-
-
-def _options(
-    labels: Labels, call: Call, sig: Signature, operands: list[fx.Node], given: list[Label]
-) -> list[_Option]:
-    found: dict[str, _Option] = {}
-    any_cut = any(g.kind is Kind.CUT for g in given)
-    for i, label in enumerate(given):
-        shape = call.tensors[i].shape
-        cuts: tuple[Cut, ...]
-        if any_cut:
-            cuts = (label.cut,) if label.cut is not None and label.kind is Kind.CUT else ()
-        else:
-            cuts = axis_cuts(shape)
-        for cut in cuts:
-            at = locate(sig.ins[i], shape, cut, sig.extent) if sig.ins[i][cut.dim] else None
-            if at is None or at[0] in sig.whole or at[0] in found:
-                continue
-            option = _option(call, sig, given, *at)
-            if option is not None:
-                found[at[0]] = option
-    return list(found.values())
-
-
-def _option(
-    call: Call, sig: Signature, given: list[Label], letter: str, relative: Cut
-) -> _Option | None:
-    cuts: list[Cut | None] = []
-    conflicts = 0
-    for i, label in enumerate(given):
-        cut = place(letter, relative, sig.ins[i], sig.extent)
-        shape = call.tensors[i].shape
-        if cut is not None and not same(
-            shape[cut.dim], product((cut.outer, cut.length, cut.inner))
-        ):
-            return None
-        cuts.append(cut)
-        if label.kind is Kind.CUT and (cut is None or cut != label.cut):
-            conflicts += 1
-    contracts = not any(d is not None and any(letter in x for x in d) for d in sig.outs)
-    return _Option(letter, relative, tuple(cuts), conflicts, contracts)
-
-
 def _apply(
     labels: Labels,
     call: Call,
     sig: Signature,
     operands: list[fx.Node],
     given: list[Label],
-    option: _Option,
+    option: Option,
 ) -> tuple[Any, tuple[Use, ...]] | None:
     uses = [
         Use(operand, cut, prefix=i in sig.prefix)
@@ -304,44 +265,37 @@ def _apply(
     if not any(u.cut is not None for u in uses):
         return None
     stage = max(_ready(labels, g, u) for g, u in zip(given, uses, strict=True))
+    if direction := sig.carried.get(option.letter, 0):
+        while labels_direction(labels, stage) != direction:
+            stage += 1
     outs = [_output(sig, option, i, info, stage) for i, info in enumerate(call.outs)]
     if any(o is False for o in outs):
         return None
     return (outs[0] if len(outs) == 1 else tuple(outs)), tuple(uses)
 
 
-def _output(
-    sig: Signature, option: _Option, index: int, info: TensorInfo | None, stage: int
-) -> Any:
+def _output(sig: Signature, option: Option, index: int, info: TensorInfo | None, stage: int) -> Any:
     """Label of one output; None where it does not exist, False where this option cannot make it."""
     dims = sig.outs[index]
     if info is None or dims is None:
         return None
+    if option.letter in sig.carried and index == len(sig.outs) - 1:
+        return Label(Kind.CUT, stage, STATES)
     cut = place(option.letter, option.relative, dims, sig.extent)
     if cut is None:
         if any(option.letter in d for d in dims) or not sig.sums:
             return False
         return Label(Kind.PARTIAL, stage, suffix=index in sig.suffix)
     if option.letter in sig.shift:
-        shifted = _shifted(cut, sig.shift[option.letter], info.shape[cut.dim])
-        if shifted is not None:
-            return Label(Kind.CUT, stage, shifted)
+        moved = shifted(cut, sig.shift[option.letter], info.shape[cut.dim])
+        if moved is not None:
+            return Label(Kind.CUT, stage, moved)
         # rows of a table: not as many as the length has
         table = sig.fills and not has_axis(info.shape[cut.dim]) and (cut.outer, cut.inner) == (1, 1)
         return Label(Kind.PARTIAL, stage) if table else False
     if not same(info.shape[cut.dim], product((cut.outer, cut.length, cut.inner))):
         return False
     return Label(Kind.CUT, stage, cut)
-
-
-def _shifted(cut: Cut, shift: Size, dim: Size) -> Cut | None:
-    """The cut after rows moved by ``shift``; None where rows would leave the streamed axis."""
-    length = divide(dim, product((cut.outer, cut.inner)))
-    if length is None or (cut.outer, cut.inner) != (1, 1):
-        return cut if length is not None and same(length, cut.length) and shift == 0 else None
-    offset = product((cut.offset + shift,))
-    inside = offset.is_nonnegative and product((T - offset - length,)).is_nonnegative
-    return Cut(cut.dim, length, offset) if inside else None
 
 
 def _ready(labels: Labels, label: Label, use: Use | None) -> int:
@@ -365,7 +319,9 @@ def _plain(cut: Cut | None) -> bool:
 
 
 def labels_direction(labels: Labels, stage: int) -> int:
-    return labels.directions[stage] if stage < len(labels.directions) else ASCENDING
+    if stage < len(labels.directions):
+        return labels.directions[stage]
+    return DESCENDING if labels.carries and stage % 2 else ASCENDING
 
 
 def _barrier(
@@ -387,7 +343,7 @@ def describe(labels: Labels) -> Mapping[str, str]:
 
 
 __all__ = [
-    "ASCENDING", "ATTENTION", "Barrier", "DESCENDING", "Kind", "Label", "Labels", "Use", "analyse",
-    "call_of", "describe", "has_axis", "labels_direction", "signature_of", "tensor_operands",
-    "torch",
+    "ASCENDING", "ATTENTION", "Barrier", "DESCENDING", "Kind", "Label", "Labels", "STATES", "Use",
+    "analyse", "call_of", "describe", "has_axis", "labels_direction", "signature_of",
+    "tensor_operands", "torch",
 ]  # fmt: skip

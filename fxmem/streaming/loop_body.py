@@ -16,7 +16,7 @@ from torch import fx
 
 from fxmem.axes.signature import Cut, TensorInfo
 from fxmem.axes.size_calls import fold
-from fxmem.axes.sizes import HI, LO, Size, T
+from fxmem.axes.sizes import CHUNKS, HI, LO, STEP, Size, T
 from fxmem.frontend.capture import canonical
 from fxmem.program import body_ops as runtime
 from fxmem.rules import lookup
@@ -56,6 +56,11 @@ class Ints:
         """``(first row, number of rows)`` of the current chunk."""
         if cut.offset == 0 and cut.length == T:
             return self(LO), self(HI - LO)
+        if cut.length == CHUNKS:
+            key = sympy.Symbol("chunk")
+            if key not in self.memo:
+                self.memo[key] = self.graph.call_function(operator.floordiv, (self(LO), self(STEP)))
+            return self.memo[key], 1
         start, stop = (self._clamped(edge - cut.offset, cut.length) for edge in (LO, HI))
         key = sympy.Symbol(f"rows({cut.offset},{cut.length})")
         if key not in self.memo:
@@ -88,6 +93,9 @@ class Body:
         self.kept: set[fx.Node] = set()
         self.masks: dict[str, fx.Node] = {}
         self.mask_of: dict[fx.Node, str] = {}
+        self.carried: dict[fx.Node, str] = {}
+        """Op that hands its state on -> the buffer that holds it."""
+        self.handed_on: list[tuple[Any, Any]] = []
         self.module = torch.nn.Module()
 
     def input(self, name: str) -> fx.Node:

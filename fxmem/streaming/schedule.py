@@ -26,6 +26,7 @@ from fxmem.streaming.labels import (
     ASCENDING,
     ATTENTION,
     DESCENDING,
+    STATES,
     Kind,
     Label,
     Labels,
@@ -80,7 +81,7 @@ def schedule(
     """The cheapest schedule that produces ``roots``, where ``held`` values exist already."""
     best: Schedule | None = None
     first = build(joint, roots, causal=causal, directions=(), held=held)
-    depth = min(MAX_STAGES, len(first.loops))
+    depth = min(MAX_STAGES, 1 + max((loop.stage for loop in first.loops), default=-1))
     for directions in itertools.product((ASCENDING, DESCENDING), repeat=depth):
         candidate = build(joint, roots, causal=causal, directions=directions, held=held)
         if best is None or candidate.cost < best.cost:
@@ -93,7 +94,7 @@ def build(
     joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: Sequence[int],
     held: Sequence[fx.Node] = (),
 ) -> Schedule:  # fmt: skip
-    labels = analyse(joint, causal=causal, directions=directions)
+    labels = analyse(joint, causal=causal, directions=directions, held=held)
     need = _Needs(labels, list(roots), held)
     loops: dict[int, Loop] = {}
     for node in joint.graph.nodes:
@@ -174,6 +175,9 @@ class _Needs:
             if node in expanded:
                 continue
             expanded.add(node)
+            state = self.labels.states.get(node)
+            if state is not None and self.labels.of(state).stage < stage:
+                self.whole(state)  # the chunk is made again, from the state it began with
             for use in self.labels.uses.get(node, ()):
                 for n in self._operand(node, use, stage):
                     seen.add(n)
@@ -198,7 +202,7 @@ class _Needs:
             return []
         if use.operand in self.buffers and label.stage < stage:
             return []
-        if label.stage < stage and self._keep(use.operand):
+        if label.stage < stage and (use.cut == STATES or self._keep(use.operand)):
             self.whole(use.operand)
             return []
         return [use.operand]

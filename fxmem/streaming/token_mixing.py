@@ -16,6 +16,7 @@ from fxmem.frontend import regions
 from fxmem.frontend.canonicalize import Canonicalize
 from fxmem.frontend.joint import Joint, trace
 from fxmem.rules import revision
+from fxmem.streaming.carried_states import with_states
 from fxmem.streaming.labels import Kind, Label, analyse
 from fxmem.streaming.schedule import backward_nodes, producer
 
@@ -24,8 +25,11 @@ _MIXING: Cache[str, tuple[bool, list[object]]] = Cache("mixing of segments", 102
 
 
 def mixed(joint: Joint) -> list[fx.Node]:
-    """Forward values that the backward reads, of operators that need a streamed value whole."""
+    """Forward values that the backward reads, of operators that need a streamed value whole, and
+    the states that are handed from chunk to chunk in the forward.
+    """
     labels, late = analyse(joint, causal=True), backward_nodes(joint)
+    states = {s for op, s in labels.states.items() if op not in late}
 
     def mixes(node: fx.Node) -> bool:
         operands = [(u.cut, labels.label.get(u.operand)) for u in labels.uses.get(node, ())]
@@ -37,7 +41,8 @@ def mixed(joint: Joint) -> list[fx.Node]:
     return [
         node
         for node in joint.graph.nodes
-        if node not in late
+        if node in states
+        or node not in late
         and isinstance(label := labels.label.get(node), Label)
         and label.kind is Kind.CUT
         and sum(has_axis(d) for d in joint.info[node].shape) == 1
@@ -57,8 +62,10 @@ def mixes(region: regions.Region) -> bool:
 
 
 def _mixes(region: regions.Region) -> bool:
-    joint = trace(region, Canonicalize(), backward=False)
+    joint = with_states(trace(region, Canonicalize(), backward=False))
     labels = analyse(joint, causal=True)
+    if labels.states:
+        return True
     for uses in labels.uses.values():
         for use in uses:
             info = joint.info[use.operand]

@@ -277,6 +277,30 @@ def _windows() -> dict[str, list[tuple[Any, ...]]]:
     }  # fmt: skip
 
 
+def _carried() -> list[Sample]:
+    x, halved, weight = f(2, 4, 6), f(4, 2, 3), f(4, 4, 3)
+    before = torch.zeros(1, 2, 4, 4, dtype=x.dtype)
+    grouped = (x, halved, None, 1, 2)
+    calls: dict[str, list[tuple[Any, ...]]] = {
+        "delay": [(x, 1, 2), (x, 2, -1)], "running_sum": [(x, 1, False), (x, 2, True)],
+        "running_logsumexp": [(x, 1, False), (x, 2, True)],
+        "linear_recurrence": [(f(2, 4, 6), x, 1, False), (f(2, 4, 6), x, 2, True)],
+        "causal_conv": [(x, weight, f(4), 2, 1), (x, weight, None, 1, 1), grouped],
+        "causal_conv_backward": [
+            (f(2, 4, 6), x, weight, before, 2, 1), (f(2, 4, 6), x, halved, before[..., :2], 1, 2)
+        ],
+    }  # fmt: skip
+    return [Sample(f"fxmem.{op}.default", a) for op, given in calls.items() for a in given]
+
+
+STATES_OF: dict[str, Callable[..., Sample]] = {
+    "fxmem.causal_conv_backward.default": lambda grad, x, weight, before, dilation, groups: Sample(
+        "fxmem.causal_conv.default", (x, weight, None, dilation, groups)
+    )
+}
+"""By op: the call whose states are an operand of it."""
+
+
 def _pointwise() -> list[Sample]:
     x = f(2, 4, 6)
     calls: dict[str, tuple[Any, ...]] = {
@@ -315,7 +339,7 @@ def all_samples() -> list[Sample]:
     state = torch.get_rng_state()
     torch.manual_seed(11)
     out = [Sample(op, a, KWARGS.get(op, {})) for op, calls in _calls().items() for a in calls]
-    out += _pointwise()
+    out += _pointwise() + _carried()
     torch.set_rng_state(state)
     return out
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from table_samples import BY_HAND, IDS, MISSING, SAMPLES, Sample, map_tensors
+from table_samples import BY_HAND, IDS, MISSING, SAMPLES, STATES_OF, Sample, map_tensors
 from torch import Tensor
 
 from fxmem import VerificationError
 from fxmem.axes.signature import Cut, Dims, Signature, TensorInfo, place
 from fxmem.axes.sizes import Size, size
+from fxmem.streaming.carried_forms import step_of
 
 # Rows that are stricter than the sum of naive pieces needs. Key: op, letter.
 STRICT = {
@@ -90,8 +91,39 @@ def piece_args(sample: Sample, cuts: list[Cut | None], lo: int, hi: int) -> tupl
     return map_tensors(sample.args, piece)
 
 
+def hand_on(sample: Sample, letter: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The call in pieces along a carried letter, merged, and the state that each began with."""
+    call, sig = sample.call, sample.signature
+    known = [*zip(sig.ins, call.tensors, strict=True), *zip(sig.outs, call.outs, strict=True)]
+    length = lengths(sig, known)[letter]  # type: ignore[arg-type]
+    parts, states, step = chunks(length), [sample.run()[-1]], step_of(sample.target)
+    earlier = []
+    if sig.states:
+        earlier = hand_on(STATES_OF[sample.op](*sample.args), letter)[1]
+    cuts = [cut_of(letter, length, d, t, sig) for d, t in zip(sig.ins, call.tensors, strict=True)]
+    order = range(len(parts))[:: sig.carried[letter]]
+    pieces: dict[int, tuple[Tensor, ...]] = {}
+    for i in order:
+        args = list(piece_args(sample, cuts, *parts[i]))
+        for at in sig.states:
+            args[at] = earlier[i]
+        *pieces[i], after = step(states[-1], *args)
+        states.append(after)
+    out_cuts = [
+        cut_of(letter, length, d, o, sig) for d, o in zip(sig.outs[:-1], call.outs, strict=False)
+    ]
+    merged = [
+        sum(p[1:], p[0]) if cut is None else join(p, cut)
+        for cut, p in zip(out_cuts, zip(*map(pieces.get, sorted(pieces)), strict=True), strict=True)
+    ]
+    began = dict(zip(order, states, strict=False))
+    return [*merged, states[0]], [began[i] for i in sorted(began)]
+
+
 def run_pieces(sample: Sample, letter: str) -> list[Tensor]:
     """The call in pieces along ``letter``, merged."""
+    if letter in sample.signature.carried:
+        return hand_on(sample, letter)[0]
     call, sig = sample.call, sample.signature
     outs = [(d, o) for d, o in zip(sig.outs, call.outs, strict=True) if d is not None and o]
     known = [*zip(sig.ins, call.tensors, strict=True), *outs]
