@@ -13,6 +13,7 @@ if importlib.util.find_spec("fxmem.passes") is None:
     __path__.append(str(Path(__file__).parent.parent))
 
 from fxmem import measure
+from fxmem._compat import accelerate as _accelerate
 from fxmem.api import backend, merge_low_rank, restore, transform
 from fxmem.blocks.optimizer import BlockAdamW
 from fxmem.errors import (
@@ -60,6 +61,7 @@ for _old, _new in (("plan_blocks", "plan.blocks"), ("prune.masks", "prune.units.
                    ("prune.options", "prune.units.options")):  # fmt: skip
     sys.modules.setdefault(f"fxmem.{_old}", sys.modules[f"fxmem.{_new}"])
 
+_accelerate.register()
 __version__ = "0.1.0"
 __all__ = [
     "BackwardTwiceError",

@@ -23,6 +23,7 @@ from fxmem.blocks import adapters
 from fxmem.blocks.attach import attach, detach, state_of
 from fxmem.blocks.state import BlockState
 from fxmem.compiler.compile import compile_graph
+from fxmem.compiler.evaluation import Evaluation
 from fxmem.compiler.step import CompiledGraph
 from fxmem.compiler.training_step import check_called
 from fxmem.deferred.recorder import Recorder
@@ -53,15 +54,16 @@ class Backend:
 
     ``raises``: errors leave through Dynamo, which then keeps no capture: the next call tries again.
     ``recorder``: takes wide outputs that are not computed in the call. ``one``: a capture is one
-    region. ``states``: the call asks for states of the model.
+    region. ``idle``: calls without gradients stream too. ``states``: the call asks for states of
+    the model.
     """
 
     def __init__(
         self, plan: Plan, roles: RoleSource | None = None, *, raises: bool = False,
-        recorder: Recorder | None = None, one: bool = False,
+        recorder: Recorder | None = None, one: bool = False, idle: bool = False,
     ) -> None:  # fmt: skip
         self.plan, self.roles, self.raises = plan, roles, raises
-        self.recorder, self.one = recorder, one
+        self.recorder, self.one, self.idle = recorder, one, idle
         self.flags = Flags()
         self.graphs: list[CompiledGraph] = []
         self.sharded: ShardedModel | None = None
@@ -82,13 +84,16 @@ class Backend:
             named = faults.compiler_fault(error, "compiling this model")
             if self.raises:
                 raise named from (None if named is error else error)
+            if not torch.is_grad_enabled():
+                warnings.warn(f"without gradients: {named}", FxmemWarning, stacklevel=2)
+                return gm.forward
             return _raiser(named, None if named is error else error)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         learns = torch.is_grad_enabled() and any(
             isinstance(v, Tensor) and v.requires_grad for v in example_inputs
         )
-        if not learns or (self.plan.stream is None and self.roles is None):
+        if not (learns or self.idle) or (self.plan.stream is None and self.roles is None):
             return _unstreamed(gm)
         if _compat.mark_inputs(gm, example_inputs):
             _compat.restart_capture("fxmem streams a symbolic length")
@@ -99,8 +104,9 @@ class Backend:
             return _unstreamed(gm)
         late = None if self.recorder is None else self.recorder.output
         graph = compile_graph(
-            gm, example_inputs, self.plan, self.roles, late=late, one=self.one, states=self.states
-        )
+            gm, example_inputs, self.plan, self.roles, late=late, one=self.one, states=self.states,
+            learns=learns,
+        )  # fmt: skip
         if graph.capture.fixes_length:
             warnings.warn(
                 f"an operator's trace fixes the length{_fixed_at()}: exact, but every length is "
@@ -139,7 +145,8 @@ def _raiser(error: Exception, cause: BaseException | None = None) -> Callable[..
 
 def backend(plan: Plan | None = None) -> Backend:
     """The backend callable for ``plan`` (default: streaming with automatic chunks)."""
-    return Backend(Plan(stream=Stream()) if plan is None else plan)
+    plan = Plan(stream=Stream()) if plan is None else plan
+    return Backend(plan, recorder=_recorder(plan), idle=True)
 
 
 def fxmem_backend(
@@ -154,7 +161,7 @@ def fxmem_backend(
         plan = _plan_of(options)
     except FxmemError as error:
         return _raiser(error)
-    return Backend(plan)(gm, example_inputs)
+    return backend(plan)(gm, example_inputs)
 
 
 def _plan_of(options: Any) -> Plan:
@@ -179,7 +186,7 @@ def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     returns the same module, changed in place.
 
     Class, parameters, ``state_dict``, ``save_pretrained`` and ``generate`` stay as they are. Calls
-    without gradients (evaluation, generation) run the original forward. Deep copies and pickles
+    without gradients stream too, but for decoding and small ones. Deep copies and pickles
     follow the plan as well, except for ``plan.blocks``. With ``plan.prune`` the result is a new,
     smaller model and the given one stays as it is. Of a DistributedDataParallel the model inside is
     transformed; parameters that ``fully_shard`` has spread, before or after, stay where they are.
@@ -217,20 +224,21 @@ def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
 def install(model: nn.Module, plan: Plan) -> None:
     """Replace the call of ``model``, which may still be without its attributes."""
     stream = plan.stream
-    deferred = stream is not None and stream.logits == "drop" and plan.blocks is None
-    engine = Backend(plan, raises=True, recorder=_recorder(plan) if deferred else None)
+    engine = Backend(plan, raises=True, recorder=_recorder(plan))
+    # a capture without gradients has nothing to share with one that learns
+    idle = Backend(plan, raises=True, recorder=engine.recorder, idle=True)
     plain = _compat.call_impl(model)
 
     @functools.cache
-    def compiled(_: Hashable) -> Callable[..., Any]:
+    def compiled(of: Backend, _: Hashable) -> Callable[..., Any]:
         return torch.compile(  # type: ignore[call-overload]  # the stub lacks some
-            plain, backend=engine, fullgraph=True, isolate_recompiles=True,
+            plain, backend=of, fullgraph=True, isolate_recompiles=True,
             recompile_limit=RECAPTURES,
         )  # fmt: skip
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return plain(*args, **kwargs)
+            return plain(*args, **kwargs) if fsdp2.of(model) else evaluated(args, kwargs)
         if engine.roles is not None:
             engine.roles.armed = model.training
             if _compat.inside_ddp():
@@ -245,7 +253,7 @@ def install(model: nn.Module, plan: Plan) -> None:
             raise RoleError("blocks do not follow fully_shard", advice=NO_SHARDS)
         try:
             with shards.call(args, kwargs) if shards else nullcontext((args, kwargs)) as call_of:
-                return streamed(*call_of)
+                return streamed(engine, *call_of)
         except sharding.NotStreamedError:
             return plain(*args, **kwargs)
         except Exception as error:
@@ -260,25 +268,28 @@ def install(model: nn.Module, plan: Plan) -> None:
             cause = error if named.__cause__ is None else named.__cause__
         raise named from (cause if isinstance(named, FxmemError) else None)
 
-    def streamed(args: Any, kwargs: Any) -> Any:
-        engine.states = recorded_outputs.install(model, kwargs)
+    def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
+        of.states = recorded_outputs.install(model, kwargs)
         with (
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
             streamable(model),
-            uniform(args, kwargs) as (own, given), engine.flags.shown(model), plain_head(),
+            uniform(args, kwargs) as (own, given), of.flags.shown(model), plain_head(),
         ):  # fmt: skip
             for leaf in _compat.tree_leaves((own, given)):
                 if isinstance(leaf, Tensor):
                     _compat.mark_dynamic(leaf)
-            return compiled(_compat_hooks.unguarded(model))(*own, **given)
+            return compiled(of, _compat_hooks.unguarded(model))(*own, **given)
 
+    evaluated = Evaluation(model, stream, plain, lambda *of_call: streamed(idle, *of_call))
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine
 
 
-def _recorder(plan: Plan) -> Recorder:
+def _recorder(plan: Plan) -> Recorder | None:
     """Records what is done with wide outputs, and runs it as the plan says."""
-    return Recorder(repr(plan), lambda: Backend(plan, raises=True, one=True))
+    if plan.stream is None or plan.stream.logits != "drop" or plan.blocks is not None:
+        return None
+    return Recorder(repr(plan), lambda: Backend(plan, raises=True, one=True, idle=True))
 
 
 def merge_low_rank(model: nn.Module) -> int:

@@ -4,17 +4,19 @@
   frozen table (``enable_input_require_grads``, on by default with adapters and checkpointing), so
   that a checkpoint has something to differentiate. No parameter's gradient depends on it.
 - ``x.requires_grad = False`` where that is so already.
+- ``x.uniform_(low, high)`` with bounds that are tensors (NEFTune), as numbers in [0, 1) scaled.
 - Names of torch's classes: ``type(weight).__module__.startswith("torchao.")``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-from torch._dynamo.variables import ConstantVariable, TensorVariable
+from torch._dynamo.variables import BuiltinVariable, ConstantVariable, TensorVariable
 from torch._dynamo.variables.builtin import GetAttrBuiltinVariable, SetAttrBuiltinVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
@@ -44,6 +46,17 @@ def _setattr(self: Any, tx: Any, obj: Any, name_var: Any, val: Any) -> Any:
     return _PLAIN_SETATTR(self, tx, obj, name_var, val)
 
 
+def _uniform(self: Any, tx: Any, *bounds: Any, **options: Any) -> Any:
+    tensors = [b for b in bounds if b.is_tensor()]
+    if not _capturing() or len(bounds) != 2 or options or not tensors:
+        return None  # Dynamo's own answer
+    low, high = bounds
+    width = BuiltinVariable(operator.sub).call_function(tx, [high, low], {})
+    for name, given in (("uniform_", []), ("mul_", [width]), ("add_", [low])):
+        self.call_method(tx, name, given, {})
+    return self
+
+
 def _named(owner: Any, name: str) -> Any:
     """The name of a class of torch's as a constant; None for anything else."""
     known = isinstance(owner, TorchInGraphFunctionVariable) and isinstance(owner.value, type)
@@ -65,8 +78,10 @@ def _getattro(self: Any, tx: Any, name: str) -> Any:
 _PLAIN_REQUIRES_GRAD: Any = TensorVariable.method_requires_grad_
 if "requires_grad_" in (methods := getattr(TensorVariable, "tp_methods", {})):
     methods["requires_grad_"] = type(methods["requires_grad_"])(_requires_grad)
+    methods["uniform_"] = type(methods["requires_grad_"])(_uniform)
 else:
     TensorVariable.method_requires_grad_ = _requires_grad  # type: ignore[method-assign]
+    TensorVariable.method_uniform_ = _uniform  # type: ignore[attr-defined]
 
 _PLAIN_SETATTR: Any = SetAttrBuiltinVariable._call_setattr
 SetAttrBuiltinVariable._call_setattr = _setattr  # type: ignore[method-assign]

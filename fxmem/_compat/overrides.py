@@ -25,7 +25,7 @@ def edge(tensor: torch.Tensor) -> Any:
 
 def version(tensor: torch.Tensor) -> int:
     """How often a tensor has been written to in place."""
-    return tensor._version
+    return 0 if tensor.is_inference() else tensor._version  # made in inference_mode
 
 
 def autocasts() -> tuple[tuple[str, torch.dtype, bool], ...]:

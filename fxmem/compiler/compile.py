@@ -52,13 +52,13 @@ GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
 def compile_graph(
     plain: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
     roles: RoleSource | None = None, *, late: LateOutput | None = None, one: bool = False,
-    states: bool = False,
+    states: bool = False, learns: bool = True,
 ) -> CompiledGraph:  # fmt: skip
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`.
 
     ``late``: makes what is returned for a wide output that is not computed here, from what its
     region reads and the sizes of the call. ``one``: everything is one region. ``states``: the
-    caller asked for states of the model.
+    caller asked for states of the model. ``learns``: there will be a backward.
     """
     start = time.perf_counter()
     gm = copy_graph(plain)
@@ -77,7 +77,7 @@ def compile_graph(
     else:
         parts, between = regions.split(capture, pre, mixes)
     if late is not None and roles is None:
-        defer_outputs(capture, pre, parts, between)
+        defer_outputs(capture, pre, parts, between, learns=learns)
     borders = Borders(capture, pre, between)
     borders.check(roles is not None)
     lowering = Lowering.of(plan)

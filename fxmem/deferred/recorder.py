@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fxmem.axes.sizes import evaluate
 from fxmem.caches import Cache
 from fxmem.deferred.source import Source, source
 from fxmem.deferred.tape import MODE, Memory, Node, needed
-from fxmem.deferred.tensor import handle
+from fxmem.deferred.tensor import handle, settle
 from fxmem.errors import FxmemError, FxmemWarning, ModifiedParameterError
 from fxmem.frontend import origin
 from fxmem.frontend.capture import attribute, canonical, is_size, value_of
@@ -57,9 +57,10 @@ def _settled(made: Source) -> Source:
 
 @dataclass(eq=False)
 class Head:
-    """One output of one call."""
+    """One output of one call. ``learns``: of a call with gradients."""
 
     recorder: Recorder
+    learns: bool
 
 
 @dataclass(eq=False)
@@ -74,8 +75,10 @@ class Recorder:
 
     def output(self, late: Late, values: Sequence[Any], sizes: dict[str, int]) -> Tensor:
         """A tensor that stands for a late output; ``values``: what its region reads."""
-        self.sharding = current()
-        return handle(_head(late, values, sizes, Head(self)))
+        self.sharding, learns = current(), torch.is_grad_enabled()
+        if not learns:
+            settle(learning=False)
+        return handle(_head(late, values, sizes, Head(self, learns)))
 
     def give(self, wanted: list[Node], alive: Iterable[Node], name: str) -> None:
         """Compute nodes, and with them what else of the same outputs is small and still there."""
@@ -88,13 +91,19 @@ class Recorder:
                 if n.real is None and not n.wide and n.heads <= heads and n not in wanted
             ]  # fmt: skip
         nodes = needed(wanted)
+        learns = any(n.sources for n in nodes)
         _unchanged(nodes)
         made = _settled(source(nodes, wanted))
-        for node, real in zip(wanted, self._run(made, wide, name), strict=True):
+        for node, real in zip(wanted, self._run(made, wide, name, learns), strict=True):
             node.real, node.memory.given = real, True
             node.args, node.kwargs, node.writers, node.versions = (), {}, (), []
 
-    def _run(self, made: Source, wide: bool, name: str) -> Sequence[Tensor]:
+    def _run(self, made: Source, wide: bool, name: str, learns: bool) -> Sequence[Tensor]:
+        # nor where the caller is in inference_mode: what he is given may be part of a loss
+        with torch.inference_mode(False), torch.set_grad_enabled(learns), _compat.no_autocast():
+            return self._outside(made, wide, name)
+
+    def _outside(self, made: Source, wide: bool, name: str) -> Sequence[Tensor]:
         if self.sharding is None:
             return self._values(made, wide, name)
         found: Sequence[Tensor] = self.sharding.outside(
@@ -117,9 +126,8 @@ class Recorder:
                 for x in own:
                     if not isinstance(x, nn.Parameter):
                         _compat.mark_dynamic(x)
-                with torch.enable_grad(), _compat.no_autocast():
-                    found: Sequence[Tensor] = program.compiled(*own)
-                    return found
+                found: Sequence[Tensor] = program.compiled(*own)
+                return found
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -145,9 +153,8 @@ class Recorder:
 
 
 def _plain(program: Program, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    with torch.enable_grad(), _compat.no_autocast():
-        found: Sequence[Tensor] = program.plain(*inputs)
-        return found
+    found: Sequence[Tensor] = program.plain(*inputs)
+    return found
 
 
 def _unchanged(nodes: Sequence[Node]) -> None:
@@ -197,9 +204,12 @@ def _head(late: Late, values: Sequence[Any], sizes: dict[str, int], head: Head) 
         else:
             form = "method" if n.op == "call_method" else "function"
             args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: env[a])
-            env[n] = Node(form, n.target, args, kwargs, capture.contexts[n], None, Memory())
+            under = capture.contexts[n]
+            under = replace(under, grad=under.grad and head.learns)
+            env[n] = Node(form, n.target, args, kwargs, under, None, Memory())
     node: Node = env[region.outputs[0]]
-    node.sources = tuple(v for v in values if isinstance(v, Tensor) and v.requires_grad)
+    if head.learns:
+        node.sources = tuple(v for v in values if isinstance(v, Tensor) and v.requires_grad)
     shape = sized(tuple(late.value.shape))
     with MODE, torch.enable_grad():
         node.fake = torch.empty(shape, dtype=late.value.dtype, device=late.value.device)

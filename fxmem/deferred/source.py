@@ -24,7 +24,7 @@ from fxmem.frontend.capture import Context
 _ARITHMETIC = frozenset(
     f"{i}{name}{end}" for name in ("add", "sub", "mul", "div", "truediv", "true_divide")
     for i in ("", "i") for end in ("", "_")
-)  # fmt: skip
+) | {"lt", "le", "gt", "ge", "eq", "ne"}  # fmt: skip
 _CONSTANTS: Cache[tuple[str, Any], tuple[str, Any]] = Cache("constants in recordings", 4096)
 _NUMBER = itertools.count()
 SMALLEST = 8

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxmem._compat import graph as _compat
 from fxmem._compat.overrides import edge, plainly, tree_leaves, tree_map, version
 from fxmem.deferred.source import constant_like
 from fxmem.deferred.tape import Node, Unknown, probe, record
-from fxmem.errors import MutationError
+from fxmem.errors import ModifiedParameterError, MutationError
 
 _VALUES = frozenset((
     "item", "tolist", "numpy", "backward", "register_hook", "retain_grad", "requires_grad_",
@@ -37,6 +39,7 @@ class Deferred(Tensor):
     _node: Node
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _called(func, args, kwargs or {})
 
@@ -104,6 +107,27 @@ def alive() -> list[Node]:
     return [x._node for x in list(_HANDLES.values())]
 
 
+def settle(learning: bool = True) -> None:
+    """Compute what is small and still there; without ``learning``, of calls without gradients
+    alone.
+
+    Done before weights change and before the next batch: a metric may be read later, and what is
+    kept from batch to batch shall be the metric, and not the states that it is made of.
+    """
+    for node in alive():
+        open_ = node.real is None and node.heads and not node.wide
+        if open_ and (learning or not any(h.learns for h in node.heads)):
+            with contextlib.suppress(ModifiedParameterError):  # nobody has asked yet
+                _whole([node], "a metric")
+
+
+def _before_step(*_: Any) -> None:
+    settle()
+
+
+register_optimizer_step_pre_hook(_before_step)
+
+
 def _node_of(x: Deferred) -> Node:
     own = edge(x)
     if own is not None and getattr(own, "node", None) is not x._node:
@@ -119,13 +143,21 @@ def _whole(nodes: list[Node], name: str) -> list[Tensor]:
     """Values of nodes that a call of ``name`` wants."""
     missing = [n for n in nodes if n.real is None]
     if missing:
-        (recorder,) = {h.recorder for h in missing[0].heads}
-        recorder.give(missing, alive(), name)
+        heads = missing[0].heads  # of a student and of its teacher, say
+        head = next((h for h in heads if h.learns), next(iter(heads)))
+        head.recorder.give(missing, alive(), name)
     return [n.real for n in nodes]
 
 
 @torch.compiler.disable  # a compiled function breaks here, and goes on behind
 def _called(func: Any, args: Any, kwargs: Any) -> Any:
+    if not torch.is_inference_mode_enabled():
+        return _answer(func, args, kwargs)
+    with torch.inference_mode(False), torch.no_grad():  # where writes are counted
+        return _answer(func, args, kwargs)
+
+
+def _answer(func: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(func, "__name__", str(func))
     handles = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Deferred)]
     own = tree_map(lambda x: _node_of(x) if isinstance(x, Deferred) else x, (args, kwargs))
@@ -138,7 +170,9 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     if name == "__iter__":
         return iter(_called(torch.unbind, (args[0], 0), {}))
     if len({n.heads for n in nodes if n.real is None}) > 1:
-        _whole([n for n in nodes if not n.wide], name)  # each with its own output
+        for n in nodes:
+            if not n.wide:
+                _whole([n], name)  # each with its own output
     if all(n.real is not None for n in nodes) or name in _VALUES or "repr" in name:
         return _run(func, own, nodes, name)
     own = tree_map(lambda n: n.real if isinstance(n, Node) and n.real is not None else n, own)

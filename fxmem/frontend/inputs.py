@@ -42,7 +42,7 @@ class _Given:
         self.seen: set[int] = set()
         self.own: dict[int, tuple[Any, Any]] = {}
         """``id`` of a replacement -> it and what the caller gave."""
-        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.copies: list[tuple[Tensor, Tensor, int]] = []
         self.containers: dict[int, list[Any] | dict[Any, Any]] = {}
 
     def take(self, value: Any) -> Any:
@@ -63,13 +63,14 @@ class _Given:
             return value
         known, plain = id(value) in self.seen, _is_plain(value)
         self.seen.add(id(value))
-        if plain and not known and not is_view(value):
+        fixed = value.is_inference()  # such a tensor counts no writes, and cannot be saved
+        if plain and not known and not fixed and not is_view(value):
             return value
-        if plain and not value.requires_grad:
+        if plain and not value.requires_grad and not fixed:
             new = value.detach()
-        elif value.nbytes <= COPY_BYTES:
+        elif value.nbytes <= COPY_BYTES or fixed:
             new = value.clone(memory_format=torch.contiguous_format)
-            self.copies.append((new, value))
+            self.copies.append((new, value, new._version))
         else:
             return value
         return self._replace(value, new)
@@ -83,9 +84,9 @@ class _Given:
             for key, item in _items(container):
                 if id(item) in self.own:
                     container[key] = self.own[id(item)][1]
-        for new, value in self.copies:
-            if new._version:
-                with torch.no_grad():
+        for new, value, version in self.copies:
+            if new._version != version:
+                with torch.inference_mode(value.is_inference()), torch.no_grad():
                     value.copy_(new)
 
 

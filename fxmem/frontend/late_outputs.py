@@ -16,7 +16,14 @@ from torch import Tensor, fx
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem.axes.sizes import degree, per_token
-from fxmem.frontend.capture import Capture, canonical_shape, fake_call, is_size, value_of
+from fxmem.frontend.capture import (
+    Capture,
+    canonical_shape,
+    fake_call,
+    is_size,
+    is_tensor,
+    value_of,
+)
 from fxmem.frontend.dropped_outputs import KEEP_PER_TOKEN
 from fxmem.frontend.parameter_free import Preamble
 from fxmem.frontend.regions import Region, make
@@ -50,17 +57,19 @@ class Watch(_compat.TorchDispatchMode):
 
 
 def defer_outputs(
-    capture: Capture, pre: Preamble, parts: list[Region], between: list[list[fx.Node]]
-) -> None:
+    capture: Capture, pre: Preamble, parts: list[Region], between: list[list[fx.Node]], *,
+    learns: bool = True,
+) -> None:  # fmt: skip
     """Take heads off the last of the regions ``parts``; ``capture.outputs`` has a :class:`Late` in
-    the place of what they make.
+    the place of what they make. ``learns``: of those with a gradient alone.
     """
     if len(parts) < 2 or between[-1]:
         return
     last = parts[-1]
     found = {
         o: cut for o in capture.outputs
-        if isinstance(o, fx.Node) and o in last.outputs and (cut := _head(capture, pre, last, o))
+        if isinstance(o, fx.Node) and o in last.outputs and is_tensor(o)
+        and (value_of(o).requires_grad or not learns) and (cut := _head(capture, pre, last, o))
     }  # fmt: skip
     capture.outputs = [
         Late(found[o]) if isinstance(o, fx.Node) and o in found else o for o in capture.outputs
@@ -79,8 +88,8 @@ def _head(capture: Capture, pre: Preamble, last: Region, output: fx.Node) -> Reg
     """The region that makes a wide output alone, from less than the output is; None where it is
     not of that kind, or has what only a compiled region can run.
     """
-    value, shape = value_of(output), capture.shape(output)
-    if not value.requires_grad or degree(shape) != 1 or per_token(shape) <= KEEP_PER_TOKEN:
+    shape = capture.shape(output)
+    if degree(shape) != 1 or per_token(shape) <= KEEP_PER_TOKEN:
         return None
     region = replace(make(capture, pre, _cone(last.nodes, [output])), outputs=[output])
     read = [canonical_shape(v, capture.symbols) for v in region.values]

@@ -110,7 +110,8 @@ class Region:
             index[node] = f"c{i}"
             lines.append(f"cone {[index[i] for i in cone.ints]} {args} {cone.key}")
         lines += _lines(self.nodes, index, self.capture, symbols)
-        lines.append(f"out {[index[n] for n in self.outputs]}")
+        # a capture without gradients has the same calls
+        lines.append(f"out {[(index[n], value_of(n).requires_grad) for n in self.outputs]}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -37,3 +37,20 @@ def test_peak(name: str, net: nn.Module) -> None:
     given = peak(net, lambda: net(input_ids=data["ids"], labels=data["labels"]).loss)
     taken = peak(net, lambda: LOSSES[name](net(input_ids=data["ids"]).logits, data))
     assert taken <= LIMITS.get(name, 1.3) * given
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cross_entropy", "dpo"])
+def test_peak_without_gradients(name: str, net: nn.Module) -> None:
+    count = 2 if name in PAIRS else 1
+    data = batch(TOKENS // count, VOCAB, torch.float32, count)
+
+    def least(call: Callable[[], Tensor]) -> int:
+        call().item()
+        return fxmem.measure.peak_bytes(lambda: call().item())
+
+    given = least(lambda: net(input_ids=data["ids"], labels=data["labels"]).loss)
+    taken = least(lambda: LOSSES[name](net(input_ids=data["ids"]).logits, data))
+    chosen = least(lambda: net(input_ids=data["ids"]).logits.argmax(-1).sum())
+    assert max(taken, chosen) <= 1.3 * given
+    assert given <= TOKENS * VOCAB  # a quarter of the logits
