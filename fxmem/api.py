@@ -17,6 +17,7 @@ from fxmem._compat import errors as _compat_errors
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import recorded_outputs, tracing
+from fxmem._compat.capture_stack import keep_symbolic
 from fxmem._compat.dynamo_gaps import answered
 from fxmem._compat.trl import plain_head
 from fxmem.blocks import adapters
@@ -41,7 +42,8 @@ from fxmem.frontend import faults
 from fxmem.frontend.capture import has_varying_size
 from fxmem.frontend.experts import streamable
 from fxmem.frontend.flags import Flags
-from fxmem.frontend.inputs import uniform
+from fxmem.frontend.inputs import named, uniform
+from fxmem.frontend.opaque import Opaque
 from fxmem.plan import carry
 from fxmem.plan.plan import Plan, Stream, check_names
 from fxmem.prune.shrink.materialize import materialize
@@ -68,6 +70,7 @@ class Backend:
         self.graphs: list[CompiledGraph] = []
         self.sharded: ShardedModel | None = None
         self.states = False
+        self.opaque: Opaque | None = None
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
@@ -76,7 +79,7 @@ class Backend:
             if not self.flags.captured(watched=any(map(_compat_hooks.is_hook, gm.graph.nodes))):
                 raise CaptureError("the capture depends on which parameters require a gradient")
             # values of a trace are nothing that a checkpoint or an offload of the caller's saves
-            with tracing.nothing_saved():
+            with tracing.nothing_saved(), keep_symbolic(set()):
                 return self.flags.run(self._compile(gm, example_inputs))
         except _compat_errors.RestartAnalysis:
             raise
@@ -225,6 +228,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     """Replace the call of ``model``, which may still be without its attributes."""
     stream = plan.stream
     engine = Backend(plan, raises=True, recorder=_recorder(plan))
+    engine.opaque = opaque = Opaque(model)
     # a capture without gradients has nothing to share with one that learns
     idle = Backend(plan, raises=True, recorder=engine.recorder, idle=True)
     plain = _compat.call_impl(model)
@@ -259,14 +263,16 @@ def install(model: nn.Module, plan: Plan) -> None:
         except Exception as error:
             if engine.flags.try_again():
                 return call(*args, **kwargs)
+            if found(error, args, kwargs):
+                return call(*args, **kwargs)
             if shards is not None:
                 shards.reset()
             again = None if shards is not None else lambda: plain(*args, **kwargs)
-            named = faults.of_call(error, model, again)
-            if named is error:
+            own = faults.of_call(error, model, again)
+            if own is error:
                 raise
-            cause = error if named.__cause__ is None else named.__cause__
-        raise named from (cause if isinstance(named, FxmemError) else None)
+            cause = error if own.__cause__ is None else own.__cause__
+        raise own from (cause if isinstance(own, FxmemError) else None)
 
     def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
         of.states = recorded_outputs.install(model, kwargs)
@@ -278,9 +284,27 @@ def install(model: nn.Module, plan: Plan) -> None:
             for leaf in _compat.tree_leaves((own, given)):
                 if isinstance(leaf, Tensor):
                     _compat.mark_dynamic(leaf)
-            return compiled(of, _compat_hooks.unguarded(model))(*own, **given)
 
-    evaluated = Evaluation(model, stream, plain, lambda *of_call: streamed(idle, *of_call))
+            def run() -> Any:
+                key = _compat_hooks.unguarded(model), opaque.version
+                return compiled(of, key)(*own, **given)
+
+            return opaque.run(run, named(own, given))
+
+    def found(error: Exception, args: Any, kwargs: Any) -> bool:
+        """A part of the model runs as it is from now on, and the call may succeed."""
+        alone = fsdp2.of(model) is None and engine.roles is None
+        return alone and opaque.found(error, lambda: plain(*args, **kwargs), named(args, kwargs))
+
+    def evaluates(args: Any, kwargs: Any) -> Any:
+        try:
+            return streamed(idle, args, kwargs)
+        except Exception as error:
+            if not found(error, args, kwargs):
+                raise
+        return evaluates(args, kwargs)
+
+    evaluated = Evaluation(model, stream, plain, evaluates)
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine
 

@@ -20,6 +20,7 @@ from fxmem.frontend.capture import value_of
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.passes.drop_identities import DropIdentities
 from fxmem.passes.inline_bodies import InlineBodies
+from fxmem.passes.piece_borders import take_apart
 from fxmem.rewriting.pipeline import Required
 
 
@@ -47,7 +48,7 @@ class HookBorders(Required):
                 _watched(node)
         for node in list(gm.graph.nodes):
             if isinstance(value_of(node), (tuple, list)):
-                _take_apart(node)
+                take_apart(node)
         gm.graph.lint()
         gm.recompile()
         return gm
@@ -107,11 +108,3 @@ def _pass_learned(node: fx.Node) -> None:
         t if own else None for t, own in zip(given, learned, strict=True)
     )
 
-
-def _take_apart(node: fx.Node) -> None:
-    """Elements of a tuple are taken where it is made: no tuple passes from region to region."""
-    at = node
-    for user in list(node.users):
-        if user.target is operator.getitem and isinstance(user.args[1], int):
-            at.append(user)
-            at = user

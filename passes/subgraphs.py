@@ -24,6 +24,7 @@ from fxmem.frontend.origin import module_path, source_line, stack_of
 from fxmem.frontend.subgraph import Body, CustomFunction, Span, Subgraph
 from fxmem.passes.functionalize import Functionalize, writes
 from fxmem.passes.inline_bodies import InlineBodies
+from fxmem.passes.piece_borders import check_outside
 from fxmem.passes.positional_arguments import PositionalArguments
 from fxmem.rewriting.pipeline import Required, copy_graph
 
@@ -73,6 +74,7 @@ def _refusal(node: fx.Node) -> UnsupportedOpError:
 
 
 def _body(gm: fx.GraphModule) -> Body:
+    check_outside(gm.graph.nodes)
     return Body.of(Functionalize().run(PositionalArguments().run(Subgraphs().run(gm))))
 
 
@@ -105,6 +107,7 @@ def _spans(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
 
 def _check_span(nodes: Sequence[fx.Node]) -> None:
     forwards = _forwards()
+    check_outside(nodes)
     for node in nodes:
         if isinstance(node.target, _compat.HigherOrderOperator):
             raise _refusal(node)

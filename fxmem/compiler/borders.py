@@ -1,19 +1,22 @@
-"""What runs between the regions of a capture: hooks on gradients, under plain autograd.
+"""What runs between the regions of a capture, under plain autograd: hooks on gradients, and pieces
+of the model that run as they are.
 
-See :mod:`fxmem.passes.hook_borders`.
+See :mod:`fxmem.passes.hook_borders` and :mod:`fxmem.frontend.opaque`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from fxmem.axes.sizes import degree
+from fxmem._compat import capture_stack
+from fxmem._compat import hooks as _compat_hooks
+from fxmem.axes.sizes import degree, evaluate
 from fxmem.errors import HookError, RoleError
-from fxmem.frontend.capture import Capture, call_node, is_tensor
+from fxmem.frontend.capture import Capture, call_node, canonical, is_size, is_tensor, value_of
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.frontend.parameter_free import Leaf, Preamble, leaf_of
 
@@ -30,16 +33,22 @@ class Borders:
         """
         Raises:
             HookError: a hook watches a value with a row for every pair of tokens.
-            RoleError: there are hooks, and the parameters have roles.
+            RoleError: there are hooks or pieces, and the parameters have roles.
         """
         for node in (n for nodes in self.nodes for n in nodes):
             where = {"module": module_path(node), "source": source_line(node)}
+            if roles and capture_stack.is_piece(node):
+                raise RoleError(
+                    "a part that runs as it is, inside a model that is trained block by block",
+                    advice="train without Blocks", **where,
+                )  # fmt: skip
             if roles:
                 raise RoleError(
                     "a hook on a gradient inside a model that is trained block by block",
                     advice="remove the hook, or train without Blocks", **where,
                 )  # fmt: skip
-            if is_tensor(node) and degree(self.capture.shape(node)) > 1:
+            hook = _compat_hooks.is_hook(node) and is_tensor(node)
+            if hook and degree(self.capture.shape(node)) > 1:
                 raise HookError(
                     "a hook on the gradient of a value of T x T elements, which streaming never "
                     "makes as a whole", **where,
@@ -47,12 +56,26 @@ class Borders:
 
     def leaves(self, at: int) -> list[Leaf]:
         """What is read and made before a region."""
-        nodes = self.nodes[at]
-        return [leaf_of(self.pre, n) for node in nodes for n in (*node.all_input_nodes, node)]
+        found: list[Leaf] = []
+        for node in self.nodes[at]:
+            for n in (*node.all_input_nodes, node):
+                cone = self.pre.cones.get(n)
+                found += [leaf_of(self.pre, n)] if cone is None else cone.leaves
+        return found
 
-    def cross(self, at: int, env: dict[Leaf, Any]) -> None:
+    def cross(self, at: int, env: dict[Leaf, Any], sizes: Mapping[str, int]) -> None:
         """Run what lies before a region."""
         for node in self.nodes[at]:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[leaf_of(self.pre, n)])
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, env, sizes))
             with self.capture.contexts[node].enter():
                 env["main", node.name] = call_node(node, args, kwargs)
+
+    def _value(self, node: fx.Node, env: dict[Leaf, Any], sizes: Mapping[str, int]) -> Any:
+        if is_size(value_of(node)) and not isinstance(value_of(node), (tuple, list)):
+            return evaluate(canonical(value_of(node), self.capture.symbols), sizes)
+        cone = self.pre.cones.get(node)
+        if cone is None:
+            return env[leaf_of(self.pre, node)]
+        ints = [env["input", n.name] for n in cone.ints]
+        run = _compat_hooks.function(cone.module)
+        return run(*ints, *(env[leaf] for leaf in cone.leaves))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmem._compat import graph as _compat
+from fxmem._compat.capture_stack import is_stand_in
 from fxmem.backends.lowering import Lowering
 from fxmem.compiler.borders import Borders
 from fxmem.compiler.region_codes import _region_call
@@ -28,6 +29,7 @@ from fxmem.passes.causal_convolutions import CausalConvolutions
 from fxmem.passes.drop_identities import DropIdentities
 from fxmem.passes.functionalize import Functionalize
 from fxmem.passes.hook_borders import HookBorders
+from fxmem.passes.piece_borders import PieceBorders
 from fxmem.passes.positional_arguments import PositionalArguments
 from fxmem.passes.scalar_inputs import ScalarInputs, fix_numbers
 from fxmem.passes.select_log_probs import SelectLogProbs, decide_sizes
@@ -43,8 +45,9 @@ from fxmem.streaming.chunk_size import Chunker
 from fxmem.streaming.token_mixing import mixes
 
 GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
-    HookBorders(), Subgraphs(), PositionalArguments(), ScalarInputs(), Functionalize(),
-    DropIdentities(), CausalConvolutions(), ShareKvHeads(), SliceRowsFirst(), SelectLogProbs(),
+    HookBorders(), Subgraphs(), PieceBorders(), PositionalArguments(), ScalarInputs(),
+    Functionalize(), DropIdentities(), CausalConvolutions(), ShareKvHeads(), SliceRowsFirst(),
+    SelectLogProbs(),
 )  # fmt: skip
 """Rewrites of the captured graph, in order."""
 
@@ -87,7 +90,7 @@ def compile_graph(
     COUNTER.capture_seconds += time.perf_counter() - start
     weights = [
         v for n, v in zip(capture.inputs, example_inputs, strict=True)
-        if n in capture.parameters and isinstance(v, Tensor)
+        if n in capture.parameters and isinstance(v, Tensor) and not is_stand_in(v)
     ]  # fmt: skip
     chunker = Chunker.of(plan.stream or Stream(), weights, calls, _body_bytes)
     return CompiledGraph(capture, pre, calls, plan, chunker, plain, borders, roles, late)

@@ -122,7 +122,7 @@ class CompiledGraph:
         )  # fmt: skip
         del by_node, args
         for i, call in enumerate(self.calls):
-            self.borders.cross(i, env)
+            self.borders.cross(i, env, sizes)
             chunk = self.chunk(i)
             tensors = [env[leaf] for leaf in call.leaves]
             shard = None if shards is None else shards[i]
@@ -143,7 +143,7 @@ class CompiledGraph:
             del outputs
             for leaf in call.release:
                 env.pop(leaf, None)
-        self.borders.cross(len(self.calls), env)
+        self.borders.cross(len(self.calls), env, sizes)
         return [self._output(o, env) for o in self.capture.outputs]
 
     def chunk(self, at: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import sympy
 import torch
 from torch import fx
 
+from fxmem._compat import capture_stack
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat.data_sizes import evaluating
@@ -118,6 +120,14 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(value_of(node), torch.Tensor)
 
 
+def is_border(node: fx.Node) -> bool:
+    """It runs between regions, under plain autograd: a hook on a gradient, or a piece of the model
+    that runs as it is."""
+    source = node.args[0] if node.target is operator.getitem else node
+    piece = isinstance(source, fx.Node) and capture_stack.is_piece(source)
+    return piece or _compat_hooks.is_hook(node)
+
+
 def is_size(value: Any) -> bool:
     """An integer, symbolic or not, or a tuple of them: it needs no computing."""
     if isinstance(value, (tuple, list)):
@@ -149,7 +159,7 @@ def analyse(
     for n in nodes:
         if n.op in ("placeholder", "get_attr"):
             continue
-        if _compat_hooks.is_hook(n) or any(a in heavy for a in n.all_input_nodes):
+        if is_border(n) or any(a in heavy for a in n.all_input_nodes):
             heavy.add(n)
             main.append(n)
     symbols = _symbols(inputs, parameters, main)
@@ -234,7 +244,7 @@ def contexts_of(
 def _live(nodes: list[fx.Node], output: fx.Node) -> list[fx.Node]:
     needed = set(output.all_input_nodes)
     for n in reversed(nodes):
-        if n in needed:
+        if n in needed or capture_stack.is_piece(n):
             needed.add(n)
             needed.update(n.all_input_nodes)
     return [n for n in nodes if n in needed or n.op == "placeholder"]

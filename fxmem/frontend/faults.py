@@ -23,6 +23,8 @@ from fxmem.frontend.origin import Line, is_own, module_path, path_of, place, sta
 LONGEST = 200
 """Characters of another library's text that go into a message."""
 _BY_VALUES = ("out of bounds", "out of range", "assertion failed", "probability tensor")
+AS_IT_IS = "_fxmem_as_it_is"
+"""An attribute of errors that code of the model's own has raised, in a piece that runs as it is."""
 # a warning that is an error by the user's filter; the last ends a checkpoint's second run
 _PASSING = (
     FxmemError, MemoryError, torch.OutOfMemoryError, Warning, dynamo.StopRecomputation
@@ -33,7 +35,7 @@ def compiler_fault(error: Exception, doing: str) -> Exception:
     """What leaves the compiler in place of an error that arose in it while ``doing``."""
     if isinstance(error, _PASSING):
         return error
-    node = _node_of(error)
+    node = node_of(error)
     where = {} if node is None else _where(node)
     text = f"{type(error).__name__}: {_short(str(error))}"
     by_data = node is not None and dynamo.sized_by_data(node)
@@ -52,7 +54,7 @@ def running(what: str, modules: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, _PASSING) or _from_user(error):
+        if isinstance(error, _PASSING) or _from_user(error) or getattr(error, AS_IT_IS, False):
             raise
         text = f"{type(error).__name__}: {_short(str(error))}"
         raise InternalError(f"{what} failed with {text}", module=modules or None) from error
@@ -172,7 +174,7 @@ def _raised_by(plain: Callable[[], Any], model: nn.Module | None = None) -> Exce
     return None
 
 
-def _node_of(error: BaseException) -> fx.Node | None:
+def node_of(error: BaseException) -> fx.Node | None:
     """The operator that the compiler was at: the innermost one that a frame of fxmem holds."""
     for frame in reversed(list(dynamo.frames(error))):
         if is_own(frame.f_code.co_filename):

@@ -37,6 +37,12 @@ def uniform(
         given.give_back()
 
 
+def named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments of a call, by name or position."""
+    found = {**{str(i): a for i, a in enumerate(args)}, **kwargs}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
 class _Given:
     def __init__(self) -> None:
         self.seen: set[int] = set()

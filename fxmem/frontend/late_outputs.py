@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxmem._compat import graph as _compat
-from fxmem._compat import hooks as _compat_hooks
 from fxmem.axes.sizes import degree, per_token
 from fxmem.frontend.capture import (
     Capture,
     canonical_shape,
     fake_call,
+    is_border,
     is_size,
     is_tensor,
     value_of,
@@ -112,7 +112,7 @@ def _is_plain(node: fx.Node) -> bool:
     if is_size(value_of(node)):
         return True
     known = node.op in ("call_function", "call_method")
-    if not known or isinstance(node.target, Subgraph) or _compat_hooks.is_hook(node):
+    if not known or isinstance(node.target, Subgraph) or is_border(node):
         return False
     try:
         with Watch():

@@ -30,6 +30,7 @@ from fxmem.frontend.capture import (
     call_node,
     canonical,
     canonical_shape,
+    is_border,
     is_size,
     is_tensor,
     run,
@@ -170,11 +171,12 @@ def split(
     then those after the last. ``mixes`` says whether a segment needs other tokens.
     """
     main = capture.main
-    hooks = {p for p, n in enumerate(main) if _compat_hooks.is_hook(n)}
-    cuts = sorted({*_waists(capture, main), *hooks, *(p + 1 for p in hooks)} - {0, len(main)})
+    borders_ = {p for p, n in enumerate(main) if is_border(n)}
+    own = {*borders_, *(p + 1 for p in borders_)}
+    cuts = sorted({*_waists(capture, main), *own} - {0, len(main)})
     bounds = [0, *cuts, len(main)]
     segments = [main[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
-    between = [_compat_hooks.is_hook(s[0]) for s in segments]
+    between = [is_border(s[0]) for s in segments]
     atoms = [None if b else make(capture, pre, s) for s, b in zip(segments, between, strict=True)]
     keys = ["" if a is None else a.key() for a in atoms]
     known: dict[str, bool] = {"": False}

@@ -1,0 +1,142 @@
+"""Private names of torch for pieces of a model that run as they are: where Dynamo was when it gave
+up, calls that it takes into its graph without looking inside, and sizes that are not to be fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+from torch._dynamo.variables import LazyVariableTracker, UnspecializedNNModuleVariable
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.sym_node import SymNode
+
+from fxmem._compat.errors import frames
+
+__all__ = [
+    "FixedSizeError", "callers", "demanded", "is_piece", "is_stand_in",
+    "keep_symbolic", "piece_call", "stand_in",
+]  # fmt: skip
+
+_LOCAL = threading.local()
+_PIECE = "_fxmem_piece"
+
+
+class FixedSizeError(Exception):
+    """The captured code needs the value of a size that is to stay symbolic, such as a loop over
+    it."""
+
+
+def callers(error: BaseException) -> list[tuple[Any, CodeType]]:
+    """Code that Dynamo was in when ``error`` arose, innermost first, each with the object that is
+    its first argument.
+    """
+    found = [
+        tx for e in _causes(error) for frame in frames(e)
+        if isinstance(tx := frame.f_locals.get("self"), InstructionTranslatorBase)
+    ]  # fmt: skip
+    stacks = [list(_outward(tx)) for tx in found]
+    deepest = max(stacks, key=len, default=[])
+    return [(_first_argument(tx), tx.f_code) for tx in deepest]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """``raise ... from None`` hides the context, which still knows the place."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _outward(tx: Any) -> Iterator[Any]:
+    while tx is not None:
+        yield tx
+        tx = getattr(tx, "parent", None)
+
+
+def _first_argument(tx: Any) -> Any:
+    names = tx.f_code.co_varnames
+    variable = tx.symbolic_locals.get(names[0]) if names else None
+    if isinstance(variable, LazyVariableTracker):
+        return variable.peek_value() if not variable.is_realized() else _value(variable.realize())
+    return _value(variable)
+
+
+def _value(variable: Any) -> Any:
+    return variable.value if isinstance(variable, UnspecializedNNModuleVariable) else None
+
+
+def piece_call(
+    run: Callable[[Sequence[Any], Any, Any], Sequence[torch.Tensor]],
+) -> Callable[..., Any]:
+    """``fn(stand_ins, args, kwargs) -> tensors`` as one call of a captured graph: its results are
+    like the stand-ins there; ``run`` makes them where the graph runs.
+    """
+
+    def _fxmem_piece(stand_ins: Sequence[torch.Tensor], args: Any, kwargs: Any) -> tuple[Any, ...]:
+        if detect_fake_mode(stand_ins) is not None:
+            return tuple(s.clone() for s in stand_ins)
+        return tuple(run(stand_ins, args, kwargs))
+
+    return torch.compiler.allow_in_graph(_fxmem_piece)  # type: ignore[no-any-return]
+
+
+def is_piece(node: fx.Node) -> bool:
+    """The node is a :func:`piece_call`."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == _PIECE
+
+
+def stand_in(
+    shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device,
+    requires_grad: bool, varying: Sequence[int],
+) -> torch.Tensor:  # fmt: skip
+    """A tensor without memory; the dimensions ``varying`` are symbolic in a capture."""
+    made = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+    made.untyped_storage().resize_(0)
+    for d in varying:
+        torch._dynamo.maybe_mark_dynamic(made, d)
+    made._fxmem_stand_in = True  # type: ignore[attr-defined]
+    return made.requires_grad_(requires_grad)
+
+
+def is_stand_in(tensor: torch.Tensor) -> bool:
+    """It was made by :func:`stand_in`."""
+    return hasattr(tensor, "_fxmem_stand_in")
+
+
+def _guard_int(self: SymNode, file: str, line: int) -> int:
+    if (kept := getattr(_LOCAL, "kept", None)) and not self.expr.is_number:
+        env = self.shape_env
+        hints = {int(env.backed_var_to_val.get(s, 0)) for s in self.expr.free_symbols}
+        if hints & kept:
+            _LOCAL.demanded = True
+            raise FixedSizeError(f"the code needs the value of a size, {self.expr}")
+    return _PLAIN_GUARD_INT(self, file, line)
+
+
+def demanded() -> bool:
+    """Whether the latest capture of this thread has ended with a :class:`FixedSizeError`."""
+    return getattr(_LOCAL, "demanded", False)
+
+
+_PLAIN_GUARD_INT: Any = SymNode.guard_int
+SymNode.guard_int = _guard_int  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def keep_symbolic(sizes: set[int]) -> Iterator[None]:
+    """Code captured by this thread meanwhile must not need the value of a size that is one of
+    ``sizes`` now; an empty set takes the demand back.
+    """
+    before = getattr(_LOCAL, "kept", None)
+    _LOCAL.kept, _LOCAL.demanded = sizes, False
+    try:
+        yield
+    finally:
+        _LOCAL.kept = before

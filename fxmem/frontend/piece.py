@@ -1,0 +1,324 @@
+"""One piece of a model that runs as it is; see :mod:`fxmem.frontend.opaque`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from fxmem._compat import capture_stack
+from fxmem._compat import overrides as _compat
+from fxmem.frontend.faults import AS_IT_IS
+from fxmem.frontend.random_state import RandomState
+from fxmem.frontend.structure import IrregularError, describe, rebuild
+
+WORTH = 2
+"""A piece is checkpointed where it saves this many times the bytes that it is given."""
+
+Size = int | tuple[str, int]
+"""A number, or that of a dimension of a tensor of the model's call, by its name."""
+
+
+class Again(BaseException):
+    """A call must start again: a piece gave something else than was expected of it.
+
+    No error, so that no handler on the way takes it for one.
+    """
+
+    def __init__(self, call: PieceCall, description: Any, results: Sequence[Tensor]) -> None:
+        self.call, self.description, self.results = call, description, results
+
+    def learn(self, pieces: Sequence[Piece]) -> bool:
+        """Expect what was given now, of every call of this kind of which the same was expected;
+        whether anything but sizes has changed.
+        """
+        kind, before = self.call.piece.kind, self.call.expected()
+        like = [c for p in pieces if p.kind == kind for c in p.calls if c.expected() == before]
+        return any([c.expect(self.description, self.results) for c in like])
+
+
+class PieceCall:
+    """One call of a piece in a forward, and what it is expected to give.
+
+    ``stands``: tensors without memory in the place of its results, for the capture.
+    """
+
+    def __init__(
+        self, piece: Piece, description: Any, results: Sequence[Tensor], given: Mapping[str, Tensor]
+    ) -> None:
+        self.piece, self.description = piece, description
+        self.sizes = [_sizes(r, given) for r in results]
+        self.varies = [{d for d, s in enumerate(sizes) if not isinstance(s, int)}
+                       for sizes in self.sizes]  # fmt: skip
+        self.stands = [_stand_in(r, r.shape, v, r.requires_grad)
+                       for r, v in zip(results, self.varies, strict=True)]  # fmt: skip
+        self.node = capture_stack.piece_call(self.run)
+        self.kept: Sequence[Tensor] | None = None
+        self.after: RandomState | None = None
+
+    def expected(self) -> Any:
+        """What is expected, as a value to compare."""
+        return self.description, [_looks(s) for s in self.stands], self.sizes
+
+    def begin(self, given: Mapping[str, Tensor]) -> None:
+        """A call of the model with ``given`` begins."""
+        self.end()
+        for i, sizes in enumerate(self.sizes):
+            stand = self.stands[i]
+            shape = [s if isinstance(s, int) else _size(given, s, now)
+                     for s, now in zip(sizes, stand.shape, strict=True)]  # fmt: skip
+            if shape != list(stand.shape):
+                self.stands[i] = _stand_in(stand, shape, self.varies[i], stand.requires_grad)
+
+    def end(self) -> None:
+        self.kept = self.after = None
+
+    def expect(self, description: Any, results: Sequence[Tensor]) -> bool:
+        """Whether anything but a size is other than it was expected."""
+        same = description == self.description and len(results) == len(self.stands) and all(
+            r.dtype == s.dtype and r.device == s.device and r.dim() == s.dim()
+            and r.requires_grad <= s.requires_grad
+            for r, s in zip(results, self.stands, strict=True)
+        )  # fmt: skip
+        if not same:
+            self.description = description
+            self.sizes = [list(r.shape) for r in results]
+            self.varies = [set() for _ in results]
+            self.stands = [_stand_in(r, r.shape, (), r.requires_grad) for r in results]
+            return True
+        for i, (r, stand) in enumerate(zip(results, self.stands, strict=True)):
+            other = {d for d in range(r.dim()) if r.shape[d] != stand.shape[d]}
+            if other:
+                self.varies[i] |= other
+                self.sizes[i] = [r.shape[d] if d in other else s
+                                 for d, s in enumerate(self.sizes[i])]  # fmt: skip
+                self.stands[i] = _stand_in(r, r.shape, self.varies[i], stand.requires_grad)
+        return False
+
+    def run(self, stands: Sequence[Tensor], args: Any, kwargs: Any) -> Sequence[Tensor]:
+        """The results, where the captured graph runs.
+
+        Raises:
+            Again: they are not what the capture was made for.
+        """
+        if self.kept is not None and self.after is not None:
+            self.after.restore()
+            return self.kept
+        results: list[Tensor] = []
+        try:
+            description = describe(self.piece.call(args, kwargs), results)
+        except Exception as error:
+            setattr(error, AS_IT_IS, True)
+            raise
+        fits = description == self.description and len(results) == len(self.stands) and all(
+            r.shape == s.shape and r.dtype == s.dtype and r.device == s.device
+            and r.requires_grad <= s.requires_grad
+            for r, s in zip(results, self.stands, strict=True)
+        )  # fmt: skip
+        if not fits or self.piece.writes:
+            self.kept, self.after = results, RandomState.now(results)
+        if not fits:
+            raise Again(self, description, results)
+        return results
+
+
+class Piece:
+    """Method ``name`` of a module, which runs whole.
+
+    Attributes:
+        kind: equal for methods that fail together.
+        calls: its calls in a forward, in order.
+        writes: it changes buffers; it is not run twice.
+        saved_bytes, seconds: what autograd keeps of it, and the time of its forward, as recorded.
+        checkpointed: it keeps its arguments only, and runs again in the backward.
+    """
+
+    def __init__(
+        self, module: nn.Module, path: str, name: str, kind: Any, reason: str
+    ) -> None:  # fmt: skip
+        self.module, self.path, self.name, self.kind, self.reason = module, path, name, kind, reason
+        self.calls: list[PieceCall] = []
+        self.at, self.told = 0, False
+        self.writes = self.checkpointed = False
+        self.saved_bytes, self.seconds = 0, 0.0
+        self._stub: Any = None
+        self._own: Any = None
+
+    def __str__(self) -> str:
+        return self.path if self.name == "forward" else f"{self.path}.{self.name}"
+
+    @contextlib.contextmanager
+    def replaced(self, by: Callable[..., Any]) -> Iterator[None]:
+        """``by`` is called instead of the method."""
+        own = vars(self.module).get(self.name)
+        self._own = getattr(self.module, self.name)
+        setattr(self.module, self.name, by)
+        self.at = 0
+        try:
+            yield
+        finally:
+            if own is None:
+                delattr(self.module, self.name)
+            else:
+                setattr(self.module, self.name, own)
+
+    def stub(self) -> Callable[..., Any]:
+        """What a capture sees in the method's place."""
+        if self._stub is None or self._stub[0] != len(self.calls):
+            self._stub = len(self.calls), _once(self.calls[0]) if len(self.calls) == 1 else (
+                _several(self)
+            )
+        return self._stub[1]
+
+    def call(self, args: Any, kwargs: Any) -> Any:
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(self._own, *args, use_reentrant=False, **kwargs)
+        return self._own(*args, **kwargs)
+
+
+def _once(call: PieceCall) -> Callable[..., Any]:
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        return rebuild(call.description, call.node(call.stands, args, kwargs))
+
+    return stub
+
+
+def _several(piece: Piece) -> Callable[..., Any]:
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        call = piece.calls[piece.at]
+        piece.at += 1
+        return rebuild(call.description, call.node(call.stands, args, kwargs))
+
+    return stub
+
+
+def _stand_in(
+    like: Tensor, shape: Sequence[int], varies: Any, requires_grad: bool
+) -> Tensor:  # fmt: skip
+    order = sorted(range(like.dim()), key=lambda d: like.stride(d), reverse=True)
+    strides, step = [0] * like.dim(), 1
+    for d in reversed(order):
+        strides[d], step = step, step * max(int(shape[d]), 1)
+    return capture_stack.stand_in(
+        [int(s) for s in shape], strides, like.dtype, like.device, requires_grad,
+        [d for d in varies if shape[d] > 1],
+    )  # fmt: skip
+
+
+def _looks(t: Tensor) -> Any:
+    return tuple(t.shape), t.dtype, t.device, t.requires_grad
+
+
+def _sizes(result: Tensor, given: Mapping[str, Tensor]) -> list[Size]:
+    """Each size as one of the call, where it is equal to one now: of the same dimension first."""
+    out: list[Size] = []
+    for d, size in enumerate(result.shape):
+        same = [(name, at) for name, t in given.items() for at, s in enumerate(t.shape)
+                if s == size and size > 1]  # fmt: skip
+        out.append(min(same, key=lambda key: (key[1] != d, key), default=size))
+    return out
+
+
+def _size(given: Mapping[str, Tensor], key: tuple[str, int], otherwise: int) -> int:
+    value = given.get(key[0])
+    return value.shape[key[1]] if value is not None and value.dim() > key[1] else otherwise
+
+
+class Recording:
+    """Within it, calls of the pieces are recorded while the model runs as it is, without gradients
+    (each piece alone has them), from the random numbers and buffers that are there after it again.
+    """
+
+    def __init__(
+        self, model: nn.Module, pieces: Sequence[Piece], given: Mapping[str, Tensor]
+    ) -> None:
+        self.model, self.pieces, self.given = model, pieces, given
+        self.calls: dict[Piece, list[PieceCall]] = {p: [] for p in pieces}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Recording:
+        stack = self._stack
+        self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+        self._random = RandomState.now([*self.given.values(), *self.model.parameters()])
+        stack.enter_context(torch.no_grad())
+        for piece in self.pieces:
+            stack.enter_context(piece.replaced(self._recorder(piece)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+        self._random.restore()
+
+    def changed(self) -> bool:
+        """Take over what was recorded; whether it is other than what was known."""
+        other = False
+        for piece, calls in self.calls.items():
+            known = [c.expected() for c in piece.calls]
+            if known != [c.expected() for c in calls]:
+                piece.calls, other = calls, True
+        return other
+
+    def _recorder(self, piece: Piece) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            inputs: list[Tensor] = []
+            described = describe((args, kwargs), inputs)
+            with torch.enable_grad():
+                fresh = [_fresh(t) for t in inputs]
+                own_args, own_kwargs = rebuild(described, fresh)
+                before = [_compat.version(t) for t in inputs]
+                buffers = [(b, _compat.version(b)) for b in piece.module.buffers()]
+                start = time.perf_counter()
+                with _counting(inputs, piece.module) as count:
+                    value = piece._own(*own_args, **own_kwargs)
+                piece.seconds += time.perf_counter() - start
+            if before != [_compat.version(t) for t in inputs]:
+                raise IrregularError(f"{piece} writes to its argument")
+            results: list[Tensor] = []
+            description = describe(value, results)
+            self.calls[piece].append(PieceCall(piece, description, results, self.given))
+            piece.writes |= any(_compat.version(b) != v for b, v in buffers)
+            piece.saved_bytes += count[0]
+            heavy = count[0] > WORTH * sum(t.nbytes for t in inputs)
+            piece.checkpointed = heavy and not piece.writes and not _hooked(piece.module)
+            return rebuild(description, [r.detach() for r in results])
+
+        return call
+
+
+def _fresh(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_() if t.is_floating_point() else t
+
+
+def _hooked(module: nn.Module) -> bool:
+    """There are hooks inside, which a checkpoint would call a second time."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+@contextlib.contextmanager
+def _counting(inputs: Sequence[Tensor], module: nn.Module) -> Iterator[list[int]]:
+    """Bytes that autograd saves beside ``inputs`` and the module's own tensors."""
+    known = {t.untyped_storage().data_ptr()
+             for t in (*inputs, *module.parameters(), *module.buffers())}  # fmt: skip
+    count = [0]
+
+    def pack(t: Tensor) -> Tensor:
+        at = t.untyped_storage().data_ptr()
+        if at not in known:
+            known.add(at)
+            count[0] += t.nbytes
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        yield count
+
+
+__all__ = ["Again", "Piece", "PieceCall", "Recording"]
