@@ -46,6 +46,17 @@ class Net(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
+class Flat(Net):
+    """Calls ``fn`` itself: there is no part around it that could run as it is."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q = self.block.mix(x).unsqueeze(1)
+        x = x + F.scaled_dot_product_attention(q, q, q, is_causal=True).squeeze(1)
+        logits = self.head(self.block.fn(self.block, x))
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
 @contextmanager
 def unchanged(net: nn.Module, *inputs: Tensor, step: bool = True) -> Iterator[None]:
     """Afterwards parameters, buffers, gradients and inputs are those of before, and after
@@ -112,7 +123,7 @@ BAD: dict[str, tuple[Callable[[Any, Tensor], Tensor], type[FxmemError], str | No
 @pytest.mark.parametrize("case", BAD)
 def test_a_construct_that_cannot_stream(case: str) -> None:
     fn, error, op, message = BAD[case]
-    net, ids = Net(fn), torch.randint(11, (2, 13))
+    net, ids = Flat(fn), torch.randint(11, (2, 13))
     fxmem.transform(net, PLAN)
     with (
         unchanged(net, ids, step=case not in ("buffer", "parameter", "random")),
@@ -124,7 +135,6 @@ def test_a_construct_that_cannot_stream(case: str) -> None:
     assert "test_refusals.py" in str(found)
     if op is not None:
         assert found.op == op
-        assert found.module == "block"
         assert fn.__name__ in (found.source or "")
 
 

@@ -18,6 +18,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.sym_node import SymNode
 
 from fxmem._compat.errors import frames
+from fxmem._compat.graph import STAND_IN
 
 __all__ = [
     "FixedSizeError", "callers", "demanded", "is_piece", "is_stand_in",
@@ -101,13 +102,13 @@ def stand_in(
     made.untyped_storage().resize_(0)
     for d in varying:
         torch._dynamo.maybe_mark_dynamic(made, d)
-    made._fxmem_stand_in = True  # type: ignore[attr-defined]
+    setattr(made, STAND_IN, True)
     return made.requires_grad_(requires_grad)
 
 
 def is_stand_in(tensor: torch.Tensor) -> bool:
     """It was made by :func:`stand_in`."""
-    return hasattr(tensor, "_fxmem_stand_in")
+    return hasattr(tensor, STAND_IN)
 
 
 def _guard_int(self: SymNode, file: str, line: int) -> int:

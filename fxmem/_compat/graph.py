@@ -66,6 +66,8 @@ def mark_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
             continue
+        if hasattr(value, STAND_IN):
+            continue
         source = getattr(node.meta.get("grapharg"), "source", None)
         if source is not None and ("_modules" in source.name or "_buffers" in source.name):
             continue
@@ -74,6 +76,8 @@ def mark_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
     return again
 
 
+STAND_IN = "_fxmem_stand_in"
+"""An attribute of tensors whose sizes that vary are marked already."""
 BY_INDEX = {"gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"}
 """Functions whose operands may have other sizes."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch.fx.experimental._backward_state import BackwardState
 from torch.utils.hooks import BackwardHook
 
 __all__ = [
-    "function", "gradient_hooks", "has_old_hooks", "is_hook", "is_hook_state", "saved_elsewhere",
-    "unguarded", "watched",
+    "function", "gradient_hooks", "has_hooks", "has_old_hooks", "is_hook", "is_hook_state",
+    "saved_elsewhere", "unguarded", "watched", "without_hooks",
 ]  # fmt: skip
 
 
@@ -42,6 +43,28 @@ def unguarded(module: torch.nn.Module) -> Hashable:
 def has_old_hooks(module: torch.nn.Module) -> bool:
     """Whether ``register_backward_hook`` was used, which watches whatever op came last."""
     return any(m._is_full_backward_hook is False and m._backward_hooks for m in module.modules())
+
+
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Something is called with the calls of a module inside ``module``, or their gradients."""
+    return any(getattr(m, kind) for m in module.modules() for kind in _KINDS)
+
+
+@contextlib.contextmanager
+def without_hooks(module: torch.nn.Module) -> Iterator[None]:
+    """Calls of the modules inside ``module`` call no hooks."""
+    held = [(m, kind, getattr(m, kind)) for m in module.modules() for kind in _KINDS
+            if getattr(m, kind)]  # fmt: skip
+    for m, kind, _ in held:
+        setattr(m, kind, OrderedDict())
+    try:
+        yield
+    finally:
+        for m, kind, hooks in held:
+            setattr(m, kind, hooks)
 
 
 _hooks_lock = threading.Lock()

@@ -24,7 +24,7 @@ from fxmem._compat import capture_stack
 from fxmem._compat import errors as dynamo
 from fxmem.errors import CaptureError, FxmemError, FxmemWarning, PlanError, RoleError
 from fxmem.frontend import faults
-from fxmem.frontend.origin import Line, stack_of
+from fxmem.frontend.origin import Line, module_path, stack_of
 from fxmem.frontend.piece import Again, Piece, PieceCall, Recording
 from fxmem.frontend.random_state import RandomState
 
@@ -74,8 +74,13 @@ class Opaque:
             if id(owner) in inside and (name := _method(inside[id(owner)], code)) is not None
         ]
         node = None if found else faults.node_of(dynamo.backend_error(error) or error)
-        for line in reversed(stack_of(node) if node is not None else []):
-            found += next(([(m, name)] for m in inside.values() if (name := _at(m, line))), [])
+        if node is not None:
+            for line in reversed(stack_of(node)):
+                found += next(([(m, name)] for m in inside.values() if (name := _at(m, line))), [])
+            # the lines of torch's own modules are not among them
+            last = _submodule(self.model, module_path(node))
+            if last is not None and (not found or last in _within(found[0][0])):
+                found.insert(0, (last, "forward"))
         return list(dict.fromkeys(found))
 
     def _covered(self, module: nn.Module, name: str) -> bool:
@@ -188,6 +193,18 @@ def _kind(module: nn.Module, name: str) -> Any:
     """Equal for methods that run the same code on tensors of the same classes."""
     named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return type(module), name, tuple((n, type(p.data)) for n, p in named)
+
+
+def _submodule(model: nn.Module, path: str | None) -> nn.Module | None:
+    """The module of a path, which may begin with a name for ``model`` itself."""
+    known = dict(model.named_modules())
+    while path and path not in known:
+        path = path.partition(".")[2]
+    return known[path] if path else None
+
+
+def _within(module: nn.Module) -> set[nn.Module]:
+    return set(module.modules()) - {module}
 
 
 def _at(module: nn.Module, line: Line) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from fxmem._compat import capture_stack
+from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import overrides as _compat
 from fxmem.frontend.faults import AS_IT_IS
 from fxmem.frontend.random_state import RandomState
@@ -147,7 +149,8 @@ class Piece:
         self.at, self.told = 0, False
         self.writes = self.checkpointed = False
         self.saved_bytes, self.seconds = 0, 0.0
-        self._stub: Any = None
+        self._number = next(_NUMBERS)
+        self._once, self._several = _once(self._number), _several(self._number)
         self._own: Any = None
 
     def __str__(self) -> str:
@@ -159,10 +162,11 @@ class Piece:
         own = vars(self.module).get(self.name)
         self._own = getattr(self.module, self.name)
         setattr(self.module, self.name, by)
-        self.at = 0
+        self.at, CALLED[self._number] = 0, self
         try:
             yield
         finally:
+            del CALLED[self._number]
             if own is None:
                 delattr(self.module, self.name)
             else:
@@ -170,11 +174,7 @@ class Piece:
 
     def stub(self) -> Callable[..., Any]:
         """What a capture sees in the method's place."""
-        if self._stub is None or self._stub[0] != len(self.calls):
-            self._stub = len(self.calls), _once(self.calls[0]) if len(self.calls) == 1 else (
-                _several(self)
-            )
-        return self._stub[1]
+        return self._once if len(self.calls) == 1 else self._several
 
     def call(self, args: Any, kwargs: Any) -> Any:
         if self.checkpointed and torch.is_grad_enabled():
@@ -182,15 +182,23 @@ class Piece:
         return self._own(*args, **kwargs)
 
 
-def _once(call: PieceCall) -> Callable[..., Any]:
+CALLED: dict[int, Piece] = {}
+"""Pieces of the calls under way. A capture reads them here: what it reads through a module of
+torch.nn it takes for a weight, whose sizes are fixed."""
+_NUMBERS = itertools.count()
+
+
+def _once(number: int) -> Callable[..., Any]:
     def stub(*args: Any, **kwargs: Any) -> Any:
+        call = CALLED[number].calls[0]
         return rebuild(call.description, call.node(call.stands, args, kwargs))
 
     return stub
 
 
-def _several(piece: Piece) -> Callable[..., Any]:
+def _several(number: int) -> Callable[..., Any]:
     def stub(*args: Any, **kwargs: Any) -> Any:
+        piece = CALLED[number]
         call = piece.calls[piece.at]
         piece.at += 1
         return rebuild(call.description, call.node(call.stands, args, kwargs))
@@ -232,7 +240,8 @@ def _size(given: Mapping[str, Tensor], key: tuple[str, int], otherwise: int) -> 
 
 class Recording:
     """Within it, calls of the pieces are recorded while the model runs as it is, without gradients
-    (each piece alone has them), from the random numbers and buffers that are there after it again.
+    (each piece alone has them) and hooks, from the random numbers and buffers that are there after
+    it again. What a hook would change is learnt when the piece runs.
     """
 
     def __init__(
@@ -247,6 +256,7 @@ class Recording:
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
         self._random = RandomState.now([*self.given.values(), *self.model.parameters()])
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_compat_hooks.without_hooks(self.model))
         for piece in self.pieces:
             stack.enter_context(piece.replaced(self._recorder(piece)))
         return self
@@ -288,7 +298,7 @@ class Recording:
             piece.writes |= any(_compat.version(b) != v for b, v in buffers)
             piece.saved_bytes += count[0]
             heavy = count[0] > WORTH * sum(t.nbytes for t in inputs)
-            piece.checkpointed = heavy and not piece.writes and not _hooked(piece.module)
+            piece.checkpointed = heavy and not piece.writes and not _compat_hooks.has_hooks(piece.module)
             return rebuild(description, [r.detach() for r in results])
 
         return call
@@ -296,11 +306,6 @@ class Recording:
 
 def _fresh(t: Tensor) -> Tensor:
     return t.detach().requires_grad_() if t.is_floating_point() else t
-
-
-def _hooked(module: nn.Module) -> bool:
-    """There are hooks inside, which a checkpoint would call a second time."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 @contextlib.contextmanager

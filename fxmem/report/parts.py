@@ -36,6 +36,26 @@ class BarrierReport:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class PieceReport:
+    """A part of the model that runs whole, as it is: module path, with the method where that is
+    another than ``forward``.
+
+    Attributes:
+        calls: in one forward.
+        bytes: what autograd saves of it, beside its arguments; of its second run in the backward
+            where it is ``checkpointed``.
+        seconds: its forward. Both at the sizes of the call in which it was found.
+    """
+
+    name: str
+    calls: int
+    bytes: int
+    checkpointed: bool
+    seconds: float
+    reason: str
+
+
 @dataclass(slots=True)
 class RegionReport:
     """One distinct region: ``kind`` is ``loss``, ``mixing`` (it has attention) or ``tokens``;

@@ -13,7 +13,7 @@ from fxmem.report.parts import BarrierReport, BufferReport, CompileReport, Kerne
 from fxmem.report.role_steps import RegionStep
 
 if TYPE_CHECKING:
-    from fxmem.report.parts import LoopReport, RegionReport
+    from fxmem.report.parts import LoopReport, PieceReport, RegionReport
 
 MIB = 2**20
 
@@ -30,6 +30,7 @@ def render(report: Report) -> str:
     if report.regions:
         parts.append(_regions(report.regions))
         parts.append(_loops(report.regions))
+    parts += _pieces(report.pieces)
     parts += _blocks(report)
     if report.steps:
         parts.append("\n".join(["regions of the latest step", *map(str, report.steps)]))
@@ -122,6 +123,18 @@ def _regions(regions: Sequence[RegionReport]) -> str:
     return table(rows, right=(2, 3, 4, 5))
 
 
+def _pieces(pieces: Sequence[PieceReport]) -> list[str]:
+    if not pieces:
+        return []
+    rows = [["runs whole, as it is", "calls", "saved", "seconds", "again in backward", "reason"]]
+    rows += [
+        [p.name, str(p.calls), mib(p.bytes), f"{p.seconds:.2f}", "yes" if p.checkpointed else "no",
+         p.reason]
+        for p in pieces
+    ]  # fmt: skip
+    return [table(rows, right=(1, 2, 3))]
+
+
 def _few(modules: Sequence[str]) -> str:
     first = modules[0] if modules else "(no module)"
     return first if len(modules) < 2 else f"{first}, and {len(modules) - 1} more"
@@ -173,6 +186,7 @@ class Report:
         model: class of the model, or of what was given.
         sizes: the sizes of the latest call, for which bytes and chunks are shown.
         whole: that call was too small to stream and ran as captured.
+        pieces: parts of the model that cannot be captured and run whole, as they are.
         dropped: outputs that do not leave the graph, as shapes.
         deferred: outputs that are not computed in the call, as shapes.
         recorded: the distinct programs of what was done with these, call by call.
@@ -188,6 +202,7 @@ class Report:
     sizes: dict[str, int] = field(default_factory=dict)
     whole: bool = False
     regions: list[RegionReport] = field(default_factory=list)
+    pieces: list[PieceReport] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     deferred: list[str] = field(default_factory=list)
     recorded: list[str] = field(default_factory=list)

@@ -60,8 +60,18 @@ class Net(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 
 
-def pair(*args: Any) -> tuple[nn.Module, nn.Module, Tensor]:
-    net = Net(*args).double()
+class Flat(Net):
+    """Calls ``fn`` itself: there is no part around it that could run as it is."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block.fn(block, x + block.mix(x))
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+
+def pair(*args: Any, kind: type[Net] = Net) -> tuple[nn.Module, nn.Module, Tensor]:
+    net = kind(*args).double()
     return fxmem.transform(copy.deepcopy(net), PLAN), net, torch.randint(11, (2, 13))
 
 
@@ -206,11 +216,11 @@ def branches(block: Any, x: Tensor) -> Tensor:
 
 
 def test_the_first_words_say_what_and_where_and_dynamos_come_last() -> None:
-    streamed, _, ids = pair(branches)
+    streamed, _, ids = pair(branches, kind=Flat)
     with pytest.raises(CaptureError) as caught:
         streamed(ids)
     error, text = caught.value, str(caught.value)
-    assert text.startswith("Net cannot be captured: Data-dependent branching | module blocks.0")
+    assert text.startswith("Net cannot be captured: Data-dependent branching | at ")
     assert "in branches  return x if x.sum() > 0 else -x" in (error.source or "")
     assert "rewrite the named line" in (error.advice or "")
     assert error.reason is not None
@@ -232,7 +242,7 @@ def mean_of_some_rows(block: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fn", [splits, mean_of_some_rows])
 def test_a_size_that_is_the_value_of_a_tensor(fn: Callable[..., Tensor]) -> None:
-    streamed, _, ids = pair(fn)
+    streamed, _, ids = pair(fn, kind=Flat)
     with pytest.raises(CaptureError, match="depends on the values of a tensor") as caught:
         streamed(ids)
     assert f"in {fn.__name__}" in (caught.value.source or "")
@@ -246,12 +256,13 @@ class Vision(nn.Module):
         self.eyes, self.language = Block(branches), Net()
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.language(ids) + self.eyes(torch.ones(1, 3, D)).sum()  # type: ignore[no-any-return]
+        seen = branches(None, self.eyes.mix(torch.ones(1, 3, D))).sum()
+        return self.language(ids) + seen  # type: ignore[no-any-return]
 
 
-def test_advice_names_the_part_that_streams() -> None:
+def test_advice_names_a_way_out_that_the_user_can_take() -> None:
     net = fxmem.transform(Vision(), PLAN)
-    with pytest.raises(CaptureError, match=r"fxmem.transform\(model.language\)"):
+    with pytest.raises(CaptureError, match="rewrite the named line"):
         net(torch.randint(11, (2, 13)))
 
 
@@ -302,21 +313,6 @@ def test_the_users_line_is_preferred_to_a_librarys() -> None:
     assert place([torchs]) is torchs
     assert place([]) is None
     assert str(library).startswith('File "transformers/models/a.py", line 7')
-
-
-def test_a_transformers_model_is_named_by_its_own_lines() -> None:
-    net = tiny.model("llama")
-    fxmem.transform(net, PLAN)
-    ids = torch.randint(tiny.VOCAB, (1, 9))
-
-    class Stops(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return branches(None, x)
-
-    net.get_submodule("model").norm = Stops()
-    with pytest.raises(FxmemError, match="module model.norm") as caught:
-        net(input_ids=ids, labels=ids)
-    assert "test_faults.py" in str(caught.value.source)
 
 
 def test_advice_about_a_librarys_line_can_be_followed() -> None:
