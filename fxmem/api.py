@@ -293,7 +293,7 @@ def install(model: nn.Module, plan: Plan) -> None:
 
     def found(error: Exception, args: Any, kwargs: Any) -> bool:
         """A part of the model runs as it is from now on, and the call may succeed."""
-        alone = fsdp2.of(model) is None and engine.roles is None
+        alone = not engine.sharded and engine.roles is None
         return alone and opaque.found(error, lambda: plain(*args, **kwargs), named(args, kwargs))
 
     def evaluates(args: Any, kwargs: Any) -> Any:

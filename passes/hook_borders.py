@@ -107,4 +107,3 @@ def _pass_learned(node: fx.Node) -> None:
     node.meta["example_value"] = tuple(
         t if own else None for t, own in zip(given, learned, strict=True)
     )
-

@@ -85,7 +85,7 @@ def piece_call(
             return tuple(s.clone() for s in stand_ins)
         return tuple(run(stand_ins, args, kwargs))
 
-    return torch.compiler.allow_in_graph(_fxmem_piece)  # type: ignore[no-any-return]
+    return torch.compiler.allow_in_graph(_fxmem_piece)
 
 
 def is_piece(node: fx.Node) -> bool:
@@ -127,7 +127,7 @@ def demanded() -> bool:
 
 
 _PLAIN_GUARD_INT: Any = SymNode.guard_int
-SymNode.guard_int = _guard_int  # type: ignore[method-assign]
+SymNode.guard_int = _guard_int
 
 
 @contextlib.contextmanager

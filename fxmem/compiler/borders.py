@@ -66,7 +66,9 @@ class Borders:
     def cross(self, at: int, env: dict[Leaf, Any], sizes: Mapping[str, int]) -> None:
         """Run what lies before a region."""
         for node in self.nodes[at]:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, env, sizes))
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda n: self._value(n, env, sizes)
+            )
             with self.capture.contexts[node].enter():
                 env["main", node.name] = call_node(node, args, kwargs)
 

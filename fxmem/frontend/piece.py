@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from fxmem._compat import capture_stack
-from fxmem._compat import hooks as _compat_hooks
-from fxmem._compat import overrides as _compat
 from fxmem.frontend.faults import AS_IT_IS
 from fxmem.frontend.random_state import RandomState
-from fxmem.frontend.structure import IrregularError, describe, rebuild
-
-WORTH = 2
-"""A piece is checkpointed where it saves this many times the bytes that it is given."""
+from fxmem.frontend.structure import describe, rebuild
 
 Size = int | tuple[str, int]
 """A number, or that of a dimension of a tensor of the model's call, by its name."""
@@ -151,7 +144,7 @@ class Piece:
         self.saved_bytes, self.seconds = 0, 0.0
         self._number = next(_NUMBERS)
         self._once, self._several = _once(self._number), _several(self._number)
-        self._own: Any = None
+        self.own: Any = None
 
     def __str__(self) -> str:
         return self.path if self.name == "forward" else f"{self.path}.{self.name}"
@@ -160,7 +153,7 @@ class Piece:
     def replaced(self, by: Callable[..., Any]) -> Iterator[None]:
         """``by`` is called instead of the method."""
         own = vars(self.module).get(self.name)
-        self._own = getattr(self.module, self.name)
+        self.own = getattr(self.module, self.name)
         setattr(self.module, self.name, by)
         self.at, CALLED[self._number] = 0, self
         try:
@@ -172,14 +165,15 @@ class Piece:
             else:
                 setattr(self.module, self.name, own)
 
+    @property
     def stub(self) -> Callable[..., Any]:
         """What a capture sees in the method's place."""
         return self._once if len(self.calls) == 1 else self._several
 
     def call(self, args: Any, kwargs: Any) -> Any:
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._own, *args, use_reentrant=False, **kwargs)
-        return self._own(*args, **kwargs)
+            return checkpoint(self.own, *args, use_reentrant=False, **kwargs)
+        return self.own(*args, **kwargs)
 
 
 CALLED: dict[int, Piece] = {}
@@ -190,6 +184,8 @@ _NUMBERS = itertools.count()
 
 def _once(number: int) -> Callable[..., Any]:
     def stub(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():  # inside another piece, which runs as it is
+            return CALLED[number].own(*args, **kwargs)
         call = CALLED[number].calls[0]
         return rebuild(call.description, call.node(call.stands, args, kwargs))
 
@@ -199,6 +195,8 @@ def _once(number: int) -> Callable[..., Any]:
 def _several(number: int) -> Callable[..., Any]:
     def stub(*args: Any, **kwargs: Any) -> Any:
         piece = CALLED[number]
+        if not torch.compiler.is_dynamo_compiling():
+            return piece.own(*args, **kwargs)
         call = piece.calls[piece.at]
         piece.at += 1
         return rebuild(call.description, call.node(call.stands, args, kwargs))
@@ -238,92 +236,4 @@ def _size(given: Mapping[str, Tensor], key: tuple[str, int], otherwise: int) -> 
     return value.shape[key[1]] if value is not None and value.dim() > key[1] else otherwise
 
 
-class Recording:
-    """Within it, calls of the pieces are recorded while the model runs as it is, without gradients
-    (each piece alone has them) and hooks, from the random numbers and buffers that are there after
-    it again. What a hook would change is learnt when the piece runs.
-    """
-
-    def __init__(
-        self, model: nn.Module, pieces: Sequence[Piece], given: Mapping[str, Tensor]
-    ) -> None:
-        self.model, self.pieces, self.given = model, pieces, given
-        self.calls: dict[Piece, list[PieceCall]] = {p: [] for p in pieces}
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Recording:
-        stack = self._stack
-        self._buffers = [(b, b.clone()) for b in self.model.buffers()]
-        self._random = RandomState.now([*self.given.values(), *self.model.parameters()])
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_compat_hooks.without_hooks(self.model))
-        for piece in self.pieces:
-            stack.enter_context(piece.replaced(self._recorder(piece)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-        with torch.no_grad():
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
-        self._random.restore()
-
-    def changed(self) -> bool:
-        """Take over what was recorded; whether it is other than what was known."""
-        other = False
-        for piece, calls in self.calls.items():
-            known = [c.expected() for c in piece.calls]
-            if known != [c.expected() for c in calls]:
-                piece.calls, other = calls, True
-        return other
-
-    def _recorder(self, piece: Piece) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            inputs: list[Tensor] = []
-            described = describe((args, kwargs), inputs)
-            with torch.enable_grad():
-                fresh = [_fresh(t) for t in inputs]
-                own_args, own_kwargs = rebuild(described, fresh)
-                before = [_compat.version(t) for t in inputs]
-                buffers = [(b, _compat.version(b)) for b in piece.module.buffers()]
-                start = time.perf_counter()
-                with _counting(inputs, piece.module) as count:
-                    value = piece._own(*own_args, **own_kwargs)
-                piece.seconds += time.perf_counter() - start
-            if before != [_compat.version(t) for t in inputs]:
-                raise IrregularError(f"{piece} writes to its argument")
-            results: list[Tensor] = []
-            description = describe(value, results)
-            self.calls[piece].append(PieceCall(piece, description, results, self.given))
-            piece.writes |= any(_compat.version(b) != v for b, v in buffers)
-            piece.saved_bytes += count[0]
-            heavy = count[0] > WORTH * sum(t.nbytes for t in inputs)
-            piece.checkpointed = heavy and not piece.writes and not _compat_hooks.has_hooks(piece.module)
-            return rebuild(description, [r.detach() for r in results])
-
-        return call
-
-
-def _fresh(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_() if t.is_floating_point() else t
-
-
-@contextlib.contextmanager
-def _counting(inputs: Sequence[Tensor], module: nn.Module) -> Iterator[list[int]]:
-    """Bytes that autograd saves beside ``inputs`` and the module's own tensors."""
-    known = {t.untyped_storage().data_ptr()
-             for t in (*inputs, *module.parameters(), *module.buffers())}  # fmt: skip
-    count = [0]
-
-    def pack(t: Tensor) -> Tensor:
-        at = t.untyped_storage().data_ptr()
-        if at not in known:
-            known.add(at)
-            count[0] += t.nbytes
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        yield count
-
-
-__all__ = ["Again", "Piece", "PieceCall", "Recording"]
+__all__ = ["Again", "Piece", "PieceCall"]

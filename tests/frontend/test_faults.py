@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import sympy
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ import fxmem
 import fxmem.kernels.attention
 import fxmem.passes.in_place
 import fxmem.program.body_ops
-from fxmem import CaptureError, FxmemError, FxmemWarning, InternalError, Plan, Stream, api
+from fxmem import CaptureError, FxmemWarning, InternalError, Plan, Stream, api
 from fxmem.compiler import compile as compiled
 from fxmem.compiler import region_codes, step
 from fxmem.frontend import faults

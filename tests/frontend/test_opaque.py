@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxmem
-from fxmem import FxmemWarning, Plan, Stream, api
+from fxmem import FxmemWarning, Plan, Stream
 
 PLAN = Plan(stream=Stream(chunk=5, loss_chunk=4))
 D = 8
@@ -246,7 +246,7 @@ def test_any_kind_of_part_in_any_setting(
 
 def test_the_warning_names_part_and_reason_once() -> None:
     streamed, plain = pair(Branches)
-    with pytest.warns(FxmemWarning, match=r"layers\.0\.part runs whole.*1 more.*branching") as w:
+    with pytest.warns(FxmemWarning, match=r"layers\.0\.part and 1 more like it runs whole.*branching") as w:
         agree(streamed, plain, ids_of(13))
         agree(streamed, plain, ids_of(22))
     assert len([x for x in w if "runs whole" in str(x.message)]) == 1
@@ -341,16 +341,3 @@ def test_blocks_refuse_a_part_that_runs_as_it_is() -> None:
     fxmem.BlockAdamW(net, lr=0.1)
     with pytest.raises(fxmem.FxmemError, match="Data-dependent"):
         net(ids_of(13))
-
-
-def test_a_fault_of_the_compiler_inside_a_part_is_no_reason_to_stop(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    streamed, plain = pair(Branches)
-    found = api.Opaque._places
-    calls: list[Callable[..., Any]] = []
-    monkeypatch.setattr(
-        api.Opaque, "_places", lambda self, error: calls.append(self) or found(self, error)
-    )
-    agree(streamed, plain, ids_of(13))
-    assert len(calls) == 1
