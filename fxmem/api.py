@@ -261,18 +261,17 @@ def install(model: nn.Module, plan: Plan) -> None:
         except sharding.NotStreamedError:
             return plain(*args, **kwargs)
         except Exception as error:
-            if engine.flags.try_again():
-                return call(*args, **kwargs)
-            if found(error, args, kwargs):
-                return call(*args, **kwargs)
-            if shards is not None:
-                shards.reset()
-            again = None if shards is not None else lambda: plain(*args, **kwargs)
-            own = faults.of_call(error, model, again)
-            if own is error:
-                raise
-            cause = error if own.__cause__ is None else own.__cause__
-        raise own from (cause if isinstance(own, FxmemError) else None)
+            if not (engine.flags.try_again() or found(error, args, kwargs)):
+                if shards is not None:
+                    shards.reset()
+                again = None if shards is not None else lambda: plain(*args, **kwargs)
+                own = faults.of_call(error, model, again)
+                if own is error:
+                    raise
+                cause = error if own.__cause__ is None else own.__cause__
+                raise own from (cause if isinstance(own, FxmemError) else None)
+        # outside the handler, so that an error of the next try has no other one behind it
+        return call(*args, **kwargs)
 
     def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
         of.states = recorded_outputs.install(model, kwargs)

@@ -105,7 +105,8 @@ def _spans(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
     return found
 
 
-def _check_span(nodes: Sequence[fx.Node]) -> None:
+def _check_span(nodes: Sequence[fx.Node], learns: bool) -> None:
+    """``learns``: a gradient may pass through the span."""
     forwards = _forwards()
     check_outside(nodes)
     for node in nodes:
@@ -117,7 +118,7 @@ def _check_span(nodes: Sequence[fx.Node]) -> None:
                 op=str(node.target), module=module_path(node), source=source_line(node),
                 advice="use the out-of-place form",
             )  # fmt: skip
-        if (name := _function_of(node, forwards)) is not None:
+        if learns and (name := _function_of(node, forwards)) is not None:
             # Dynamo keeps the forward alone there
             raise UnsupportedOpError(
                 f"autograd.Function `{name}` under a function transform such as vmap", op=name,
@@ -160,7 +161,8 @@ def _enclose(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
     inside = set(nodes)
     given = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
     results = [n for n in nodes if any(u not in inside for u in n.users)]
-    _check_span(nodes)
+    values = [value_of(a) for a in given]
+    _check_span(nodes, any(isinstance(v, torch.Tensor) and v.requires_grad for v in values))
     graph = fx.Graph()
     env: dict[fx.Node, Any] = {}
     for a in given:

@@ -14,8 +14,10 @@ Method = tuple[nn.Module, str]
 
 
 def method_of(module: nn.Module, code: CodeType) -> str | None:
-    """The method of ``module`` that runs ``code``, decorated or not."""
-    return next((name for name, found in _codes(module) if found is code), None)
+    """The method of ``module`` that runs ``code``, decorated or not; None for code of a decorator
+    that several methods have."""
+    names = {name for name, found in _codes(module) if found is code}
+    return names.pop() if len(names) == 1 else None
 
 
 def methods_at(node: fx.Node, model: nn.Module) -> list[Method]:

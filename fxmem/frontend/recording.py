@@ -32,7 +32,7 @@ class Recording:
     ) -> None:
         self.model, self.pieces, self.given = model, pieces, given
         self.calls: dict[Piece, list[PieceCall]] = {p: [] for p in pieces}
-        self._stack = contextlib.ExitStack()
+        self._stack, self._inside = contextlib.ExitStack(), False
 
     def __enter__(self) -> Recording:
         stack = self._stack
@@ -51,6 +51,14 @@ class Recording:
                 buffer.copy_(value)
         self._random.restore()
 
+    @contextlib.contextmanager
+    def _within(self) -> Iterator[None]:
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
     def changed(self) -> bool:
         """Take over what was recorded; whether it is other than what was known."""
         other = False
@@ -62,6 +70,8 @@ class Recording:
 
     def _recorder(self, piece: Piece) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:  # a part of another piece
+                return piece.own(*args, **kwargs)
             inputs: list[Tensor] = []
             described = describe((args, kwargs), inputs)
             with torch.enable_grad():
@@ -70,7 +80,7 @@ class Recording:
                 before = [_compat.version(t) for t in inputs]
                 buffers = [(b, _compat.version(b)) for b in piece.module.buffers()]
                 start = time.perf_counter()
-                with _counting(inputs, piece.module) as count:
+                with _counting(inputs, piece.module) as count, self._within():
                     value = piece.own(*own_args, **own_kwargs)
                 piece.seconds += time.perf_counter() - start
             if before != [_compat.version(t) for t in inputs]:

@@ -30,7 +30,9 @@ def _whole(call: Call, at: int, spatial: Dims, kernel: Dims) -> set[str]:
     """What must be complete; argument ``at`` is the stride, padding and groups follow it."""
     stride, padding, _, _, _, groups = call.args[at : at + 6]
     found = {x for d in kernel for x in d} | ({"c", "o"} if groups != 1 else set())
-    for axis, entries, step, margin in zip(spatial, kernel, stride, padding, strict=True):
+    # one number stands for all directions
+    steps, margins = (n * len(spatial) if len(n) == 1 else n for n in (stride, padding))
+    for axis, entries, step, margin in zip(spatial, kernel, steps, margins, strict=True):
         if entries or step != 1 or margin != 0:  # a result reads other positions than its own
             found.update(axis)
     return found
