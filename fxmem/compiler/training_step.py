@@ -12,12 +12,19 @@ from torch import nn
 from fxmem.errors import PlanError
 
 
-def check_called(model: nn.Module) -> None:
+def check_called(model: Any) -> None:
     """A trainer that calls ``training_step`` streams only where that calls the module itself.
 
     Raises:
         PlanError: it surely does not, or there is no forward to call.
     """
+    if not isinstance(model, nn.Module):
+        held = [n for n, m in getattr(model, "__dict__", {}).items() if isinstance(m, nn.Module)]
+        raise PlanError(
+            f"{type(model).__name__} is no torch.nn.Module, so nothing would stream",
+            advice=f"transform the model that it trains: fxmem.transform(it.{held[0]}, plan)"
+            if held else "give the model itself, fxmem.transform(model, plan)",
+        )  # fmt: skip
     if type(model).forward is nn.Module.forward:
         raise PlanError(
             f"{type(model).__name__} has no forward, so nothing would stream", advice=_advice(model)

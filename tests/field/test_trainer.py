@@ -210,6 +210,11 @@ RECORDED: dict[str, tuple[str, dict[str, Any], Callable[[Any], Tensor]]] = {
         {"output_hidden_states": True},
         lambda out: out.loss + sum(h.square().mean() for h in out.hidden_states[1:]),
     ),
+    "attentions": (
+        "llama",
+        {"output_attentions": True},
+        lambda out: out.loss + sum(a.square().mean() for a in out.attentions),
+    ),
     "router logits": ("mixtral", {"output_router_logits": True}, lambda out: out.loss),
 }
 
@@ -222,6 +227,8 @@ def test_recorded_outputs(name: str, by: str) -> None:
     with everything_in_double():
         for streamed in (False, True):
             model = tiny.model(kind, **(asked if by == "configuration" else {})).double()
+            if name == "attentions":
+                model.set_attn_implementation("eager")
             if streamed:
                 fxmem.transform(model, PLAN)
             given = asked if by == "argument" else {}
