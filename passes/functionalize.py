@@ -163,9 +163,9 @@ class _Rewrite:
 
     def write(self, node: fx.Node) -> None:
         args, kwargs = self.given[node]
-        target = args[0] if args else kwargs.get("input")
-        if kwargs.get("out") is not None or not isinstance(target, fx.Node):
-            raise _refusal(node, "a write to an `out` argument", "return the result instead")
+        target = kwargs.get("out", args[0] if args else kwargs.get("input"))
+        if not isinstance(target, fx.Node):
+            raise _refusal(node, "a write to several tensors", "return the results instead")
         family = self.families[_storages(value_of(target))[0]]
         self.check(node, target, family)
         with self.graph.inserting_before(node):
@@ -227,6 +227,11 @@ class _Rewrite:
         """The out-of-place form of the op, which may promote its result."""
         if node.target in _OPERATORS:
             return self.emit(node, _OPERATORS[node.target], node.args)
+        if "out" in node.kwargs:
+            given = {k: v for k, v in node.kwargs.items() if k != "out"}
+            name = functional.view_name(node.op, node.target)
+            args = (target, name, *node.args)
+            return None if name is None else self.emit(node, functional.filled, args, given)
         if node.op == "call_function" and _inplace_flag(node):
             return self.emit(node, node.target, *_out_of_place(node))
         method = _name(node).removesuffix("_")

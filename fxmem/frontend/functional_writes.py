@@ -22,6 +22,12 @@ def written(x: Tensor, method: str, *args: Any, **kwargs: Any) -> Tensor:
     return y
 
 
+def filled(out: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
+    """What ``out`` holds after ``torch.name(*args, out=out, **kwargs)``."""
+    result: Tensor = _function(name)(*args, **kwargs)
+    return result.to(out.dtype)
+
+
 def assigned(base: Tensor, value: Tensor, steps: Sequence[tuple[str, Any, Any]]) -> Tensor:
     """``base`` with ``value`` in place of the view that ``steps`` lead to.
 

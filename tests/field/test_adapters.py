@@ -29,6 +29,12 @@ KINDS = {
     "ia3": lambda: peft.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **TASK
     ),
+    "adalora": lambda: peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, tinit=1, tfinal=2, **HEADS
+    ),
+    "oft": lambda: peft.OFTConfig(r=2, oft_block_size=0, **HEADS),
+    "tokens": lambda: peft.LoraConfig(r=2, trainable_token_indices=[1, 2, 3], **HEADS),
+    "layer norms": lambda: peft.LNTuningConfig(**TASK),
     "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj"], **TASK),
     "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, **TASK),
     "p-tuning": lambda: peft.PromptEncoderConfig(
@@ -62,3 +68,55 @@ def test_gradients(kind: str) -> None:
             assert set(got) == set(want)
             assert largest_difference(got, want)[0] <= 1e-10
         assert fxmem.explain(streamed).executed_bodies
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_frozen_weights_have_no_gradient_in_any_program() -> None:
+    net = peft.get_peft_model(tiny.model(), KINDS["lora"]())
+    fxmem.transform(net, Plan(stream=Stream(chunk=7)))
+    gradients(net, 23)
+    made = 0
+    for graph in fxmem.api._TRANSFORMED[net].graphs:
+        for code in (call.code for call in graph.calls):
+            weights = zip(code.region.parameter_mask, code.values, code.joint.grads, strict=True)
+            assert not any(p and g is not None and not v.requires_grad for p, v, g in weights)
+            made += sum(g is not None for g in code.joint.grads)
+    assert made > 4  # of the adapters, and of the states between
+
+
+@pytest.mark.field
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_several_adapters_switched_merged_and_unloaded(kind: str) -> None:
+    """Two adapters in turn, the base model as a reference between, and the merged model."""
+    found = []
+    with everything_in_double():
+        plain = peft.get_peft_model(tiny.model(), KINDS[kind]())
+        plain.add_adapter("second", KINDS[kind]())
+        plain = plain.double()
+        for n, p in plain.named_parameters():
+            if "lora_" in n:
+                p.data.add_(torch.randn_like(p) * 0.05)
+        streamed = fxmem.transform(copy.deepcopy(plain), Plan(stream=Stream(chunk=7, loss_chunk=5)))
+        for net in (plain, streamed):
+            values: dict[str, Tensor] = {}
+            for step, adapter in enumerate(("default", "second", "default")):
+                net.set_adapter(adapter)
+                found_now = gradients(net, 23)
+                assert all(adapter in n for n in found_now)
+                values |= {f"{step} {n}": g.clone() for n, g in found_now.items()}
+                torch.optim.SGD(
+                    [p for p in net.parameters() if p.requires_grad], 0.1
+                ).step()  # fmt: skip
+                with torch.no_grad(), net.disable_adapter():
+                    values[f"{step} base"] = net(**tiny.batch(2, 23)).loss
+            with torch.no_grad():
+                values["adapted"] = net(**tiny.batch(2, 23)).loss
+            merged = net.merge_and_unload()
+            values |= {n: p.detach() for n, p in merged.named_parameters()}
+            with torch.no_grad():
+                assert abs(merged(**tiny.batch(2, 23)).loss - values["adapted"]) < 1e-10
+            found.append(values)
+    assert largest_difference(found[1], found[0])[0] <= 1e-10
+    bases = [found[1][f"{step} base"] for step in range(3)]
+    assert bases[0] == bases[1] == bases[2] != found[1]["adapted"]

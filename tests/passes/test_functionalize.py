@@ -91,10 +91,17 @@ def mask_without_parameters(x: Tensor, w: Tensor) -> Tensor:
     return x * w * weights.unsqueeze(-1)
 
 
+def writes_out(x: Tensor, w: Tensor) -> Tensor:
+    y = x.detach() * 2
+    torch.mul(x.detach(), 3, out=y)
+    eye = torch.eye(D, out=torch.empty(D, D, dtype=torch.float64))
+    return y + x * w @ eye.to(w.dtype)
+
+
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     f.__name__: f
     for f in (
-        arithmetic, through_a_slice, through_nested_views, halves, indexed, functions, filled,
+        arithmetic, through_a_slice, through_nested_views, halves, indexed, functions, filled, writes_out,
         keeps_its_dtype, mask_without_parameters,
     )
 }  # fmt: skip
@@ -178,12 +185,6 @@ def writes_input(x: Tensor, w: Tensor) -> Tensor:
 def writes_view_of_input(x: Tensor, w: Tensor) -> Tensor:
     x.view(-1)[0] = 1
     return x * w
-
-
-def writes_out(x: Tensor, w: Tensor) -> Tensor:
-    y = x * w
-    torch.add(x, w, out=y)
-    return y
 
 
 def behind_autograd(x: Tensor, w: Tensor) -> Tensor:
