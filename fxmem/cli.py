@@ -152,7 +152,11 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _chunk(text: str) -> int | Literal["auto"]:
-    return "auto" if text == "auto" else int(text)
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of tokens")
+    return int(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import transformers
 
 from fxmem import cli
+from fxmem.demo import models
 from fxmem.demo import run as demo_run
 from fxmem.errors import FetchError
+from fxmem.optional import UsageError
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +77,10 @@ def test_demo_exit_code(
         (["demo", "--model", "tiny", "--length", "1"], "length is 1"),
         (["demo", "--setups", "magic"], "magic"),
         (["explain", "tiny", "--batch", "0"], "batch is 0"),
-        (["explain", "no/such/folder/here"], "no usable language model"),
+        (["explain", "no/such/folder/here"], "there is no folder 'no/such/folder/here'"),
+        (["explain", "./none"], "there is no folder './none'"),
+        (["explain", str(Path(__file__).parent)], "has no config.json"),
+        (["explain", "someone/no-such-model"], "the hub cannot be reached"),
     ],
 )
 def test_errors_are_one_line(
@@ -95,6 +102,34 @@ def test_several_lines_become_one(
     monkeypatch.setattr(demo_run, "run", fail)
     assert cli.main(["demo"]) == 2
     assert capsys.readouterr().err.startswith("fxmem: first line second line")
+
+
+def test_a_chunk_that_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "tiny", "--chunk", "abc"])
+    assert "argument --chunk: 'abc' is neither auto nor a number" in capsys.readouterr().err
+
+
+def test_another_kind_of_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers.T5Config().save_pretrained(tmp_path)
+    assert cli.main(["explain", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "'t5', which is no causal language model" in error and "AutoModel" not in error
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def refuse(address: Any, timeout: float) -> None:
+        asked.append(address)
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(models.socket, "create_connection", refuse)
+    with pytest.raises(UsageError, match="the hub cannot be reached"):
+        models.random_model("someone/no-such-model")
+    assert len(asked) == 1
 
 
 def test_explain_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:

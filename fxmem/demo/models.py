@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +43,10 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
     if source == TINY:
         torch.manual_seed(0)
         return transformers.LlamaForCausalLM(tiny_config()).to(dtype).train()
+    given = {"local_files_only": _is_here(source)}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        _check_kind(source, transformers.AutoConfig.from_pretrained(source, **given))
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **given)
     except (OSError, ValueError) as error:
         raise _unknown(source, error) from error
     return model.train()
@@ -56,8 +61,10 @@ def random_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
     if source == TINY:
         return load_model(TINY, dtype)
     transformers = require("transformers")
+    given = {"local_files_only": _is_here(source)}
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, **given)
+        _check_kind(source, config)
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -74,8 +81,9 @@ def load_tokenizer(source: str) -> Any | None:
     if source == TINY:
         return None
     transformers = require("transformers")
+    here = _is_here(source)
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
+        return transformers.AutoTokenizer.from_pretrained(source, local_files_only=here)
     except (OSError, ValueError) as error:
         raise _unknown(source, error) from error
 
@@ -94,9 +102,57 @@ def enable_checkpointing(model: Any) -> None:
     raise UsageError(f"{type(model).__name__} has no activation checkpointing")
 
 
+def _is_here(source: str) -> bool:
+    """Whether everything lies on this machine: a folder, or a hub id that was fetched before and
+    cannot be asked for now.
+
+    Raises:
+        UsageError: there is no such folder, or the hub cannot be reached; at once, without retries.
+    """
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise UsageError(f"the folder {source!r} has no config.json", advice=_ADVICE)
+        return True
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
+        raise UsageError(f"there is no folder {source!r}", advice=_ADVICE)
+    hub = require("huggingface_hub")
+    known = isinstance(hub.try_to_load_from_cache(source, "config.json"), str)
+    if _reachable(hub.constants):
+        return False
+    if not known:
+        raise UsageError(
+            f"there is no folder {source!r}, and the hub cannot be reached to ask for a model of "
+            "this name", advice=_ADVICE,
+        )  # fmt: skip
+    return True
+
+
+def _reachable(constants: Any) -> bool:
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True  # a proxy knows names that this machine does not
+    where = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = where.port or (80 if where.scheme == "http" else 443)
+    try:
+        socket.create_connection((where.hostname or "", port), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _check_kind(source: str, config: Any) -> None:
+    if type(config) not in require("transformers").MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(
+            f"{source!r} is a model of the kind {config.model_type!r}, which is no causal language "
+            "model", advice="the command line takes causal language models; in Python, "
+            "fxmem.transform takes any module that trains",
+        )  # fmt: skip
+
+
+_ADVICE = 'name a folder with config.json, a hub id, "smollm2" or "tiny"'
+
+
 def _unknown(source: str, error: Exception) -> UsageError:
     first = " ".join(str(error).split())[:200]
-    return UsageError(
-        f"no usable language model at {source!r}: {first}",
-        advice='name a folder with config.json, a hub id, "smollm2" or "tiny"',
-    )
+    return UsageError(f"no usable language model at {source!r}: {first}", advice=_ADVICE)

@@ -110,7 +110,7 @@ def test_models_by_name_and_folder(tmp_path: Path) -> None:
     assert model.training
     assert model.lm_head.weight.shape == (128, 32)
     for call in (load_model, random_model, load_tokenizer):
-        with pytest.raises(UsageError, match="no usable language model"):
+        with pytest.raises(UsageError, match="there is no folder"):
             call(str(tmp_path / "absent"))
 
 

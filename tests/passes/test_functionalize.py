@@ -101,8 +101,8 @@ def writes_out(x: Tensor, w: Tensor) -> Tensor:
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     f.__name__: f
     for f in (
-        arithmetic, through_a_slice, through_nested_views, halves, indexed, functions, filled, writes_out,
-        keeps_its_dtype, mask_without_parameters,
+        arithmetic, through_a_slice, through_nested_views, halves, indexed, functions, filled,
+        writes_out, keeps_its_dtype, mask_without_parameters,
     )
 }  # fmt: skip
 
