@@ -34,6 +34,7 @@ from fxmem.errors import (
     CaptureError,
     FxmemError,
     FxmemWarning,
+    InternalError,
     NotTransformedError,
     PlanError,
     RoleError,
@@ -56,16 +57,18 @@ class Backend:
 
     ``raises``: errors leave through Dynamo, which then keeps no capture: the next call tries again.
     ``recorder``: takes wide outputs that are not computed in the call. ``one``: a capture is one
-    region. ``idle``: calls without gradients stream too. ``states``: the call asks for states of
-    the model.
+    region. ``idle``: calls without gradients stream too. ``told``: operators and calls that a
+    warning has named. ``states``: the call asks for states of the model.
     """
 
     def __init__(
         self, plan: Plan, roles: RoleSource | None = None, *, raises: bool = False,
         recorder: Recorder | None = None, one: bool = False, idle: bool = False,
+        told: set[str] | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.roles, self.raises = plan, roles, raises
         self.recorder, self.one, self.idle = recorder, one, idle
+        self.told = set() if told is None else told
         self.flags = Flags()
         self.graphs: list[CompiledGraph] = []
         self.sharded: ShardedModel | None = None
@@ -108,7 +111,7 @@ class Backend:
         late = None if self.recorder is None else self.recorder.output
         graph = compile_graph(
             gm, example_inputs, self.plan, self.roles, late=late, one=self.one, states=self.states,
-            learns=learns,
+            learns=learns, told=self.told,
         )  # fmt: skip
         if graph.capture.fixes_length:
             warnings.warn(
@@ -149,7 +152,8 @@ def _raiser(error: Exception, cause: BaseException | None = None) -> Callable[..
 def backend(plan: Plan | None = None) -> Backend:
     """The backend callable for ``plan`` (default: streaming with automatic chunks)."""
     plan = Plan(stream=Stream()) if plan is None else plan
-    return Backend(plan, recorder=_recorder(plan), idle=True)
+    told: set[str] = set()
+    return Backend(plan, recorder=_recorder(plan, told), idle=True, told=told)
 
 
 def fxmem_backend(
@@ -227,10 +231,11 @@ def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
 def install(model: nn.Module, plan: Plan) -> None:
     """Replace the call of ``model``, which may still be without its attributes."""
     stream = plan.stream
-    engine = Backend(plan, raises=True, recorder=_recorder(plan))
+    told: set[str] = set()
+    engine = Backend(plan, raises=True, recorder=_recorder(plan, told), told=told)
     engine.opaque = opaque = Opaque(model)
     # a capture without gradients has nothing to share with one that learns
-    idle = Backend(plan, raises=True, recorder=engine.recorder, idle=True)
+    idle = Backend(plan, raises=True, recorder=engine.recorder, idle=True, told=told)
     plain = _compat.call_impl(model)
 
     @functools.cache
@@ -269,7 +274,10 @@ def install(model: nn.Module, plan: Plan) -> None:
                 if own is error:
                     raise
                 cause = error if own.__cause__ is None else own.__cause__
-                raise own from (cause if isinstance(own, FxmemError) else None)
+                if isinstance(own, FxmemError):
+                    own.original = cause
+                # the many lines of Dynamo's help where fxmem itself fails
+                raise own from (cause if isinstance(own, InternalError) else None)
         # outside the handler, so that an error of the next try has no other one behind it
         return call(*args, **kwargs)
 
@@ -308,11 +316,13 @@ def install(model: nn.Module, plan: Plan) -> None:
     _TRANSFORMED[model] = engine
 
 
-def _recorder(plan: Plan) -> Recorder | None:
+def _recorder(plan: Plan, told: set[str]) -> Recorder | None:
     """Records what is done with wide outputs, and runs it as the plan says."""
     if plan.stream is None or plan.stream.logits != "drop" or plan.blocks is not None:
         return None
-    return Recorder(repr(plan), lambda: Backend(plan, raises=True, one=True, idle=True))
+    return Recorder(
+        repr(plan), lambda: Backend(plan, raises=True, one=True, idle=True, told=told), told=told
+    )
 
 
 def merge_low_rank(model: nn.Module) -> int:

@@ -22,6 +22,8 @@ class FxmemError(Exception):
     """
 
     default_advice: ClassVar[str | None] = None
+    original: BaseException | None = None
+    """What another library raised, where the message says all that a user needs of it."""
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class FxmemError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # The default form would call the class with `what` alone and is lost on keyword-only
         # arguments; errors cross process borders in the benchmarks and in data-parallel training.
-        return (type(self), (self.what,), self.__dict__.copy())
+        return (type(self), (self.what,), {**self.__dict__, "original": None})
 
 
 class CaptureError(FxmemError):

@@ -85,6 +85,7 @@ def kind_and_reason(error: BaseException) -> tuple[str, str]:
     text = str(error).split("\nfrom user code")[0].strip()
     head, _, rest = text.partition("\n")
     why = rest.partition("Explanation:")[2].split("\n  Hint:")[0].split("\n  Developer")[0]
+    why = why.strip().split("\n\n")[0]
     if "Observed exception" in head:
         context = text.partition("Developer debug context:")[2].strip().split("\n")[0]
         return "it raises an exception while captured", context.removeprefix("raised exception ")

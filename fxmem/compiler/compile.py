@@ -55,13 +55,14 @@ GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
 def compile_graph(
     plain: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
     roles: RoleSource | None = None, *, late: LateOutput | None = None, one: bool = False,
-    states: bool = False, learns: bool = True,
+    states: bool = False, learns: bool = True, told: set[str] | None = None,
 ) -> CompiledGraph:  # fmt: skip
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`.
 
     ``late``: makes what is returned for a wide output that is not computed here, from what its
     region reads and the sizes of the call. ``one``: everything is one region. ``states``: the
-    caller asked for states of the model. ``learns``: there will be a backward.
+    caller asked for states of the model. ``learns``: there will be a backward. ``told``:
+    operators that a warning has named.
     """
     start = time.perf_counter()
     gm = copy_graph(plain)
@@ -84,7 +85,7 @@ def compile_graph(
     borders = Borders(capture, pre, between)
     borders.check(roles is not None)
     lowering = Lowering.of(plan)
-    told: set[str] = set()
+    told = set() if told is None else told
     calls = [_region_call(r, pre, lowering, told) for r in parts]
     COUNTER.captures += 1
     COUNTER.capture_seconds += time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -175,13 +174,7 @@ def _unchanged(nodes: Sequence[Node]) -> None:
 
 def _line() -> str:
     """The innermost line of the caller's that is neither ours nor torch's."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        line = origin.Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
-        if line.library not in ("fxmem", "torch", "python"):
-            return str(line)
-        frame = frame.f_back  # type: ignore[assignment]
-    return "an unknown line"
+    return str(origin.calling_line())
 
 
 def _head(late: Late, values: Sequence[Any], sizes: dict[str, int], head: Head) -> Node:

@@ -20,6 +20,7 @@ from fxmem._compat.overrides import tree_leaves
 from fxmem.caches import Cache
 from fxmem.deferred.tape import Node, Unknown
 from fxmem.frontend.capture import Context
+from fxmem.frontend.origin import Line, stands_for
 
 _ARITHMETIC = frozenset(
     f"{i}{name}{end}" for name in ("add", "sub", "mul", "div", "truediv", "true_divide")
@@ -41,6 +42,8 @@ class Source:
     inputs: list[Tensor]
     calls: list[str]
     numbers: list[tuple[float, torch.dtype]]
+    lines: dict[int, Line]
+    """What made the calls, by line of the text."""
 
     def fixed(self, but: Collection[int]) -> Source:
         """With the numbers as constants, but for some, which become inputs."""
@@ -50,11 +53,13 @@ class Source:
                 inputs.append(torch.tensor(number, dtype=dtype))
             text = text.replace(_mark(i), f"n{i}" if i in but else repr(number))
         names = "".join(f", n{i}" for i in sorted(but))
-        return Source(text.replace("):", f"{names}):", 1), inputs, self.calls, [])
+        return Source(text.replace("):", f"{names}):", 1), inputs, self.calls, [], self.lines)
 
     def function(self) -> Any:
         space = {"torch": torch, **dict(_CONSTANTS.values())}
-        exec(compile(self.text, "<recorded>", "exec"), space)
+        file = f"<recorded {next(_NUMBER)}>"
+        stands_for(file, self.lines)
+        exec(compile(self.text, file, "exec"), space)
         return space["program"]
 
 
@@ -158,10 +163,13 @@ def source(nodes: Sequence[Node], wanted: Sequence[Node]) -> Source:
     writer.learn_sizes(nodes)
     lines: list[str] = []
     calls: list[str] = []
+    made: dict[int, Line] = {}
     for context, group in itertools.groupby(nodes, key=lambda n: n.context):
         lines.append(f"    with {_entered(context)}:")
         for node in group:
             writer.names[node] = f"v{len(writer.names)}"
+            if node.line is not None:
+                made[len(lines) + 2] = node.line  # below the line that names the function
             if node.target is operator.setitem:
                 base, index, new = map(writer.value, node.args)
                 lines.append(f"        {base}[{index}] = {new}")
@@ -171,7 +179,7 @@ def source(nodes: Sequence[Node], wanted: Sequence[Node]) -> Source:
     result = "".join(f"{writer.value(n)}, " for n in wanted)
     names = ", ".join(f"x{i}" for i in range(len(writer.inputs)))
     text = "\n".join([f"def program({names}):", *lines, f"    return ({result})"])
-    return Source(text, list(writer.inputs.values()), calls, writer.numbers)
+    return Source(text, list(writer.inputs.values()), calls, writer.numbers, made)
 
 
 def _mark(i: int) -> str:

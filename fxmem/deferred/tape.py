@@ -19,6 +19,7 @@ from fxmem._compat.overrides import autocasts, tree_leaves, tree_map, version
 from fxmem.frontend.capture import Context
 from fxmem.frontend.dropped_outputs import KEEP_PER_TOKEN
 from fxmem.frontend.late_outputs import Random, Watch
+from fxmem.frontend.origin import Line, calling_line
 
 _ORDER = itertools.count()
 MODE = _compat.FakeTensorMode(allow_non_fake_inputs=False)
@@ -57,6 +58,8 @@ class Node:
     """Those of its operands' memory, as it was called."""
     real: Any = None
     order: int = field(default_factory=lambda: next(_ORDER))
+    line: Line | None = None
+    """Of the program that made the call."""
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     """Tensors from outside, as they were."""
 
@@ -128,7 +131,7 @@ def record(
         max((n.rows for n in nodes), default=0),
         frozenset().union(*(n.heads for n in nodes)),
         tuple({id(s): s for s in sources}.values()), tuple(writers),
-        versions=[(v, version(v)) for v in leaves if isinstance(v, Tensor)],
+        line=calling_line(), versions=[(v, version(v)) for v in leaves if isinstance(v, Tensor)],
     )  # fmt: skip
     for n in written:
         n.memory.writers.append(made)

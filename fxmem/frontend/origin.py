@@ -7,13 +7,18 @@ path inside the library, so that a reader sees that it is not theirs to change.
 from __future__ import annotations
 
 import re
+import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import fx
+
+from fxmem.caches import Cache
 
 _INSTALLED = ("site-packages", "dist-packages")
 _STANDARD = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
@@ -21,6 +26,12 @@ _PACKAGE = Path(__file__).parent.parent
 _OWN = tuple(str(p) + "/" for p in (
     _PACKAGE, _PACKAGE.parent / "passes", _PACKAGE.parent / "kernels"
 ))  # fmt: skip
+_BELOW = (
+    *_OWN,
+    str(Path(torch.__file__).parent) + "/",
+    *(s + "/contextlib" for s in _STANDARD),
+    "<",
+)
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n?\s*(.*)')
 
 
@@ -64,12 +75,30 @@ def place(stack: Sequence[Line]) -> Line | None:
     return next((lines[-1] for lines in (own, others, stack) if lines), None)
 
 
+_WRITTEN: Cache[str, dict[int, Line]] = Cache("lines of recorded calls", 512)
+"""For source text that fxmem wrote: the line of the program that each of its lines stands for."""
+
+
+def stands_for(file: str, lines: dict[int, Line]) -> None:
+    """Lines of the text that is compiled as ``file`` are named by these of the user's."""
+    _WRITTEN[file] = lines
+
+
 def stack_of(node: fx.Node) -> list[Line]:
     """The calls that made a node, outermost first."""
     found = _FRAME.findall(str(node.meta.get("stack_trace") or ""))
-    return [
-        Line(file, int(number), function, code.strip()) for file, number, function, code in found
-    ]
+    lines = [Line(file, int(number), name, code.strip()) for file, number, name, code in found]
+    return [_WRITTEN.get(line.file, {}).get(line.number, line) for line in lines]
+
+
+def calling_line() -> Line:
+    """The innermost line under way that belongs neither to fxmem nor to torch; without its code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_BELOW):
+        frame = frame.f_back
+    if frame is None:
+        return Line("an unknown file", 0, "")
+    return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
 
 
 def source_line(node: fx.Node) -> str | None:
@@ -92,4 +121,7 @@ def path_of(source: Any) -> str | None:
     return ".".join(filter(None, text.split("."))) or None
 
 
-__all__ = ["Line", "is_own", "module_path", "path_of", "place", "source_line", "stack_of"]
+__all__ = [
+    "Line", "calling_line", "is_own", "module_path", "path_of", "place", "source_line", "stack_of",
+    "stands_for",
+]  # fmt: skip

@@ -148,6 +148,22 @@ def test_items_are_assigned(twins: Twins) -> None:
     assert list(programs(twins[1]).values())[-1].backend.graphs
 
 
+def test_an_operator_is_named_once_with_the_callers_line(twins: Twins) -> None:
+    """Whatever the loss it is part of, and not by a line of the text that fxmem wrote."""
+    net = copy.deepcopy(twins[1])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", fxmem.FxmemWarning)
+        for weight in (0, 1):
+            logits = net(ids())[0]
+            logits[..., 3] = -5.0
+            loss = nll(logits, ids())
+            (loss + logits.square().mean() if weight else loss).backward()
+    messages = [str(w.message) for w in told]
+    operators = [m.split(" ")[0] for m in messages]
+    assert "aten.fill.Tensor" in operators and len(operators) == len(set(operators))
+    assert "test_recording.py" in messages[0] and not any("<recorded" in m for m in messages)
+
+
 def test_unknown_calls_get_the_values(twins: Twins) -> None:
     def step(net: nn.Module, target: Tensor) -> list[Tensor]:
         logits = net(target)[0]

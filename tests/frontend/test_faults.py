@@ -6,6 +6,7 @@ Faults are planted in every stage of the compiler, with exceptions of every sort
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -219,7 +220,7 @@ def test_the_first_words_say_what_and_where_and_dynamos_come_last() -> None:
     with pytest.raises(CaptureError) as caught:
         streamed(ids)
     error, text = caught.value, str(caught.value)
-    assert text.startswith("Net cannot be captured: Data-dependent branching | at ")
+    assert text.startswith("Flat cannot be captured: Data-dependent branching | at ")
     assert "in branches  return x if x.sum() > 0 else -x" in (error.source or "")
     assert "rewrite the named line" in (error.advice or "")
     assert error.reason is not None
@@ -227,6 +228,9 @@ def test_the_first_words_say_what_and_where_and_dynamos_come_last() -> None:
     assert len(error.reason) <= 200
     assert "TORCHDYNAMO" not in text
     assert "\n" not in text
+    shown = "".join(traceback.format_exception(error))
+    assert shown.count("\n") < 30 and "Hint" not in shown
+    assert "Hint" in str(error.original)
 
 
 def splits(block: Any, x: Tensor) -> Tensor:
