@@ -45,6 +45,7 @@ from fxmem.frontend.experts import streamable
 from fxmem.frontend.flags import Flags
 from fxmem.frontend.inputs import named, uniform
 from fxmem.frontend.opaque import Opaque
+from fxmem.frontend.recurrences import carried_kernels
 from fxmem.plan import carry
 from fxmem.plan.plan import Plan, Stream, check_names
 from fxmem.prune.shrink.materialize import materialize
@@ -285,7 +286,7 @@ def install(model: nn.Module, plan: Plan) -> None:
         of.states = recorded_outputs.install(model, kwargs)
         with (
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
-            streamable(model),
+            streamable(model), carried_kernels(model),
             uniform(args, kwargs) as (own, given), of.flags.shown(model), plain_head(),
         ):  # fmt: skip
             for leaf in _compat.tree_leaves((own, given)):

@@ -307,3 +307,14 @@ def running_product(x: Tensor, dim: int) -> Tensor:
     shape[dim] = -1
     first = torch.arange(x.shape[dim], device=x.device).reshape(shape) == 0
     return linear_recurrence(x, torch.where(first, x, 0.0), dim, False)[0]
+
+
+def causal_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, groups: int
+) -> Tensor:
+    """``x [B, C, T]``, in the precision that autocast gives a convolution."""
+    if torch.is_autocast_enabled(x.device.type):
+        low = torch.get_autocast_dtype(x.device.type)
+        x, weight = (t if t.dtype == torch.float64 else t.to(low) for t in (x, weight))
+        bias = None if bias is None else bias.to(x.dtype)
+    return causal_conv(x, weight, bias, dilation, groups)[0]

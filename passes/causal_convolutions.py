@@ -14,23 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from fxmem.axes.sizes import same, size
 from fxmem.frontend.capture import contexts_of, value_of
-from fxmem.kernels.carried import causal_conv
+from fxmem.kernels.carried import causal_convolution
 from fxmem.rewriting.pipeline import Edit, LocalPass, call_before
-
-
-def causal_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, groups: int
-) -> Tensor:
-    """``x [B, C, T]``, in the precision that autocast gives a convolution."""
-    if torch.is_autocast_enabled(x.device.type):
-        low = torch.get_autocast_dtype(x.device.type)
-        x, weight = (t if t.dtype == torch.float64 else t.to(low) for t in (x, weight))
-        bias = None if bias is None else bias.to(x.dtype)
-    return causal_conv(x, weight, bias, dilation, groups)[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,9 @@ class Signature:
     where a missing letter is not a sum. ``extent``: size of the letters that share a
     dimension with others. ``carried``: letter -> 1 or -1, along which a chunk needs a state of the
     chunk before it, or after it. Dimension 0 of a state counts chunks: the last output is the state
-    that came in, and ``states`` are operands that are such outputs of other ops.
+    that came in, and ``states`` are operands that are such outputs of other ops. ``initial``: the
+    operand that it starts from, where that is not zeros; ``final``: the output that is the state at
+    the end.
     """
 
     ins: tuple[Dims, ...]
@@ -97,6 +99,8 @@ class Signature:
     extent: Mapping[str, Size] = field(default_factory=dict)
     carried: Mapping[str, int] = field(default_factory=dict)
     states: frozenset[int] = frozenset()
+    initial: int | None = None
+    final: int | None = None
 
 
 Rule = Callable[[Call], Signature | None]
@@ -113,7 +117,7 @@ class AxisRule:
     a slice of it is needed (pointwise, views, factories). ``linear``: index of the tensor operand
     in which the op is linear row by row, so that zero rows stay zero. ``step``: what runs on a
     chunk in place of an op whose signature has a letter ``carried``: ``step(state, *arguments) ->
-    (*outputs but the last, next state)``.
+    (*outputs but states, next state)``.
     """
 
     rule: Rule

@@ -124,6 +124,13 @@ def hand_on(state: Tensor, after: Tensor) -> None:
     state.copy_(after)
 
 
+@body_op(writes=(0,), fake=nothing)
+def keep(kept: Tensor, value: Tensor, at: int, end: int) -> None:
+    """Keep the value of the chunk that is at the end."""
+    if at == end:
+        kept.copy_(value)
+
+
 @adds("value")
 def add(acc: Tensor, value: Tensor) -> None:
     acc.add_(value)

@@ -22,7 +22,8 @@ from fxmem.axes.sizes import Size
 class Buffer:
     """A tensor the program allocates: ``zero`` for accumulators, else written chunk by chunk.
 
-    ``dtype`` is the stored type, ``result`` the type its readers see.
+    ``dtype`` is the stored type, ``result`` the type its readers see; ``start``: a tensor that it
+    begins as.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Buffer:
     dtype: torch.dtype
     result: torch.dtype
     zero: bool
+    start: str = ""
 
 
 @dataclass(slots=True)
@@ -131,8 +133,8 @@ def _print(program: Program) -> list[str]:
         else:
             for b in step.allocate:
                 make = "zeros" if b.zero else "empty"
-                dtype = str(b.dtype).removeprefix("torch.")
-                lines.append(f"    {b.name} = {make}{_shape(b.shape)}  # {dtype}")
+                made = f"{b.start}.clone()" if b.start else f"{make}{_shape(b.shape)}"
+                lines.append(f"    {b.name} = {made}  # {str(b.dtype).removeprefix('torch.')}")
             order = "reversed(chunks)" if step.descending else "chunks"
             lines.append(f"    for lo, hi in {order}:")
             given = ", ".join([*step.ints, "lo", "hi", *step.masks, *step.tensors])

@@ -4,6 +4,12 @@ causal convolutions, recurrences. What a chunk runs is in :mod:`fxmem.kernels.ca
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
 from fxmem.axes.signature import ONE, AxisRule, Call, Dims, Rule, Signature, letters
 
 ASCENDING, DESCENDING = 1, -1
@@ -69,7 +75,63 @@ def causal_conv_backward(call: Call) -> Signature:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Called:
+    """A call of a function with a state, as an op knows it.
+
+    Attributes:
+        ins: axes of its tensors, a letter each; ``t`` is the sequence. ``out``, ``state``: of its
+            results.
+        call: ``call(tensors, state) -> (result, next state)``.
+        out_type, state_type: dtypes of the results.
+        autocast: what autocast lowers to in the call, or None.
+    """
+
+    ins: tuple[str, ...]
+    out: str
+    state: str
+    call: Callable[[Sequence[Any], Any], tuple[Any, Any]]
+    out_type: Callable[[], torch.dtype]
+    state_type: Callable[[], torch.dtype]
+    autocast: torch.dtype | None
+
+
+CALLS: dict[str, Called] = {}
+"""By the key that an op has; a key says all that a call depends on."""
+
+
+def _letters(text: str) -> Dims:
+    return tuple((x,) for x in text)
+
+
+def _parts(called: Called) -> tuple[tuple[Dims, ...], Dims, Dims, frozenset[str]]:
+    """Dims of the tensors, result and states, and what must be complete: all but b and t."""
+    ins = tuple(map(_letters, called.ins))
+    every = frozenset("".join((*called.ins, called.out, called.state)))
+    return ins, _letters(called.out), (ONE, *_letters(called.state)), every - {"b", "t"}
+
+
+def recurrence(call: Call) -> Signature:
+    """Arguments tensors, key."""
+    ins, out, state, whole = _parts(CALLS[call.args[1]])
+    return Signature(ins, (out, state, state), whole, carried={"t": ASCENDING}, final=1)
+
+
+def recurrence_backward(call: Call) -> Signature:
+    """Arguments grad, that of the last state, tensors, states, key, wanted; outputs the wanted
+    gradients.
+    """
+    ins, out, state, whole = _parts(CALLS[call.args[4]])
+    grads = tuple(d for d, w in zip(ins, call.args[5], strict=True) if w)
+    return Signature(
+        (out, state, *ins, state), (*grads, state), whole, carried={"t": DESCENDING},
+        states=frozenset((len(ins) + 2,)), initial=1,
+    )  # fmt: skip
+
+
 ROWS: dict[str, AxisRule] = {
+    "fxmem.recurrence.default": AxisRule(recurrence),
+    "fxmem.recurrence_backward.default": AxisRule(recurrence_backward),
     "fxmem.delay.default": AxisRule(delay, linear=0),
     "fxmem.running_sum.default": AxisRule(running(1), linear=0),
     "fxmem.running_logsumexp.default": AxisRule(running(1)),

@@ -121,6 +121,9 @@ def _run_loop(
         if b.name in begin:
             env[b.name] = begin[b.name]
             continue
+        if b.start:
+            env[b.name] = env[b.start].to(b.dtype, copy=True)
+            continue
         make = torch.zeros if b.zero else torch.empty
         env[b.name] = make(evaluate_shape(b.shape, sizes), dtype=b.dtype, device=device)
     for name in step.masks:

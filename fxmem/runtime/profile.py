@@ -186,6 +186,8 @@ def _loop(
 ) -> tuple[int, ...]:  # fmt: skip
     """Run the body on the last full chunk, which sees the most keys; its bytes, node by node."""
     for b in step.allocate:
+        if b.start:
+            env[b.name] = env[b.start].to(b.dtype, copy=True)
         if b.name not in env:
             make = torch.zeros if b.zero else torch.empty
             env[b.name] = make(evaluate_shape(b.shape, sizes), dtype=b.dtype, device=device)

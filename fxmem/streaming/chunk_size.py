@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxmem.axes.signature import TensorInfo
 from fxmem.axes.sizes import (
+    CHUNKS,
     ZERO,
     Size,
     T,
@@ -111,6 +112,7 @@ def _streams(joint: Joint, node: Any) -> bool:
         node in joint.learned
         and isinstance(info, TensorInfo)
         and any(has_axis(d) for d in info.shape)
+        and CHUNKS not in info.shape  # a state
     )
 
 

@@ -20,7 +20,7 @@ from fxmem.program import body_ops as runtime
 from fxmem.program import steps as ir
 from fxmem.program.body_op import BODY_OPS
 from fxmem.rewriting.pipeline import Pass, run_passes
-from fxmem.streaming.carried_forms import carried
+from fxmem.streaming.carried_forms import carried, ends, is_final
 from fxmem.streaming.labels import ATTENTION, Use, signature_of, tensor_operands
 from fxmem.streaming.loop_body import Body, Handler, accumulator
 from fxmem.streaming.schedule import Loop, Schedule, producer
@@ -112,6 +112,7 @@ class Emitter:
             info: TensorInfo = self.joint.info[node]
             total = node in loop.sums
             self.names[node] = f"{'acc' if total else 'buf'}{len(self.names)}"
+            total = total and not is_final(node, self.joint)
             dtype = accumulator(info.dtype) if total else info.dtype
             allocate.append(ir.Buffer(self.names[node], info.shape, dtype, info.dtype, total))
         body = self._body("lo", "hi")
@@ -121,7 +122,8 @@ class Emitter:
                 info = self.joint.info[state]
                 shape = (sympy.Integer(1), *info.shape[1:])
                 name = body.carried[node] = f"state{len(self.names)}_{len(allocate)}"
-                allocate.append(ir.Buffer(name, shape, info.dtype, info.dtype, True))
+                start = self._start(node)
+                allocate.append(ir.Buffer(name, shape, info.dtype, info.dtype, not start, start))
         body.sums = set(loop.sums)
         body.kept = set(loop.buffers)
         body.order = {n: i for i, n in enumerate(loop.nodes)}
@@ -137,6 +139,13 @@ class Emitter:
         return ir.Loop(
             body.finish(), self.ints, list(body.tensors), masks, loop.direction < 0, allocate, sums
         )
+
+    def _start(self, node: fx.Node) -> str:
+        """The tensor that the state is at first; empty where that is zeros."""
+        signature = signature_of(node, self.joint)
+        assert signature is not None
+        at = signature.initial
+        return "" if at is None else self.names[self.labels.uses[node][at].operand]
 
     def _hands_on(self, state: fx.Node, loop: Loop) -> bool:
         """The loop makes the states, and does not read them."""
@@ -205,6 +214,10 @@ def _accumulate(body: Body, node: fx.Node, value: Any) -> None:
     """Add the chunk's part of a sum; products go straight into the accumulator."""
     acc = body.input(body.names[node])
     target = str(node.target)
+    if is_final(node, body.joint):
+        last = ends(body, node.args[0])
+        body.call(runtime.keep, acc, body.item(node), *last)
+        return
     form = next((op for op in BODY_OPS.values() if op.accumulates == target), None)
     if value is None and form is not None:
         operands = (body.operand(u) for u in body.labels.uses[node])
@@ -242,6 +255,8 @@ def _free(steps: list[ir.Step], outputs: Sequence[str]) -> list[ir.Step]:
         if not isinstance(step, ir.Free):
             for n in step.tensors:
                 last[n] = i
+        if isinstance(step, ir.Loop):
+            last.update((b.start, i) for b in step.allocate if b.start)
     out: list[ir.Step] = []
     for i, step in enumerate(steps):
         out.append(step)

@@ -281,6 +281,8 @@ def _output(sig: Signature, option: Option, index: int, info: TensorInfo | None,
         return None
     if option.letter in sig.carried and index == len(sig.outs) - 1:
         return Label(Kind.CUT, stage, STATES)
+    if option.letter in sig.carried and index == sig.final:
+        return Label(Kind.PARTIAL, stage)
     cut = place(option.letter, option.relative, dims, sig.extent)
     if cut is None:
         if any(option.letter in d for d in dims) or not sig.sums:

@@ -95,6 +95,8 @@ class Body:
         self.mask_of: dict[fx.Node, str] = {}
         self.carried: dict[fx.Node, str] = {}
         """Op that hands its state on -> the buffer that holds it."""
+        self.tapes: dict[fx.Node, fx.Node] = {}
+        """Backward op -> what its forward in this body left for it."""
         self.handed_on: list[tuple[Any, Any]] = []
         self.module = torch.nn.Module()
 

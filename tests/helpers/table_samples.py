@@ -13,6 +13,7 @@ import fxmem  # noqa: F401  (registers the fxmem ops)
 from fxmem.axes.signature import AxisRule, Call, Signature, TensorInfo
 from fxmem.axes.sizes import sizes
 from fxmem.rules import TABLE, lookup
+from fxmem.rules.carried import CALLS, Called
 
 
 def f(*shape: int) -> Tensor:
@@ -277,6 +278,32 @@ def _windows() -> dict[str, list[tuple[Any, ...]]]:
     }  # fmt: skip
 
 
+def _rnn(tensors: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+    x, w = tensors
+    rows = []
+    for row in x.unbind(1):
+        state = torch.tanh(row @ w + state.sum(-1, keepdim=True) / 4)
+        rows.append(state)
+    return torch.stack(rows, 1), state
+
+
+CALLS["rnn"] = Called(
+    ("btd", "de"), "bte", "be", _rnn, lambda: torch.float64, lambda: torch.float64, None
+)
+
+
+def _recurrences() -> list[Sample]:
+    x, w, zeros = f(2, 4, 6), f(6, 3), torch.zeros(1, 2, 3, dtype=torch.float64)
+    both = [True, True]
+    return [
+        Sample("fxmem.recurrence.default", ([x, w], "rnn")),
+        Sample(
+            "fxmem.recurrence_backward.default",
+            (f(2, 4, 3), f(1, 2, 3), [x, w], zeros, "rnn", both),
+        ),
+    ]
+
+
 def _carried() -> list[Sample]:
     x, halved, weight = f(2, 4, 6), f(4, 2, 3), f(4, 4, 3)
     before = torch.zeros(1, 2, 4, 4, dtype=x.dtype)
@@ -296,7 +323,10 @@ def _carried() -> list[Sample]:
 STATES_OF: dict[str, Callable[..., Sample]] = {
     "fxmem.causal_conv_backward.default": lambda grad, x, weight, before, dilation, groups: Sample(
         "fxmem.causal_conv.default", (x, weight, None, dilation, groups)
-    )
+    ),
+    "fxmem.recurrence_backward.default": lambda grad, last, tensors, before, key, wanted: Sample(
+        "fxmem.recurrence.default", (tensors, key)
+    ),
 }
 """By op: the call whose states are an operand of it."""
 
@@ -339,7 +369,7 @@ def all_samples() -> list[Sample]:
     state = torch.get_rng_state()
     torch.manual_seed(11)
     out = [Sample(op, a, KWARGS.get(op, {})) for op, calls in _calls().items() for a in calls]
-    out += _pointwise() + _carried()
+    out += _pointwise() + _carried() + _recurrences()
     torch.set_rng_state(state)
     return out
 

@@ -55,6 +55,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _LINEAR,
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_next": _LINEAR,
+    "mamba2": {"head_dim": 16},
     "olmo_hybrid": _LINEAR,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"num_hidden_layers": 2, "hidden_size": 64, "embedding_dim": 64,

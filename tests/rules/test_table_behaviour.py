@@ -91,31 +91,45 @@ def piece_args(sample: Sample, cuts: list[Cut | None], lo: int, hi: int) -> tupl
     return map_tensors(sample.args, piece)
 
 
+def tensors_of(sample: Sample) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(sample.args, found.append)
+    return found
+
+
 def hand_on(sample: Sample, letter: str) -> tuple[list[Tensor], list[Tensor]]:
     """The call in pieces along a carried letter, merged, and the state that each began with."""
     call, sig = sample.call, sample.signature
     known = [*zip(sig.ins, call.tensors, strict=True), *zip(sig.outs, call.outs, strict=True)]
     length = lengths(sig, known)[letter]  # type: ignore[arg-type]
-    parts, states, step = chunks(length), [sample.run()[-1]], step_of(sample.target)
+    parts, step = chunks(length), step_of(sample.target)
+    start = sample.run()[-1] if sig.initial is None else tensors_of(sample)[sig.initial]
+    states = [start]
     earlier = []
     if sig.states:
         earlier = hand_on(STATES_OF[sample.op](*sample.args), letter)[1]
-    cuts = [cut_of(letter, length, d, t, sig) for d, t in zip(sig.ins, call.tensors, strict=True)]
+    cuts = [
+        None if i in sig.states else cut_of(letter, length, d, t, sig)
+        for i, (d, t) in enumerate(zip(sig.ins, call.tensors, strict=True))
+    ]
     order = range(len(parts))[:: sig.carried[letter]]
     pieces: dict[int, tuple[Tensor, ...]] = {}
     for i in order:
-        args = list(piece_args(sample, cuts, *parts[i]))
-        for at in sig.states:
-            args[at] = earlier[i]
+        count = iter(range(len(cuts)))
+        args = map_tensors(
+            piece_args(sample, cuts, *parts[i]),
+            lambda x, i=i, count=count: earlier[i] if next(count) in sig.states else x,
+        )
         *pieces[i], after = step(states[-1], *args)
         states.append(after)
-    out_cuts = [
-        cut_of(letter, length, d, o, sig) for d, o in zip(sig.outs[:-1], call.outs, strict=False)
-    ]
+    kept = [n for n in range(len(sig.outs) - 1) if n != sig.final]
+    out_cuts = [cut_of(letter, length, sig.outs[n], call.outs[n], sig) for n in kept]  # type: ignore[arg-type]
     merged = [
         sum(p[1:], p[0]) if cut is None else join(p, cut)
         for cut, p in zip(out_cuts, zip(*map(pieces.get, sorted(pieces)), strict=True), strict=True)
     ]
+    if sig.final is not None:
+        merged.insert(sig.final, states[-1])
     began = dict(zip(order, states, strict=False))
     return [*merged, states[0]], [began[i] for i in sorted(began)]
 

@@ -24,7 +24,7 @@ def step(net: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, dict[str, Te
     return loss.item(), {n: p.grad for n, p in net.named_parameters()}
 
 
-def compare(name: str) -> None:
+def compare(name: str) -> fxmem.Report:
     """Two lengths, one of them padded on the left where the plain model can take that."""
     torch._dynamo.reset()
     with everything_in_double():
@@ -46,7 +46,9 @@ def compare(name: str) -> None:
             }
             difference, where = largest_difference(_given(got), _given(grads))
             assert difference <= 1e-10, where
-        assert fxmem.explain(net).executed_bodies
+        report = fxmem.explain(net)
+    assert report.executed_bodies
+    return report
 
 
 def _given(grads: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -66,3 +68,19 @@ def test_refused_by_name(name: str) -> None:
     with pytest.raises((fxmem.CaptureError, fxmem.MutationError, fxmem.UnsupportedOpError)) as e:
         compare(name)
     assert e.value.source
+
+
+RECURRENT = (
+    "mamba2", "qwen3_next", "mamba", "falcon_mamba", "jamba", "bamba", "granitemoehybrid",
+    "nemotron_h", "lfm2", "kimi_linear", "olmo_hybrid",
+)  # fmt: skip
+"""Types with states that run along the sequence."""
+
+
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in RECURRENT[2:]]
+
+
+@pytest.mark.parametrize("name", [*RECURRENT[:2], *SLOW])
+def test_recurrent_models_stream(name: str) -> None:
+    """Exact, and no operator of theirs is a barrier."""
+    assert not compare(name).barriers
