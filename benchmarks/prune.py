@@ -1,7 +1,8 @@
 """Pruners side by side on one model: ``python -m benchmarks.prune`` in the repository root.
 
 Every row keeps the same part of the prunable parameters. Calibration and held-out text come from
-disjoint topics of Python's reference. The search is a formulation consistent with the abstract of
+disjoint topics of Python's reference; ``--second FILE`` measures on a text of another kind as well.
+Seconds to find are those of the CPU. The searches are formulations consistent with the abstract of
 "Computation and Memory-Efficient Model Compression with Gradient Reweighting" (NeurIPS 2025).
 
 Every row is on disk as soon as it is measured, and an interrupted run goes on where it stopped, in
@@ -19,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,7 @@ from torch import Tensor, nn
 import fxmem
 from benchmarks import prune_measure as measure
 from benchmarks.prune_peer import torch_pruning
-from benchmarks.prune_report import BASELINES, PEERS, ROWS, load, save
-from benchmarks.prune_search import search, variant
+from benchmarks.prune_report import BASELINES, PEERS, REPAIR, ROWS, load, save
 from fxmem.demo.fetch import smollm2
 from fxmem.demo.models import SMOLLM2
 
@@ -40,17 +40,14 @@ class Options:
     model: str = SMOLLM2
     keep: tuple[float, ...] = (0.5,)
     rows: tuple[str, ...] = ROWS
-    steps: int = 240
+    steps: int = 40
+    score_steps: int = 240
     samples: int = 6
-    age: int = 8
-    lr: float = 0.1
-    widen: float = 4.0
-    resident: Literal["all", "one"] = "one"
-    search_length: int = 64
     batch: int = 2
     length: int = 256
     held: int = 16
     calibration: int = 8
+    second: Path | None = None
     blimp: Path | None = None
     pairs: int = 134
     time_length: int = 512
@@ -84,14 +81,21 @@ class Bench:
         self.held = held[: options.held]
         first = options.calibration * options.batch
         self.batches = [{"input_ids": x, "labels": x} for x in rows[:first].split(options.batch)]
-        short = rows[first:, : options.length // options.search_length * options.search_length]
-        self.steps = [
-            {"input_ids": x, "labels": x}
-            for x in short.reshape(-1, 1, options.search_length).unbind()
-        ]
+        self.steps = {
+            length: [
+                {"input_ids": x, "labels": x}
+                for x in rows[first:, : options.length // length * length].reshape(-1, 1, length)
+            ]
+            for length in (options.length, max(2, options.length // 4))
+        }
+        self.second = (
+            measure.rows_of(self.tokenizer, options.second, options.length, options.held)
+            if options.second
+            else None
+        )
         self.pairs = measure.pairs(options.blimp, options.pairs) if options.blimp else []
         self.coupled = self._coupling()
-        self.scores: dict[str, dict[str, Tensor]] = {}
+        self.scores: dict[str, tuple[dict[str, Tensor], float]] = {}
 
     def _coupling(self) -> fxmem.Coupling:
         """Traced once per folder of results: it takes as long as a few rows' forwards."""
@@ -112,50 +116,83 @@ class Bench:
         pairs = self.pairs
         return {
             "perplexity": measure.perplexity(model, self.held),
+            "second": None if self.second is None else measure.perplexity(model, self.second),
             "blimp": measure.accuracy(model, self.tokenizer, pairs) if pairs else None,
             "peak_bytes": measure.memory(model, o.time_length, o.time_batch),
             "parameter_bytes": measure.parameter_bytes(model),
         }
 
-    def small(self, masks: fxmem.Masks) -> nn.Module:
-        """The model that the masks leave."""
-        return fxmem.materialize(self.model, masks, self.coupled).eval()
+    def small(self, masks: fxmem.Masks, row: str) -> nn.Module:
+        """The model that the masks leave, repaired where the row says so."""
+        rows = self.batches if row.endswith(REPAIR) else None
+        return fxmem.materialize(self.model, masks, self.coupled, repair=rows).eval()
 
     def masks(self, row: str, keep: float, say: Any) -> tuple[fxmem.Masks, dict[str, Any]]:
         """The row's masks, and what finding them cost."""
-        o, start = self.options, time.perf_counter()
-        how = fxmem.Prune(
-            keep=keep, steps=o.steps, samples=o.samples, age=o.age, lr=o.lr, widen=o.widen,
-            resident=o.resident, seed=o.seed, init_batches=o.calibration,
-        )  # fmt: skip
-        some = self.batches
-        scored = o.calibration * o.batch * o.length
+        o = self.options
+        how = fxmem.Prune(keep=keep, steps=o.steps, seed=o.seed)
+        steps = self.steps[o.length]
+        if row == "score":
+            steps = self.steps[max(2, o.length // 4)]
+            how = fxmem.Prune(
+                keep=keep, steps=o.score_steps, seed=o.seed, estimator="score",
+                advanced={"samples": o.samples},
+            )  # fmt: skip
+        elif row in BASELINES:
+            how = fxmem.Prune(keep=keep, steps=0, seed=o.seed, init=row)  # type: ignore[arg-type]
+        importance, before = self._importance(row if row in BASELINES else "taylor", row)
+        start = time.process_time()
         if row in BASELINES:
-            values, masks = fxmem.score(self.model, some, row, how, coupled=self.coupled)
-            self.scores[row] = values
-            used = row in ("wanda", "taylor")
-            spent = {"instantiations": 0, "forwards": o.calibration * used, "tokens": scored * used}
-            return masks, {**spent, "find_seconds": time.perf_counter() - start}
-        kind, _, begin = row.partition(" from ")
-        if begin not in self.scores:
-            self.scores[begin] = fxmem.score(self.model, some, begin, how, coupled=self.coupled)[0]
-        aside = time.perf_counter() - start
+            masks = fxmem.search(
+                self.model, steps, how, coupled=self.coupled, importance=importance
+            )
+            return masks, {"find_seconds": before}
+        last: list[Any] = [None]
+
+        def watch(step: Any) -> None:
+            last[0] = step
+            say(f"step {step.step} of {how.steps}, loss of the sub-model {step.loss:.3f}")
+
         o.state.mkdir(parents=True, exist_ok=True)
-        masks, spent = search(
-            self.model, self.coupled, self.steps,
-            variant(kind, _begin(how, begin)), self.scores[begin],
-            state=o.state / f"{keep:g} {row}.pt", say=say,
-            judge=lambda masks: measure.mean_loss(self.small(masks), self.held),
+        file = o.state / f"{keep:g} {row}.pt"
+        masks = fxmem.search(
+            self.model, steps, how, callback=watch, coupled=self.coupled, importance=importance,
+            checkpoint=file,
         )  # fmt: skip
-        spent["tokens"] += scored
-        spent["find_seconds"] += aside
-        return masks, spent
+        spent = time.process_time() - start
+        file.unlink()
+        return masks, _counted(last[0].counts, steps, before + spent)
+
+    def _importance(self, method: str, row: str) -> tuple[dict[str, Tensor], float]:
+        """Importance to start from and the seconds it took, once for all kept parts.
+
+        The search by gates takes half of the rows, one at a time.
+        """
+        key = f"{method}, singly" if row == "gates" else method
+        if key not in self.scores:
+            rows = [b["input_ids"][:1] if row == "gates" else b["input_ids"] for b in self.batches]
+            start = time.process_time()
+            found, _ = fxmem.score(
+                self.model, [{"input_ids": x, "labels": x} for x in rows], method,
+                fxmem.Prune(seed=self.options.seed), coupled=self.coupled,
+            )  # fmt: skip
+            self.scores[key] = found, time.process_time() - start
+        return self.scores[key]
 
 
-def _begin(how: fxmem.Prune, begin: str) -> fxmem.Prune:
-    from dataclasses import replace
-
-    return replace(how, init=begin)  # type: ignore[arg-type]
+def _counted(counts: Any, steps: Sequence[Any], spent: float) -> dict[str, Any]:
+    return {
+        "steps": len(counts.losses),
+        "instantiations": counts.instantiations,
+        "submodels": counts.submodels,
+        "built_size": counts.size / counts.submodels,
+        "forwards": counts.forwards,
+        "tokens": counts.forwards * steps[0]["input_ids"].numel(),
+        "instantiate_ms": 1e3 * counts.building / counts.submodels,
+        "forward_ms": 1e3 * counts.running / counts.forwards,
+        "sampled": counts.losses,
+        "find_seconds": spent,
+    }
 
 
 def work(options: Options) -> Iterator[tuple[float, str]]:
@@ -204,15 +241,23 @@ def _row(bench: Bench, row: str, keep: float, say: Any) -> dict[str, Any]:
     if row in PEERS:
         return torch_pruning(bench.folder, keep, row == PEERS[1], bench.held, bench.options)
     try:
-        masks, spent = bench.masks(row, keep, say)
-        file = _masks_file(bench.options, keep, row)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(masks.to_json())
+        base = row.removesuffix(REPAIR)
+        file = _masks_file(bench.options, keep, base)
+        if row != base and file.exists():
+            masks, spent = fxmem.Masks.from_json(file.read_text()), _cost(bench, keep, base)
+        else:
+            masks, spent = bench.masks(base, keep, say)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(masks.to_json())
         gone = masks.sparsity(bench.coupled)
+        start = time.process_time()
+        small = bench.small(masks, row)
+        if row != base:
+            spent["find_seconds"] += time.process_time() - start
         return {
             "status": "ok",
             **spent,
-            **bench.quality(bench.small(masks)),
+            **bench.quality(small),
             "removed": gone["prunable"],
             "removed_of_all": gone["parameters"],
             "removed_macs": gone["macs"],
@@ -221,16 +266,23 @@ def _row(bench: Bench, row: str, keep: float, say: Any) -> dict[str, Any]:
         return {"status": " ".join(str(error).split())}
 
 
+def _cost(bench: Bench, keep: float, row: str) -> dict[str, Any]:
+    """What an earlier row's masks cost."""
+    at = {(r["keep"], r["row"]): r for r in load(bench.options)}[keep, row]
+    return {k: at[k] for k in ("find_seconds", "steps", "forwards", "tokens") if k in at}
+
+
 def _times(bench: Bench, records: list[dict[str, Any]]) -> None:
     """Forward times of all rows with masks: each round measures every row once, dense first."""
     o = bench.options
     timed: list[tuple[dict[str, Any], nn.Module]] = []
     for record in records:
-        file = _masks_file(o, record["keep"], record["row"])
+        file = _masks_file(o, record["keep"], record["row"].removesuffix(REPAIR))
         if record["row"] == "dense":
             timed.insert(0, (record, bench.model))
         elif record["status"] == "ok" and file.exists():
-            timed.append((record, bench.small(fxmem.Masks.from_json(file.read_text()))))
+            masks = fxmem.Masks.from_json(file.read_text())
+            timed.append((record, bench.small(masks, record["row"])))
     rounds = [
         [measure.speed(model, o.time_length, o.time_batch) for _, model in timed]
         for _ in range(o.repeats)
@@ -245,11 +297,12 @@ def _times(bench: Bench, records: list[dict[str, Any]]) -> None:
 def _options(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prune", description=__doc__)
     default = Options()
-    for name in ("model", "steps", "samples", "age", "lr", "widen", "resident", "search_length",
-                 "batch", "length", "held", "calibration", "pairs", "time_length",
+    for name in ("model", "steps", "score_steps", "samples", "batch", "length", "held",
+                 "calibration", "pairs", "time_length",
                  "time_batch", "repeats", "peer_seconds", "threads", "seed", "out"):  # fmt: skip
         value = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--second", type=Path, help="another text, or JSON lines of texts")
     parser.add_argument("--blimp", type=Path, help="JSON lines of minimal pairs: good, bad, uid")
     parser.add_argument("--keep", type=_numbers, default=default.keep, help="such as 0.8,0.7,0.5")
     parser.add_argument("--rows", type=_names, default=default.rows, help=f"some of {ROWS}")

@@ -30,6 +30,17 @@ def texts(tokenizer: Any, length: int, seed: int) -> tuple[Tensor, Tensor]:
     return parts[0], parts[1]
 
 
+def rows_of(tokenizer: Any, file: Path, length: int, count: int) -> Tensor:
+    """The first `count` sequences [count, length] of a text, or of the strings in JSON lines."""
+    text = file.read_text()
+    if file.suffix == ".jsonl":
+        text = "\n\n".join(
+            "\n".join(json.loads(line).values()) for line in text.splitlines()[:2000]
+        )
+    ids = tokenizer(text)["input_ids"][: length * count]
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
 @torch.no_grad()
 def mean_loss(model: nn.Module, rows: Tensor, batch: int = 4) -> float:
     """Mean loss per predicted token."""

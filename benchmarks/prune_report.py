@@ -18,6 +18,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
     ("removed", lambda r: r.get("removed"), "{:.1%}"),
     ("of all", lambda r: r.get("removed_of_all"), "{:.1%}"),
     ("perplexity", lambda r: r.get("perplexity"), "{:.2f}"),
+    ("second text", lambda r: r.get("second"), "{:.2f}"),
     ("BLiMP", lambda r: r.get("blimp"), "{:.1%}"),
     ("stack ms", lambda r: r.get("stack_ms"), "{:.0f}"),
     ("stack", lambda r: r.get("stack_speedup"), "{:.2f}x"),
@@ -36,10 +37,10 @@ COLUMNS: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
     ("tokens", lambda r: r.get("tokens"), "{:,}"),
     ("s to find", lambda r: r.get("find_seconds"), "{:.0f}"),
 )  # fmt: skip
-STARTS, KINDS = ("wanda", "taylor"), ("fresh", "stale", "un-nested", "re-weighted")
 BASELINES = ("random", "magnitude", "wanda", "taylor")
 PEERS = ("torch-pruning", "torch-pruning of MLPs")
-ROWS = (*BASELINES, *PEERS, *(f"{kind} from {start}" for start in STARTS for kind in KINDS))
+REPAIR = " + repair"
+ROWS = (*BASELINES, *PEERS, "score", "gates", *(row + REPAIR for row in ("taylor", "gates")))
 ORDER = ("dense", *ROWS)
 LATER = ("keep", "rows", "repeats", "times", "out", "peer_seconds", "time_length", "time_batch")
 """Options that may differ when a run goes on: the rows on disk do not depend on them."""
@@ -48,7 +49,7 @@ LATER = ("keep", "rows", "repeats", "times", "out", "peer_seconds", "time_length
 def _asked(options: Any) -> dict[str, Any]:
     asked = {k: v for k, v in asdict(options).items() if k != "out"}
     asked["model"] = str(options.model).rstrip("/").rpartition("/")[2]
-    asked["blimp"] = options.blimp is not None
+    asked["blimp"], asked["second"] = options.blimp is not None, options.second is not None
     return json.loads(json.dumps(asked))  # type: ignore[no-any-return]
 
 
@@ -102,18 +103,16 @@ def table(records: Sequence[Record], options: Any) -> str:
         f"Pruning of {str(o.model).rstrip('/').rpartition('/')[2]}, float32, "
         f"{o.threads} CPU thread(s).",
         "",
-        f"Searches ran **{o.steps} steps** with {o.samples} masks per snapshot, at most {o.age} "
-        f"steps per snapshot (1 in fresh), {o.search_length} tokens per step. Re-weighted draws "
-        f"new masks every step inside sub-models built with odds times {o.widen:g}; un-nested and "
-        "stale use the built masks, stale without the other units' ratios. "
+        f"The search by gates ran **{o.steps} steps** of {o.length} tokens, the one by scores "
+        f"{o.score_steps} with {o.samples} masks and a quarter of that. "
         f"Importance: {o.calibration} batches of {o.batch} x {o.length} tokens; held out: "
         f"{o.held} x {o.length} tokens of other topics, perplexity at length {o.length}"
         + (f"; {o.pairs} BLiMP pairs" if o.blimp else "")
         + f". Forward at {o.time_batch} x {o.time_length} tokens, best of {o.repeats}; speedups "
         "against the dense model timed in turn; peak: live tensors above the weights in that "
         "forward. Snapshots: times that sub-models were built; their size: mean part of the "
-        "prunable parameters in them. "
-        "The search is a formulation consistent with the abstract of Gradient Reweighting "
+        "prunable parameters in them. Seconds are of the CPU, importance and repair included. "
+        "The searches are formulations consistent with the abstract of Gradient Reweighting "
         "(NeurIPS 2025).",
         "",
         "| keep | row | " + " | ".join(name for name, _, _ in COLUMNS) + " |",
@@ -133,40 +132,23 @@ def _cell(value: Any, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-LINES = ("-", "--", ":", "-.")
 PALETTE = ("#00798c", "#d1495b", "#e0a030", "#7a6fac", "#4f6d3a", "#333333")
 
 
 def draw(records: Sequence[Record], options: Any) -> None:
-    """Perplexity of the rows, one colour per kept part, and the searches' way there."""
+    """Perplexity of the rows, one colour per kept part."""
     from matplotlib.figure import Figure
 
     worked = [r for r in records if r["status"] == "ok"]
-    searched = [r for r in worked if r.get("curve")]
-    figure = Figure(figsize=(14, 1.8 + 0.3 * max(len(worked), 8)), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 1.8 + 0.3 * max(len(worked), 8)), layout="constrained")
+    axes = figure.subplots()
     names = [f"{r['row']} ({r['keep']:g})" for r in worked]
     keeps = sorted({r["keep"] for r in worked})
     colours = [PALETTE[keeps.index(r["keep"]) % len(PALETTE)] for r in worked]
-    bars = left.barh(names, [r["perplexity"] for r in worked], color=colours)
-    left.bar_label(bars, fmt="%.3g", padding=3)
-    left.set_xscale("log")
-    left.margins(x=0.25)
-    left.set_xlabel(f"held-out perplexity at length {options.length}")
-    left.invert_yaxis()
-    for record in searched:
-        _, snapshots, losses = zip(*record["curve"], strict=True)
-        kind, _, begin = record["row"].partition(" from ")
-        right.plot(
-            snapshots, losses, color=PALETTE[KINDS.index(kind)],
-            marker="os"[STARTS.index(begin)], linestyle=LINES[keeps.index(record["keep"]) % 4],
-            label=f"{record['row']} ({record['keep']:g})",
-        )  # fmt: skip
-    if searched:
-        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        right.set_xscale("log")
-    else:
-        right.set_axis_off()
-    right.set_xlabel("snapshots: times that sub-models were built")
-    right.set_ylabel("held-out loss of the mask so far, nats per token")
+    bars = axes.barh(names, [r["perplexity"] for r in worked], color=colours)
+    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.set_xlabel(f"held-out perplexity at length {options.length}")
+    axes.invert_yaxis()
     figure.savefig(options.out / "prune.png", dpi=120)

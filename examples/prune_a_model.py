@@ -53,8 +53,8 @@ def main() -> None:
     train(model, batches[:100])
     model.eval()
 
-    # Only sub-models run, forward only; the masks of a snapshot serve several steps.
-    options = fxmem.Prune(keep=0.5, steps=40, samples=4, age=4, block=16)
+    # Only sub-models run, and each serves many steps.
+    options = fxmem.Prune(keep=0.5, steps=40)
     masks = fxmem.search(model, calibration, options)
     small = fxmem.materialize(model, masks)
     at_random = fxmem.score(model, calibration, "random", options)[1]

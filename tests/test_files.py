@@ -20,7 +20,7 @@ from test_session import by_hooks, llama, units
 import fxmem
 from fxmem import FileError, FxmemError, MaskError, Masks, Plan, PlanError, Stream, cli, files
 from fxmem.prune.search.session import run
-from fxmem.prune.units.options import Prune
+from fxmem.prune.units.settings import ScoreSettings
 
 OLD = "the old text"
 
@@ -214,9 +214,11 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": ids}]
 
 
-def search(file: Path, channels: int = 16) -> None:
+def search(file: Path, channels: int = 16, scale: float = 1.0) -> None:
     net, groups = llama(channels), units(channels)
-    options = Prune(keep=0.6, steps=2, samples=2, kinds=(), init="magnitude")
+    with torch.no_grad():
+        net.lm_head.weight.mul_(scale)
+    options = ScoreSettings(keep=0.6, steps=2, samples=2, init="magnitude")
     run(net, groups, by_hooks(net, groups), batches(), options, checkpoint=file)
 
 
@@ -233,7 +235,7 @@ def test_foreign_and_unwritable_search_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "search.pt"
-    for foreign in (torch.ones(3), {"model": {}}, {"importance": {}, "loop": {}}):
+    for foreign in (torch.ones(3), {"model": {}}, {"of": "", "importance": {}, "loop": {}}):
         torch.save(foreign, file)
         with pytest.raises(FileError, match="delete the file"):
             search(file)
@@ -247,6 +249,8 @@ def test_foreign_and_unwritable_search_checkpoints(
     torch.save(saved, file)
     with pytest.raises(FileError, match="on this model"):
         search(file, channels=8)
+    with pytest.raises(FileError, match="on this model"):  # equal shapes, other weights
+        search(file, scale=2.0)
     file.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)

@@ -246,7 +246,9 @@ def test_any_kind_of_part_in_any_setting(
 
 def test_the_warning_names_part_and_reason_once() -> None:
     streamed, plain = pair(Branches)
-    with pytest.warns(FxmemWarning, match=r"layers\.0\.part and 1 more like it runs whole.*branching") as w:
+    with pytest.warns(
+        FxmemWarning, match=r"layers\.0\.part and 1 more like it runs whole.*branching"
+    ) as w:
         agree(streamed, plain, ids_of(13))
         agree(streamed, plain, ids_of(22))
     assert len([x for x in w if "runs whole" in str(x.message)]) == 1

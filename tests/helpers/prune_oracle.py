@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fxmem.prune.shrink.gate_gradients import Gates
 from fxmem.prune.shrink.materialize import coupling
 from fxmem.prune.units.units import UnitGroup
 
@@ -70,6 +71,20 @@ class Divergence:
         """The search's sub-model of one mask; there is one batch, so one measurement."""
         value = float(self(torch.cat([bools[group.name] for group in self.groups])[None]))
         return lambda batch: value
+
+    def gated(self, bools: dict[str, Tensor]) -> Callable[..., Any]:
+        """The divergence and its derivatives by gates, inside the sub-model of one mask."""
+
+        def diverge(**batch: Any) -> Tensor:
+            found = self.model(**batch).logits.double().log_softmax(-1)
+            return (self.dense.exp() * (self.dense - found)).sum(-1).mean()
+
+        def derivatives(batch: Any, inside: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+            with Gates(self.model, self.groups, diverge) as gates:
+                loss, found = gates({"input_ids": self.ids}, inside)
+            return loss, {name: slope * bools[name] for name, slope in found.items()}
+
+        return derivatives
 
 
 def _times(scale: Tensor) -> Callable[..., tuple[Tensor]]:

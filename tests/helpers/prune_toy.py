@@ -15,13 +15,13 @@ from fxmem.prune.search.draw_masks import draw
 from fxmem.prune.search.loop import Loop
 from fxmem.prune.search.ranks import Ranks, reduce_gradients
 from fxmem.prune.search.snapshot import Snapshot
-from fxmem.prune.units.options import Prune
+from fxmem.prune.units.settings import ScoreSettings
 
 N = 12
 COST = torch.ones(N, dtype=torch.float64)
 LAYER = torch.arange(N) // 4
 HALF = torch.full((N,), 0.5, dtype=torch.float64)
-BASE = Prune(
+BASE = ScoreSettings(
     steps=24,
     lr=0.05,
     age=4,
@@ -55,7 +55,7 @@ class Toy:
         return lambda batch: value + 0.1 * math.sin(batch + value)
 
 
-def make(options: Prune, toy: Any = None, start: Tensor = HALF, **kw: Any) -> Loop:
+def make(options: ScoreSettings, toy: Any = None, start: Tensor = HALF, **kw: Any) -> Loop:
     toy = toy or Toy()
     return Loop(start, COST, LAYER, N / 2, options, toy, list(range(7)), **kw)
 

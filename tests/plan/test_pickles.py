@@ -31,7 +31,7 @@ MASKS = (
     ("text", "value"),
     [
         (PLAN, Plan(stream=Stream(chunk=64), blocks=Blocks(inactive=SGD(lr=0.1)))),
-        (OPTIONS, Prune(keep=0.5)),
+        (OPTIONS, Prune(keep=0.5, estimator="score", steps=200, init="wanda")),
         (MASKS, Masks("Tiny", (("layers.0.mlp", 4, (0, 2)),))),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 import transformers as T
 from double import everything_in_double
 from prune_cases import BASE, CASES, build
+from prune_options import scored
 from test_coupling_and_materialize import check
 from torch import Tensor
 
@@ -144,7 +145,7 @@ def test_search_ends_at_a_mask_of_whole_blocks(
     deep: tuple[Any, fxmem.Coupling], kinds: tuple[str, ...]
 ) -> None:
     model, units = deep
-    options = fxmem.Prune(keep=0.6, kinds=kinds, steps=4, samples=2, age=2, block=8)
+    options = scored(keep=0.6, kinds=kinds, steps=4, samples=2, age=2, block=8)
     seen: list[Any] = []
     masks = fxmem.search(model, data(), options, callback=seen.append, coupled=units)
     space = seen[-1].space
@@ -172,7 +173,7 @@ def test_a_redundant_layer_goes_first(init: Any) -> None:
         for batch in batches:  # the model's own choices: without the others it finds them less
             batch["labels"] = batch["input_ids"].clone()
             batch["labels"][:, 1:] = model(input_ids=batch["input_ids"]).logits[:, :-1].argmax(-1)
-    options = fxmem.Prune(
+    options = scored(
         keep=0.75, kinds=("layers",), steps=20, samples=8, age=1, init=init, init_batches=2,
         epsilon=0.02,
     )  # fmt: skip
@@ -187,7 +188,7 @@ def test_scores(deep: tuple[Any, fxmem.Coupling], kinds: tuple[str, ...], method
     options = fxmem.Prune(keep=0.6, kinds=kinds)
     values, masks = fxmem.score(model, data(), method, options, coupled=units)
     assert gone(masks) and all(kept in (0, size) for kept, size in masks.counts.values())
-    space = Space.build(chosen(units, kinds), options, values)
+    space = Space.build(chosen(units, kinds), options.settings(), values)
     pooled = space.pool(standardise(space, values, method))
     per_block = space.pool({g.name: values[g.name] / g.cost for g in space.groups})
     if method == "taylor":  # a change of the loss per parameter
@@ -203,7 +204,9 @@ def test_each_kind_of_block_may_have_its_own_budget(
 ) -> None:
     model, units = deep
     options = fxmem.Prune(
-        keep=0.5, kinds=("attention_blocks", "mlp_blocks"), ranking=ranking, cost="units"
+        keep=0.5,
+        kinds=("attention_blocks", "mlp_blocks"),
+        advanced={"ranking": ranking, "cost": "units"},
     )
     _, masks = fxmem.score(model, data(), "magnitude", options, coupled=units)
     lost = gone(masks)
@@ -212,7 +215,8 @@ def test_each_kind_of_block_may_have_its_own_budget(
 
 
 def test_blocks_of_a_mixture() -> None:
-    model, options = build("qwen3_moe"), fxmem.Prune(keep=0.5, kinds=("mlp_blocks",), cost="units")
+    model = build("qwen3_moe")
+    options = fxmem.Prune(keep=0.5, kinds=("mlp_blocks",), advanced={"cost": "units"})
     units = fxmem.coupling(model)
     _, masks = fxmem.score(model, data(), "wanda", options, coupled=units)
     assert len(gone(masks)) == 1 and "mlp.experts.mlp_channels" in str(gone(masks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def test_prune_writes_a_smaller_model(
     text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
     out = tmp_path / "small"
     arguments = ["prune", str(folder), "--keep", "0.5", "--data", str(text), "--out", str(out)]
-    short = ["--steps", "3", "--samples", "2", "--length", "16", "--batch", "2"]
+    short = ["--steps", "3", "--length", "16", "--batch", "2", "--repair"]
     assert cli.main([*arguments, *short]) == 0
     said = capsys.readouterr().out
     assert "of the prunable parameters removed" in said
@@ -52,6 +53,8 @@ def test_prune_writes_a_smaller_model(
     again = fxmem.from_pretrained(out)
     kept = sum(p.numel() for p in again.parameters())
     assert f"-> {kept:,} parameters" in said
+    before, after = re.search(r"held-out text ([\d.]+) -> ([\d.]+);", said).groups()  # type: ignore[union-attr]
+    assert float(before) > 1 and float(after) > 1
     assert 0 < written < sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -83,8 +86,8 @@ def test_benchmark_rows_on_a_tiny_model(folder: Path, tmp_path: Path) -> None:
     pairs.write_text("\n".join(json.dumps(pair) for pair in some))
     options = Options(
         model=str(folder), keep=(0.5,),
-        rows=("wanda", "torch-pruning", "fresh from wanda", "re-weighted from wanda"),
-        steps=4, samples=2, age=2, length=32, search_length=16, held=2, calibration=2,
+        rows=("wanda", "torch-pruning", "score", "gates", "gates + repair"), second=pairs,
+        steps=3, score_steps=4, samples=2, length=32, held=2, calibration=2,
         blimp=pairs, pairs=2,
         time_length=32, time_batch=1, repeats=1, peer_seconds=1, out=tmp_path / "out",
     )  # fmt: skip
@@ -99,14 +102,14 @@ def test_benchmark_rows_on_a_tiny_model(folder: Path, tmp_path: Path) -> None:
     assert records["torch-pruning"]["status"] in why
     with pytest.raises(fxmem.FxmemError, match="steps"):
         run(replace(options, steps=5))
-    assert records["fresh from wanda"]["instantiations"] == 4
-    assert records["re-weighted from wanda"]["instantiations"] == 2
-    assert records["re-weighted from wanda"]["submodels"] == 4
-    assert records["re-weighted from wanda"]["forwards"] == 8
+    assert (records["score"]["submodels"], records["score"]["forwards"]) == (2, 8)
+    assert records["gates"]["forwards"] == 3 and records["gates"]["submodels"] <= 3
+    assert records["gates + repair"]["find_seconds"] > records["gates"]["find_seconds"]
+    assert all(records[row]["second"] > 0 for row in mine)
     for row in mine[1:]:
         assert records[row]["parameter_bytes"] < records["dense"]["parameter_bytes"]
         assert 0.5 <= records[row]["removed"] < 0.75
     table = (options.out / "prune.md").read_text()
-    assert "**4 steps**" in table and str(tmp_path) not in table
+    assert "**3 steps**" in table and str(tmp_path) not in table
     assert str(tmp_path) not in (options.out / "prune.json").read_text()
     assert (options.out / "prune.png").stat().st_size > 0

@@ -12,6 +12,7 @@ import torch
 import transformers as T
 from double import everything_in_double
 from prune_cases import BASE, build
+from prune_options import scored
 from test_coupling_and_materialize import check
 from torch import Tensor
 
@@ -212,7 +213,7 @@ def test_a_silent_expert_scores_lowest(method: str) -> None:
 @pytest.mark.parametrize("kinds", [("experts",), ("experts", "kv_groups"), ()])
 def test_search(qwen: tuple[Any, fxmem.Coupling], kinds: tuple[str, ...]) -> None:
     model, units = qwen
-    options = fxmem.Prune(keep=0.7, kinds=kinds, steps=3, samples=2, age=2, block=8)
+    options = scored(keep=0.7, kinds=kinds, steps=3, samples=2, age=2, block=8)
     masks = fxmem.search(model, data(model), options, coupled=units)
     whole = [g for g in units.groups if g.kind in (kinds or ("kv_groups", "mlp_channels"))]
     cost = sum(g.cost * len(masks.kept(g.name)) for g in whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from prune_options import scored
 from prune_toy import BASE, COST, HALF, LAYER, N, Toy, drawn, make, run, run_rank, sparse_step
 from torch import Tensor
 
@@ -73,14 +75,6 @@ def test_table_equals_live_bit_for_bit(age: int) -> None:
     one, every = (make(replace(BASE, age=age, resident=r)) for r in ("one", "all"))
     assert torch.equal(run(one), run(every))
     assert one.counts.used == every.counts.used == every.counts.forwards <= one.counts.forwards
-
-
-def test_strict_trust_never_exceeds_its_cap() -> None:
-    loop = make(replace(BASE, lr=1.0, trust="strict", trust_cap=0.15, age=8, steps=60))
-    for _ in range(60):
-        loop.step()
-        assert float(est.log_second_moment(loop.s, drawn(loop).s0, loop.block).max()) <= 0.15
-    assert loop.counts.cap > 0.05
 
 
 class Faulty(Toy):
@@ -250,16 +244,24 @@ def test_masks_follow_from_seed_snapshot_and_sample() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("keep", 0), ("keep", 1.1), ("alpha", 0.4), ("clip", 0.5), ("scope", "all"), ("steps", -1),
-     ("kinds", "heads"), ("block", True), ("unknown", 1)],
+     ("kinds", "heads"), ("block", True), ("unknown", 1), ("estimator", "guess")],
 )  # fmt: skip
 def test_impossible_options_are_refused(field: str, value: object) -> None:
     with pytest.raises(PlanError, match=field):
-        Prune(**{field: value})  # type: ignore[arg-type]
+        scored(**{field: value})
 
 
 def test_options_survive_plain_values() -> None:
-    options = Prune(keep=0.3, kinds=("a", "b"))
-    assert Prune.from_dict(options.to_dict()) == options
+    for options in (Prune(keep=0.3, kinds=("a", "b")), scored(keep=0.3, samples=2, clip=3.0)):
+        again = Prune.from_dict(json.loads(json.dumps(options.to_dict())))
+        assert again == options and hash(again) == hash(options)
+        assert again.settings() == options.settings()
+
+
+def test_options_of_the_first_version_warn_and_work() -> None:
+    with pytest.warns(DeprecationWarning, match="samples=..., clip"):
+        old = Prune(keep=0.3, clip=3.0, samples=2)
+    assert old == scored(keep=0.3, samples=2, clip=3.0, steps=200, init="wanda")
 
 
 def test_searches_that_cannot_work_are_refused() -> None:

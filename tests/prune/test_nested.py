@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from prune_cases import build
+from prune_options import scored
 from prune_toy import BASE, HALF, Toy, drawn, make, run
 from torch import Tensor
 
@@ -152,7 +153,7 @@ def test_search_with_nested_masks() -> None:
     ids = torch.randint(3, 97, (4, 2, 11))
     batches = [{"input_ids": x, "labels": x} for x in ids]
     for resident in ("one", "all"):
-        options = fxmem.Prune(
+        options = scored(
             keep=0.5, steps=6, age=3, widen=3.0, block=8, resident=resident, init="uniform"
         )
         masks = fxmem.search(model, batches, options)

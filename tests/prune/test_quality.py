@@ -10,9 +10,9 @@ from prune_oracle import Divergence, every_choice, layer_groups, llama, plant
 
 from fxmem.prune.search import estimator as est
 from fxmem.prune.search.session import run
-from fxmem.prune.units.options import Prune
+from fxmem.prune.units.settings import ScoreSettings
 
-PLAIN = Prune(
+PLAIN = ScoreSettings(
     init="uniform", alpha=0.5, metric="euclidean", history=0, standardise=False, widen=1.0,
     steps=300
 )  # fmt: skip
@@ -21,7 +21,7 @@ PLANTED = replace(
     epsilon=0.01,
 )  # fmt: skip
 # Cut losses would hide units of small effect, and so would large ones that keep flipping.
-SINGLE = Prune(
+SINGLE = ScoreSettings(
     init="uniform", block=1, order="index", ranking="kind", decay="none", samples=32, age=1,
     widen=1.0, steps=3000, lr=0.025, epsilon=0.001, outlier=float("inf"), history=8_000,
 )  # fmt: skip
@@ -40,7 +40,7 @@ SMALL = replace(PLAIN, cost="units", samples=8, age=2, lr=0.1, epsilon=0.02)
     ],
 )  # fmt: skip
 def test_planted_units_are_found_from_a_uniform_start(
-    blocks: int, options: Prune, seed: int
+    blocks: int, options: ScoreSettings, seed: int
 ) -> None:
     model = llama(seed, heads=(10, 5), channels=72)
     groups = layer_groups(model)

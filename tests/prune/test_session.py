@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from prune_options import scored
 from torch import Tensor, nn
 
 from fxmem.errors import BudgetError, PlanError
@@ -16,6 +17,7 @@ from fxmem.prune.search.scores import METHODS, importance
 from fxmem.prune.search.session import Step, run
 from fxmem.prune.search.space import Space, standardise
 from fxmem.prune.units.options import Prune
+from fxmem.prune.units.settings import ScoreSettings
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def batches(count: int = 4) -> list[dict[str, Tensor]]:
 def test_callback_checkpoint_and_resume(tmp_path: Any) -> None:
     model, groups = llama(), units(16)
     instantiate = by_hooks(model, groups)
-    options = Prune(steps=6, age=4, block=2, init_batches=2)
+    options = ScoreSettings(steps=6, age=4, block=2, init_batches=2)
     whole = run(model, groups, instantiate, batches(), options)
     seen: list[Step] = []
 
@@ -114,8 +116,8 @@ def test_scores_have_the_units_and_leave_the_model_alone(method: str) -> None:
     assert all(bool((v > 0).all()) for v in values.values())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
-    space = Space.build(groups, Prune(keep=0.5), values, block=1)
-    kept = space.final(space.pool(standardise(space, values, method)), Prune(keep=0.5))
+    space = Space.build(groups, ScoreSettings(keep=0.5), values, block=1)
+    kept = space.final(space.pool(standardise(space, values, method)), ScoreSettings(keep=0.5))
     assert 0.45 * space.budget_base < float(space.cost @ kept.double()) <= 0.5 * space.budget_base
 
 
@@ -137,7 +139,7 @@ def test_taylor_is_the_squared_derivative_by_the_mask() -> None:
 def test_blocks_join_neighbours_in_importance() -> None:
     group = Unit("m", "mlp", 0, 128, 3, ())
     values = {"m": torch.randperm(128, generator=torch.Generator().manual_seed(0)).double()}
-    space = Space.build([group], Prune(block=32), values)
+    space = Space.build([group], ScoreSettings(block=32), values)
     assert space.cost.tolist() == [96.0] * 4
     assert bool(
         (space.bools(torch.tensor([True, False, False, False]))["m"] == (values["m"] > 95)).all()
@@ -150,7 +152,7 @@ def test_bad_requests_are_named() -> None:
     with pytest.raises(PlanError, match="batch"):
         importance(llama(), [], units(16), "wanda")
     with pytest.raises(BudgetError, match="group"):
-        Space.build([], Prune(), {})
+        Space.build([], ScoreSettings(), {})
 
 
 def test_search_on_the_public_interface(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +164,7 @@ def test_search_on_the_public_interface(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(instances, "_hollow", lambda m: modules.append(hollow(m)) or modules[-1])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     seen: list[Step] = []
-    options = Prune(steps=4, samples=2, age=2, block=2)
+    options = scored(steps=4, samples=2, age=2, block=2)
     masks = fxmem.search(model, data, options, callback=seen.append)
     # All sub-models are slices under one module, whose own parameters have no storage.
     assert seen[-1].counts.submodels == 4 and len(modules) == 1

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from prune_cases import build
+from prune_options import scored
 from test_width import double, drawn, llama, width
 from torch._dynamo.testing import CompileCounter
 
@@ -119,7 +120,7 @@ def test_scores_and_search(name: str) -> None:
             p.index_fill_(axis, torch.arange(0, 40, 2), 0)
     ids = torch.randint(3, 97, (2, 12))
     batches = [{"input_ids": ids, "labels": ids}]
-    options = fxmem.Prune(
+    options = scored(
         keep=0.5, kinds=("width",), block=1, steps=4, samples=2, init="magnitude", lr=0.01
     )
     live = tuple(range(1, 40, 2))

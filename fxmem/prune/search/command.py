@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from fxmem import files
 from fxmem.errors import FileError, PlanError
 from fxmem.prune.search.search import search
+from fxmem.prune.shrink.gate_gradients import arguments, loss_of
 from fxmem.prune.shrink.materialize import coupling, materialize
 from fxmem.prune.shrink.saving import save_pretrained
 from fxmem.prune.units.options import Prune
@@ -25,9 +27,12 @@ def prune(options: Any) -> str:
     Raises:
         PlanError: no model or text there, or a text shorter than one batch.
     """
+    score = options.estimator == "score" or options.samples is not None
+    steps = (200 if score else 40) if options.steps is None else options.steps
     how = Prune(
-        keep=options.keep, steps=options.steps, samples=options.samples, init=options.init,
-        seed=options.seed, kinds=options.kinds,
+        keep=options.keep, steps=steps, init=options.init, seed=options.seed, kinds=options.kinds,
+        round_to=options.round_to, estimator="score" if score else "gates",
+        advanced={"samples": options.samples} if options.samples is not None else {},
     )  # fmt: skip
     if not options.data.is_file():
         raise PlanError(f"no text file at {options.data}", advice="name a file to calibrate on")
@@ -43,18 +48,38 @@ def prune(options: Any) -> str:
         raise FileError(f"the model in {options.model} cannot be read: {error}") from error
     data = _batches(tokenizer, options.data, options.length, options.batch)
     coupled = coupling(model)
-    masks = search(model, data, how, progress=True, coupled=coupled)
-    small = materialize(model, masks, coupled)
+    # the end of the text is for measuring, where there is enough of it
+    held = max(1, len(data) // 8)
+    rows, tail = (data[:-held], data[-held:]) if len(data) >= 4 else (data, data)
+    masks = search(model, rows, how, progress=True, coupled=coupled)
+    mended = _some(rows) if options.repair else None
+    small = materialize(model, masks, coupled, repair=mended)
     save_pretrained(small, options.out)
     try:
         tokenizer.save_pretrained(options.out)
     except OSError as error:
         raise FileError(f"the tokenizer cannot be written to {options.out}: {error}") from error
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    where = "on held-out text" if tail is not data else "on the text itself, too short to hold out"
     return (
         f"{masks.sparsity(coupled)['prunable']:.1%} of the prunable parameters removed, "
-        f"{before:,} -> {after:,} parameters; {options.out}"
+        f"{before:,} -> {after:,} parameters; perplexity {where} "
+        f"{_perplexity(model, tail):.2f} -> {_perplexity(small, tail):.2f}; {options.out}"
     )
+
+
+REPAIRED = 4096
+"""Tokens that a repair sees."""
+
+
+def _some(rows: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    return rows[: max(2, REPAIRED // rows[0]["input_ids"].numel())]
+
+
+@torch.no_grad()
+def _perplexity(model: torch.nn.Module, rows: list[dict[str, torch.Tensor]]) -> float:
+    losses = [float(loss_of(model(**arguments(model, batch)))) for batch in rows]
+    return math.exp(min(700.0, sum(losses) / len(losses)))
 
 
 def _batches(tokenizer: Any, file: Path, length: int, batch: int) -> list[dict[str, torch.Tensor]]:

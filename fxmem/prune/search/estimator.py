@@ -132,20 +132,3 @@ def trust(delta: Tensor, s: Tensor, block: Tensor, cap: float) -> float:
     """Scale in (0, 1] at which one step keeps every block's log second moment below `cap`."""
     growth = float(_block_sum(_over(delta**2, variance(s)), block).max())
     return 1.0 if growth <= cap else math.sqrt(cap / growth)
-
-
-def trust_strict(delta: Tensor, s: Tensor, s0: Tensor, block: Tensor, cap: float) -> float:
-    """Largest scale in [0, 1] at which s + scale * delta stays within `cap` of the snapshot.
-
-    Solves ``sum((s + t delta - s0)^2 / h(s0)) = cap`` in every block. As log(1 + x) <= x, the log
-    second moment of the ratios then never exceeds the cap.
-    """
-    h = variance(s0)
-    a = _block_sum(_over(delta**2, h), block)
-    b = _block_sum(_over(delta * (s - s0), h), block)
-    c = _block_sum(_over((s - s0) ** 2, h), block) - cap
-    root = torch.sqrt((b * b - a * c).clamp_min(0))
-    # Of the two forms of the larger root, the one without cancellation.
-    t = torch.where(b > 0, -c / (b + root), (root - b) / a)
-    t = torch.where(a == 0, torch.ones_like(t), t)
-    return max(0.0, min(1.0, float(t.min()) * (1 - 1e-12)))

@@ -22,7 +22,7 @@ from fxmem.prune.search.outliers import against_others, robust_variance
 from fxmem.prune.search.projection import project
 from fxmem.prune.search.snapshot import Alone, Exchange, Factory, Shop, Snapshot
 from fxmem.prune.search.spent import Counts
-from fxmem.prune.units.options import Prune
+from fxmem.prune.units.settings import ScoreSettings
 
 
 class Loop:
@@ -49,7 +49,7 @@ class Loop:
         cost: Tensor,
         layer: Tensor,
         budget: float,
-        options: Prune,
+        options: ScoreSettings,
         factory: Factory,
         batches: Sequence[Any],
         exchange: Exchange | None = None,
@@ -64,7 +64,7 @@ class Loop:
         if options.samples % self.exchange.world:
             raise BudgetError(
                 f"{options.samples} masks over {self.exchange.world} ranks",
-                advice="Prune.samples must be a multiple of the number of ranks",
+                advice="samples must be a multiple of the number of ranks",
             )
         self.gated = gated
         self.cost, self.budget, self.options = cost.double(), float(budget), options
@@ -77,6 +77,11 @@ class Loop:
         self.history = History(len(start), options.history)
         self.slopes = torch.zeros_like(self.s)
         self.counts = Counts()
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Keep probability of every search unit, float64 (n,)."""
+        return self.s
 
     # -- one step
 
@@ -153,7 +158,7 @@ class Loop:
             rest, others = against_others(finite, known, width)
         elif len(finite) >= 2:
             others = estimator.leave_one_out(rest)
-        if others is not None and self.options.baseline == "loo":
+        if others is not None:
             return rest, others
         if not len(rest) or self.average is None:
             # One loss and no history: nothing says whether it is good or bad.
@@ -173,11 +178,7 @@ class Loop:
             slope /= math.sqrt(self.spread)
         moved = s - self._rate() * slope
         delta = project(moved, self.cost, self.budget, options.epsilon, weight) - s
-        if options.trust == "strict":
-            scale = estimator.trust_strict(delta, s, law, block, options.trust_cap)
-        else:
-            scale = estimator.trust(delta, s, block, options.trust_cap)
-        self.s = s + scale * delta
+        self.s = s + estimator.trust(delta, s, block, options.trust_cap) * delta
         moment = float(estimator.log_second_moment(self.s, law, block).max())
         self.counts.cap = max(self.counts.cap, moment)
 
@@ -203,7 +204,7 @@ class Loop:
             "history": self.history.state(),
             "slopes": self.slopes,
             "counts": asdict(self.counts),
-            "options": self.options.to_dict(),
+            "options": repr(self.options),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -212,7 +213,7 @@ class Loop:
         Raises:
             BudgetError: the state is of another search.
         """
-        if state["options"] != self.options.to_dict() or len(state["s"]) != len(self.s):
+        if state["options"] != repr(self.options) or len(state["s"]) != len(self.s):
             raise BudgetError(
                 "the checkpoint is of a search with other options or units",
                 advice="resume with the same options and model, or delete the checkpoint",

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from fxmem.errors import PlanError, UnsupportedOpError
 from fxmem.frontend.experts import Watch, watching
-from fxmem.prune.search.space import Group
-from fxmem.prune.units.units import Path
+from fxmem.prune.shrink.gate_gradients import Gates
+from fxmem.prune.units.units import Group, unit_of
 
 METHODS = ("magnitude", "wanda", "taylor", "random")
 
@@ -97,21 +97,6 @@ def _summed(groups: Sequence[Group], line: Callable[[str, int], Tensor]) -> dict
             total.index_add_(0, unit_of(len(values), path, group.size), values)
         out[group.name] = total[: group.size]
     return out
-
-
-def unit_of(length: int, path: Path, size: int) -> Tensor:
-    """The unit of each position of an axis, int (length,); `size` where it belongs to none."""
-    index, before, after = torch.arange(length), 1, 1
-    for kind, a, b in path:
-        if kind == "segment":
-            index = index[a : a + b]
-        elif kind == "inner":
-            before = a
-        else:
-            after = a
-    owner = torch.full((length,), size)
-    owner[index] = torch.arange(size).view(1, size, 1).expand(before, size, after).reshape(-1)
-    return owner
 
 
 def _lines(model: nn.Module, name: str, axis: int) -> Tensor:
@@ -216,24 +201,10 @@ def _consumers(groups: Sequence[Group]) -> list[tuple[str, int]]:
 def _taylor(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], groups: Sequence[Group]
 ) -> dict[str, Tensor]:
-    """Only the consumers get gradients, so the backward keeps little more than activations."""
-    axes = _consumers(groups)
-    wanted = {name: model.get_parameter(name) for name, _ in axes}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    """By gates, so no weight gets a gradient."""
     total = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
-    try:
-        for p, _ in flags:
-            p.requires_grad_(any(p is consumer for consumer in wanted.values()))
-        with _evaluating(model), torch.enable_grad():
-            for batch in batches:
-                found = torch.autograd.grad(model(**batch).loss, list(wanted.values()))
-                grads = dict(zip(wanted, found, strict=True))
-                each = {n: w.detach() * grads[n] for n, w in wanted.items()}
-                lines = {(n, i): each[n].movedim(i, -1).flatten(0, -2).sum(0) for n, i in axes}
-                changes = _summed(groups, lambda *at, lines=lines: lines[at])
-                for name, change in changes.items():
-                    total[name] += change.square()
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    with Gates(model, groups) as gates:
+        for batch in batches:
+            for name, change in gates(batch)[1].items():
+                total[name] += change.square()
     return {name: value / len(batches) for name, value in total.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxmem.prune.search.draw_masks import draw, nested, widened
 from fxmem.prune.search.spent import Counts
-from fxmem.prune.units.options import Prune
+from fxmem.prune.units.settings import ScoreSettings
 
 Loss = Callable[..., float]
 """Of a batch; where masks are nested, of a batch and the mask inside the sub-model's own."""
@@ -53,7 +53,7 @@ class Alone:
 class Shop:
     """What every snapshot of a search shares: where sub-models come from and what they cost."""
 
-    options: Prune
+    options: ScoreSettings
     factory: Factory
     batches: Sequence[Any]
     exchange: Exchange

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,26 +15,8 @@ from torch import Tensor
 from fxmem.errors import BudgetError
 from fxmem.prune.search.projection import top
 from fxmem.prune.units.kinds import bundle
-from fxmem.prune.units.options import Prune
-from fxmem.prune.units.units import Member
-
-
-class Group(Protocol):
-    """What a search needs of one group of coupled units (`fxmem.coupling`)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def layer(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def cost(self) -> int: ...
-    @property
-    def consumer(self) -> tuple[Member, ...]: ...
-
+from fxmem.prune.units.settings import ScoreSettings, Settings
+from fxmem.prune.units.units import Group
 
 FINE = 64
 """Groups with more units than this are searched in blocks; heads and experts one by one."""
@@ -70,7 +51,7 @@ class Space:
     def build(
         cls,
         groups: Sequence[Group],
-        options: Prune,
+        options: Settings,
         importance: Mapping[str, Tensor],
         block: int | None = None,
     ) -> Space:
@@ -113,7 +94,7 @@ class Space:
         reserve = tuple(_reserve(group, importance) for group in groups)
         space = cls(
             tuple(groups), tuple(units), cost, torch.tensor(layers), torch.tensor(owners),
-            block or options.block, bundles, reserve,
+            block or options.grain, bundles, reserve,
         )  # fmt: skip
         if any(map(least, groups)):
             space.final(torch.zeros_like(cost), options)
@@ -134,6 +115,13 @@ class Space:
             count.index_add_(0, unit, torch.full((len(unit),), weight, dtype=torch.float64))
         return total / count
 
+    def total(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Sum of per-unit values over each search unit: float64 (n,)."""
+        out = torch.zeros(len(self.cost), dtype=torch.float64)
+        for group, unit in zip(self.groups, self.unit, strict=True):
+            out.index_add_(0, unit, values[group.name].double())
+        return out
+
     def bools(self, mask: Tensor) -> dict[str, Tensor]:
         """A mask over search units as one over each group's own units.
 
@@ -148,7 +136,7 @@ class Space:
             out[group.name] = kept
         return out
 
-    def final(self, s: Tensor, options: Prune) -> Tensor:
+    def final(self, s: Tensor, options: Settings) -> Tensor:
         """The deterministic mask at the budget, bool (n,), from probabilities or scores.
 
         Raises:
@@ -183,7 +171,7 @@ class Space:
             forced[unit[order[: least(group)]]] = True
         return forced
 
-    def _top(self, s: Tensor, among: Tensor, options: Prune) -> Tensor:
+    def _top(self, s: Tensor, among: Tensor, options: Settings) -> Tensor:
         index = among.nonzero()[:, 0]
         cost, owner = self.cost[index], self.owner[index]
         pairs = zip(self.groups, self.bundles, strict=True)
@@ -207,14 +195,18 @@ def _fine(group: Group, whole: bool) -> bool:
 
 
 def _local(
-    group: Group, whole: bool, options: Prune, importance: Mapping[str, Tensor], block: int | None
+    group: Group,
+    whole: bool,
+    options: Settings,
+    importance: Mapping[str, Tensor],
+    block: int | None,
 ) -> Tensor:
     """The search unit of each unit of one group, counted from 0: int (size,)."""
     if whole:
         return torch.zeros(group.size, dtype=torch.long)
-    width = (block or options.block) if _fine(group, whole) else 1
+    width = (block or options.grain) if _fine(group, whole) else 1
     rank = torch.arange(group.size)
-    if width > 1 and options.order == "importance":
+    if width > 1 and isinstance(options, ScoreSettings) and options.order == "importance":
         order = torch.sort(importance[group.name], descending=True, stable=True).indices
         rank[order] = torch.arange(group.size)
     return rank // width
@@ -226,7 +218,7 @@ def _reserve(group: Group, importance: Mapping[str, Tensor]) -> Tensor:
     return torch.sort(importance[group.name], descending=True, stable=True).indices
 
 
-def start(space: Space, importance: Mapping[str, Tensor], options: Prune) -> Tensor:
+def start(space: Space, importance: Mapping[str, Tensor], options: ScoreSettings) -> Tensor:
     """Probabilities to start from: standardised importance through a sigmoid, at the keep rate.
 
     Comparable importance ("taylor") is standardised over the model, by cost; the others mean

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +13,7 @@ from fxmem.frontend.experts import settle
 from fxmem.prune.coupling.find_groups import coupling as trace
 from fxmem.prune.coupling.match_norms import rescale, set_epsilons
 from fxmem.prune.shrink.empty_layers import padded, silence
+from fxmem.prune.shrink.repair import repair as mend
 from fxmem.prune.shrink.size_attributes import apply, attributes, remember
 from fxmem.prune.shrink.slicing import shell, slices
 from fxmem.prune.units.masks import Masks, axis_keeps
@@ -77,7 +80,10 @@ def reduced(plan: Coupling, masks: Masks) -> Coupling:
     return replace(plan, groups=tuple(groups), shapes=tuple(new_shapes.items()))
 
 
-def materialize(model: nn.Module, masks: Masks, coupling: Coupling | None = None) -> nn.Module:
+def materialize(
+    model: nn.Module, masks: Masks, coupling: Coupling | None = None, *,
+    repair: Sequence[Mapping[str, Any]] | None = None,
+) -> nn.Module:  # fmt: skip
     """A smaller model with its own contiguous storage; ``model`` is untouched.
 
     Peak memory is the dense model, the smaller one and one parameter. Attributes that hold a size
@@ -85,16 +91,37 @@ def materialize(model: nn.Module, masks: Masks, coupling: Coupling | None = None
     cannot run with no unit (GPT-2, OPT), one stays whose output weights are zero. A smaller width
     rescales the norms' weights and eps (`fxmem.prune.coupling.match_norms`).
 
+    Args:
+        model: the dense model, or one that fxmem made smaller.
+        masks: of `model`.
+        coupling: ``fxmem.coupling(model)``, where it is at hand: tracing takes a while.
+        repair: batches with labels, of one shape: weights that lost inputs are solved again by
+            least squares (`fxmem.prune.shrink.repair`), never to a higher loss on the last
+            quarter of the rows. The result is then no longer the masked model.
+
     Raises:
         MaskError: masks of another model, or no consistent sizes.
+        PlanError: batches that nothing can be repaired from.
     """
-    made = origin(model)
     if coupling is None:
+        made = origin(model)
         coupling = trace(model) if made is None else reduced(*made)
+    small = cut_out(model, masks, coupling)
+    if repair is not None:
+        _, bare = padded(model, coupling, masks.on(coupling))
+        mend(model, small, coupling, masks, bare, repair)
+    return small
+
+
+def cut_out(
+    model: nn.Module, masks: Masks, coupling: Coupling, *, share: bool = False
+) -> nn.Module:
+    """As `materialize`; `share`: parameters that are not cut are those of ``model``, not copies."""
+    made = origin(model)
     masks = masks.on(coupling)
     found = attributes(model, coupling, masks)
     masks, bare = padded(model, coupling, masks)
-    small = shell(model, slices(coupling, masks))
+    small = shell(model, slices(coupling, masks), share=share)
     silence(dict(small.named_parameters()), coupling, masks, bare)
     rescale(dict(small.named_parameters()), coupling, masks)
     set_epsilons(small, coupling, masks)

@@ -29,17 +29,22 @@ def cut(weight: Tensor, parts: list[tuple[int, Tensor]]) -> Tensor:
     return weight.contiguous()
 
 
-def shell(model: nn.Module, parts: Parts) -> nn.Module:
+def shell(model: nn.Module, parts: Parts, *, share: bool = False) -> nn.Module:
     """A deep copy of ``model`` whose parameters are cut; the dense ones are never copied whole.
 
     Ties, hooks, buffers, dtypes, ``requires_grad`` and the training flags come with the copy.
+    ``share``: what is not cut keeps its storage.
     """
     memo: dict[int, Any] = dict(left_behind(model))
     for name, p in model.named_parameters():
         if name in parts:
             new = nn.Parameter(cut(p.detach(), parts[name]), requires_grad=p.requires_grad)
-            new.__dict__.update(p.__dict__)
-            memo[id(p)] = new
+        elif share:
+            new = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+        else:
+            continue
+        new.__dict__.update(p.__dict__)
+        memo[id(p)] = new
     small = copy.deepcopy(model, memo)
     resize(small)
     for p in small.parameters():

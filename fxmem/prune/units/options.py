@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar
 
-from fxmem.checks import choice, mapping, refuse_unknown
+from fxmem.checks import check_names, choice, mapping, refuse_unknown
 from fxmem.errors import PlanError
+from fxmem.prune.units.settings import GateSettings, Init, ScoreSettings, Settings
+
+_T = TypeVar("_T")
+ESTIMATORS: dict[str, type[Settings]] = {"gates": GateSettings, "score": ScoreSettings}
+GONE = ("trust", "baseline")
+"""Options of version 0.1.0 that lost against their defaults and are no more."""
 
 
-def _number(field: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if real and low <= value <= high and not (open_low and value == low):  # type: ignore[operator]
-        return
-    left = "(" if open_low else "["
-    raise PlanError(
-        f"{field} is {value!r}", advice=f"allowed values: numbers in {left}{low:g}, {high:g}]"
-    )
+def _own(cls: type[Settings]) -> tuple[str, ...]:
+    """The fields that `Prune` itself does not have."""
+    shared = ("keep", "kinds", "steps", "init", "round_to", "seed")
+    return tuple(f.name for f in fields(cls) if f.name not in shared)
 
 
-def _count(field: str, value: object, least: int) -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
-        return
-    raise PlanError(f"{field} is {value!r}", advice=f"allowed values: integers of at least {least}")
+def _moved(cls: type[_T]) -> type[_T]:
+    """Take options that stood in the first version beside the others, with a warning."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def taken(self: _T, *args: Any, **kwargs: Any) -> None:
+        old = {k: kwargs.pop(k) for k in (*_own(ScoreSettings), *GONE) if k in kwargs}
+        if old:
+            warnings.warn(
+                f"Prune({', '.join(f'{k}=...' for k in old)}) is deprecated: write "
+                'Prune(estimator="score", advanced={...}) with these names',
+                DeprecationWarning, stacklevel=2,
+            )  # fmt: skip
+            kwargs = {"estimator": "score", "steps": 200, "init": "wanda", **kwargs}
+            old = {k: v for k, v in old.items() if k not in GONE}
+            kwargs["advanced"] = {**old, **dict(kwargs.get("advanced", ()))}
+        init(self, *args, **kwargs)
+
+    cls.__init__ = taken  # type: ignore[assignment]
+    return cls
 
 
+@_moved
 @refuse_unknown
 @dataclass(frozen=True, slots=True)
 class Prune:
@@ -39,45 +59,15 @@ class Prune:
             channels (of all experts of a layer together). Kinds that hold the same weights, such
             as experts and their channels, would be paid for twice and cannot be mixed;
             so ``"width"``, the channels of the residual stream, is searched alone.
-        block: MLP channels per unit of the search. Single channels make the ratio of a whole layer
-            degenerate after one step.
-        order: which channels share a block: neighbours in ``"importance"`` (a block is then about
-            as good as its channels) or in ``"index"``.
-        steps: updates of the probabilities; one batch each.
-        samples: masks per snapshot, K.
-        lr: step size of the preconditioned gradient, at the first step.
-        standardise: losses are divided by their spread over past steps, so that `lr` means the
-            same for every model and budget.
-        decay: ``"cosine"`` lets lr fall to zero over the steps, ``"none"`` keeps it.
-        scope: over which units likelihood ratios multiply; see `fxmem.prune.search.estimator`.
-        clip: limit of a ratio and of its inverse.
-        alpha: exponent of the preconditioner, 1/2 to 1. At 1/2 a step is as noisy for a unit that
-            is nearly decided as for an open one; at 1 decided units stand still.
-        metric: of the projection onto the budget: ``"preconditioned"``, the step's own, takes a
-            step's excess from the open units; ``"euclidean"`` from all alike.
-        trust: log second moment of the ratios that one step may add (``"step"``) or that all steps
-            since the snapshot may reach (``"strict"``); the size is `trust_cap`.
-        baseline: ``"loo"``, mean of the other samples' losses, or ``"ema"`` of past losses.
-        outlier: losses this many spreads above the median of the other samples' are cut to that,
-            ``inf`` cuts none; see `fxmem.prune.search.outliers`.
-        history: latest masks that a linear control variate is fitted to, 0 for none; see
-            `fxmem.prune.search.control_variate`. Fitting takes a time cubic in it, or in the
-            units if fewer.
-        widen: sub-models are built with every unit's odds times this, and each step draws masks
-            inside them by gates on activations; 1 uses the built masks as they are. Sub-models
-            are larger (units between keep and drop mostly stay), and a snapshot's steps see masks
-            of their own; see `fxmem.prune.search.draw_masks`.
-        ess: a block's effective sample fraction below which new masks are drawn.
-        age: steps after which new masks are drawn whatever the ESS; 1 is plain policy gradient.
-        resident: ``"all"`` keeps the K sub-models, ``"one"`` one at a time over all `age` batches.
-        init: importance the probabilities start from; "taylor" needs one backward per batch.
-        init_batches: batches that importance is measured on.
-        init_scale: steepness of the start: logits are this times the standardised importance.
-        epsilon: probabilities stay in [epsilon, 1 - epsilon]: at 0 a unit could never return.
-        cost: the budget counts ``"parameters"`` or ``"units"``.
-        ranking: the final mask ranks all units together, or each ``"kind"`` under its own budget.
+        estimator: ``"gates"`` moves a score per unit by the derivative of its gate, one forward
+            and backward of a sub-model per step; ``"score"`` samples masks and needs forwards
+            only, many more, and its gradient is unbiased.
+        steps: updates; one batch each. ``"score"`` wants 200 or more.
+        init: importance that the search starts from; ``"taylor"`` needs a backward per batch.
         round_to: kept channels per layer are a multiple of this.
-        seed: of every mask; equal seeds give equal masks on any number of ranks.
+        seed: of every mask that is drawn; equal seeds give equal masks on any number of ranks.
+        advanced: further options of the estimator by name: those of
+            `fxmem.prune.units.settings.GateSettings` or ``ScoreSettings``.
 
     Raises:
         PlanError: for an unknown option or an impossible value.
@@ -85,64 +75,53 @@ class Prune:
 
     keep: float = 0.5
     kinds: tuple[str, ...] = ()
-    block: int = 128
-    order: Literal["importance", "index"] = "importance"
-    steps: int = 200
-    samples: int = 4
-    lr: float = 0.1
-    standardise: bool = True
-    decay: Literal["cosine", "none"] = "cosine"
-    scope: Literal["full", "layer", "none"] = "layer"
-    clip: float = 2.0
-    alpha: float = 1.0
-    metric: Literal["euclidean", "preconditioned"] = "preconditioned"
-    trust: Literal["step", "strict"] = "step"
-    trust_cap: float = 0.4
-    baseline: Literal["loo", "ema"] = "loo"
-    outlier: float = 4.0
-    history: int = 512
-    widen: float = 4.0
-    ess: float = 0.5
-    age: int = 8
-    resident: Literal["all", "one"] = "one"
-    init: Literal["wanda", "magnitude", "taylor", "random", "uniform"] = "wanda"
-    init_batches: int = 8
-    init_scale: float = 12.0
-    epsilon: float = 0.002
-    cost: Literal["parameters", "units"] = "parameters"
-    ranking: Literal["joint", "kind"] = "joint"
+    estimator: Literal["gates", "score"] = "gates"
+    steps: int = 40
+    init: Init = "taylor"
     round_to: int = 1
     seed: int = 0
+    advanced: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        _number("Prune.keep", self.keep, 0, 1, open_low=True)
-        if isinstance(self.kinds, str) or not all(isinstance(kind, str) for kind in self.kinds):
-            raise PlanError(f"Prune.kinds is {self.kinds!r}", advice="give a tuple of kinds")
-        object.__setattr__(self, "kinds", tuple(self.kinds))
-        if "width" in self.kinds and len(set(self.kinds)) > 1:
+        choice("Prune.estimator", self.estimator, tuple(ESTIMATORS), ())
+        if not isinstance(self.advanced, (Mapping, tuple)):
             raise PlanError(
-                f"Prune.kinds is {self.kinds!r}: units of the width hold parameters of all others",
-                advice="search one after the other and compose: second.after(first)",
+                f"Prune.advanced is {self.advanced!r}", advice="give a dict of named options"
             )
-        for field in ("block", "samples", "age", "init_batches", "round_to"):
-            _count(f"Prune.{field}", getattr(self, field), 1)
-        for field in ("steps", "seed", "history"):
-            _count(f"Prune.{field}", getattr(self, field), 0)
-        for field in ("lr", "trust_cap", "init_scale", "outlier"):
-            _number(f"Prune.{field}", getattr(self, field), 0, math.inf, open_low=True)
-        _number("Prune.clip", self.clip, 1, math.inf)
-        _number("Prune.widen", self.widen, 1, 1e6)
-        _number("Prune.alpha", self.alpha, 0.5, 1)
-        _number("Prune.ess", self.ess, 0, 1)
-        _number("Prune.epsilon", self.epsilon, 0, 0.4)
-        if not isinstance(self.standardise, bool):
-            raise PlanError(f"Prune.standardise is {self.standardise!r}", advice="True or False")
-        for field, words in _WORDS.items():
-            choice(f"Prune.{field}", getattr(self, field), words, ())
+        given = dict(self.advanced)
+        check_names("Prune.advanced", given, _own(ESTIMATORS[self.estimator]))
+        # of plain values, so that options compare and hash by value
+        object.__setattr__(self, "advanced", tuple(sorted(given.items())))
+        if not isinstance(self.kinds, str):
+            object.__setattr__(self, "kinds", tuple(self.kinds))
+        self.settings()
+
+    def settings(self) -> Settings:
+        """These options with those of their estimator, flat and checked."""
+        return ESTIMATORS[self.estimator](
+            keep=self.keep, kinds=self.kinds, steps=self.steps, init=self.init,
+            round_to=self.round_to, seed=self.seed, **dict(self.advanced),
+        )  # fmt: skip
+
+    def __setstate__(self, state: Any) -> None:
+        # A pickle of version 0.1.0 holds its thirty fields in order.
+        values = list(state.values()) if isinstance(state, Mapping) else list(state)
+        if len(values) == len(_FIRST):
+            old = dict(zip(_FIRST, values, strict=True))
+            own = _own(ScoreSettings)
+            plain = ScoreSettings()
+            differ = {k: old[k] for k in own if old[k] != getattr(plain, k)}
+            again = Prune(
+                keep=old["keep"], kinds=old["kinds"], estimator="score", steps=old["steps"],
+                init=old["init"], round_to=old["round_to"], seed=old["seed"], advanced=differ,
+            )  # fmt: skip
+            values = [getattr(again, f.name) for f in fields(self)]
+        for field, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict of plain values."""
-        return {**asdict(self), "kinds": list(self.kinds)}
+        return {**asdict(self), "kinds": list(self.kinds), "advanced": dict(self.advanced)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prune:
@@ -157,15 +136,9 @@ class Prune:
         return cls(**values)
 
 
-_WORDS: dict[str, tuple[str, ...]] = {
-    "order": ("importance", "index"),
-    "decay": ("cosine", "none"),
-    "scope": ("full", "layer", "none"),
-    "metric": ("euclidean", "preconditioned"),
-    "trust": ("step", "strict"),
-    "baseline": ("loo", "ema"),
-    "resident": ("all", "one"),
-    "init": ("wanda", "magnitude", "taylor", "random", "uniform"),
-    "cost": ("parameters", "units"),
-    "ranking": ("joint", "kind"),
-}
+_FIRST = (
+    "keep", "kinds", "block", "order", "steps", "samples", "lr", "standardise", "decay", "scope",
+    "clip", "alpha", "metric", "trust", "trust_cap", "baseline", "outlier", "history", "widen",
+    "ess", "age", "resident", "init", "init_batches", "init_scale", "epsilon", "cost", "ranking",
+    "round_to", "seed",
+)  # fmt: skip

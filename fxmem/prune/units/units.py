@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import networkx as nx
 import torch
@@ -26,6 +26,25 @@ class Norm(NamedTuple):
     attribute: str
     eps: float
     width: int
+
+
+class Group(Protocol):
+    """What a search needs of one group of coupled units (`fxmem.coupling`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def cost(self) -> int: ...
+    @property
+    def consumer(self) -> tuple[Member, ...]: ...
+    @property
+    def members(self) -> tuple[Member, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -118,15 +137,13 @@ class Coupling:
         figure.savefig(path)
 
 
-def positions(length: int, path: Path, size: int, kept: tuple[int, ...]) -> torch.Tensor:
-    """Boolean ``[length]``: the positions of an axis that stay when ``kept`` of ``size`` units do.
+def unit_of(length: int, path: Path, size: int) -> torch.Tensor:
+    """The unit of each position of an axis, int (length,); `size` where it belongs to none.
 
     Steps narrow an index range: ``segment(offset, n)``, ``inner(outer size)`` views it ``(outer,
     n)`` and keeps columns, ``outer(inner size)`` views it ``(n, inner)`` and keeps rows.
     """
-    keep = torch.ones(length, dtype=torch.bool)
-    index = torch.arange(length)
-    before = after = 1
+    index, before, after = torch.arange(length), 1, 1
     for kind, a, b in path:
         if kind == "segment":
             index = index[a : a + b]
@@ -134,10 +151,16 @@ def positions(length: int, path: Path, size: int, kept: tuple[int, ...]) -> torc
             before = a
         else:
             after = a
-    unit = torch.zeros(size, dtype=torch.bool)
-    unit[list(kept)] = True
-    keep[index] = unit.view(1, size, 1).expand(before, size, after).reshape(-1)
-    return keep
+    owner = torch.full((length,), size)
+    owner[index] = torch.arange(size).view(1, size, 1).expand(before, size, after).reshape(-1)
+    return owner
+
+
+def positions(length: int, path: Path, size: int, kept: tuple[int, ...]) -> torch.Tensor:
+    """Boolean ``[length]``: positions of an axis that stay when ``kept`` of ``size`` units do."""
+    stays = torch.zeros(size + 1, dtype=torch.bool)
+    stays[[*kept, size]] = True
+    return stays[unit_of(length, path, size)]
 
 
 def cost_of(members: tuple[Member, ...], shapes: dict[str, tuple[int, ...]], size: int) -> int:
