@@ -79,5 +79,4 @@ class Borders:
         if cone is None:
             return env[leaf_of(self.pre, node)]
         ints = [env["input", n.name] for n in cone.ints]
-        run = _compat_hooks.function(cone.module)
-        return run(*ints, *(env[leaf] for leaf in cone.leaves))
+        return cone(*ints, *(env[leaf] for leaf in cone.leaves))

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
+from fxmem._compat import wrapped
 from fxmem.compiler.borders import Borders
 from fxmem.compiler.region_codes import _adapted
 from fxmem.compiler.tied_weights import _link_shared
@@ -108,6 +109,9 @@ class CompiledGraph:
             return _compat_hooks.function(self.plain)(*args)
         by_node = dict(zip(self.capture.inputs, args, strict=True))
         env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
+        for node, made in self.pre.cones.items():
+            if isinstance(made, pre_.Parts):
+                env.update(zip(made.leaves, wrapped.parts(by_node[node]), strict=True))
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
         names = {id(args[i]): name for i, name in self._parameters}
         state = CallState(sizes, names=names, sharding=sharding)

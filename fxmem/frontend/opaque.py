@@ -187,7 +187,7 @@ def _by_capture(error: BaseException) -> bool:
 
 
 def _lengths(given: Mapping[str, Tensor]) -> set[int]:
-    """What the streamed size seems to be: the longest of ids ``[B, T]`` and states ``[B, T, d]``."""
+    """What the streamed size seems to be: the longest of ids ``[B, T]``, states ``[B, T, d]``."""
     found = [t.shape[-1] for t in given.values() if t.dim() in (1, 2) and not t.is_floating_point()]
     found += [t.shape[-2] for t in given.values() if t.dim() == 3 and t.is_floating_point()]
     return {s for s in [max(found, default=0)] if s > 1}

@@ -18,7 +18,8 @@ from torch import fx
 
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
-from fxmem._compat import tracing
+from fxmem._compat import tracing, wrapped
+from fxmem.errors import UnsupportedOpError
 from fxmem.frontend.capture import (
     Capture,
     attribute,
@@ -31,6 +32,7 @@ from fxmem.frontend.capture import (
     value_of,
 )
 from fxmem.frontend.hidden_writes import without_writes
+from fxmem.frontend.origin import module_path, source_line
 from fxmem.rules import WRITTEN_OUT
 
 Leaf = tuple[str, str]
@@ -55,6 +57,28 @@ class Cone:
     def key(self) -> str:
         return self.module.code
 
+    def __call__(self, *values: Any) -> Any:
+        return _compat_hooks.function(self.module)(*values)
+
+
+@dataclass(slots=True)
+class Parts:
+    """A tensor that is made of others, as a quantised weight is, from these: the trace of a region
+    goes through to them, and so they are what it takes. A :class:`Cone` of no operators.
+    """
+
+    like: torch.Tensor
+    leaves: list[Leaf]
+    values: list[torch.Tensor]
+    ints: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return wrapped.described(self.like)
+
+    def __call__(self, *values: Any) -> Any:
+        return wrapped.together(self.like, values)
+
 
 @dataclass(slots=True)
 class Preamble:
@@ -64,7 +88,7 @@ class Preamble:
     inputs: list[fx.Node]
     outputs: list[str]
     narrow: dict[fx.Node, Leaf] = field(default_factory=dict)
-    cones: dict[fx.Node, Cone] = field(default_factory=dict)
+    cones: dict[fx.Node, Cone | Parts] = field(default_factory=dict)
     values: dict[Leaf, torch.Tensor] = field(default_factory=dict)
 
 
@@ -96,7 +120,26 @@ def lower(capture: Capture, drawing: Drawing) -> Preamble:
     ]
     nodes = [n for n in capture.nodes if n not in main and n.op != "placeholder"]
     traced = _trace(capture, inputs, nodes, wanted, drawing)
-    return _split(capture, traced, inputs, wanted)
+    pre = _split(capture, traced, inputs, wanted)
+    pre.cones |= {n: _parts(n) for n in capture.inputs if wrapped.is_wrapped(value_of(n))}
+    return pre
+
+
+def _parts(node: fx.Node) -> Parts:
+    """
+    Raises:
+        UnsupportedOpError: it learns, and its gradient would be one of its parts'.
+    """
+    value = value_of(node)
+    if value.requires_grad:
+        user = next(iter(node.users), node)
+        raise UnsupportedOpError(
+            f"a parameter of class {type(value).__name__} that learns", op=str(user.target),
+            module=module_path(user), source=source_line(user),
+            advice="freeze it (requires_grad_(False)) and train adapters beside it",
+        )  # fmt: skip
+    inner = wrapped.parts(value)
+    return Parts(value, [("input", f"{node.name}.{i}") for i in range(len(inner))], inner)
 
 
 def _trace(

@@ -37,7 +37,7 @@ from fxmem.frontend.capture import (
     value_of,
 )
 from fxmem.frontend.origin import module_path
-from fxmem.frontend.parameter_free import Cone, Leaf, Preamble, leaf_of
+from fxmem.frontend.parameter_free import Cone, Leaf, Parts, Preamble, leaf_of
 from fxmem.frontend.subgraph import Body, Subgraph
 
 
@@ -52,7 +52,7 @@ class Region:
     inputs: list[fx.Node]
     leaves: list[Leaf]
     values: list[torch.Tensor]
-    cones: list[tuple[fx.Node, Cone]]
+    cones: list[tuple[fx.Node, Cone | Parts]]
     cone_args: list[list[int]]
 
     @property
@@ -83,7 +83,7 @@ class Region:
             env.update(zip(self.inputs, tensors, strict=False))
             for (node, cone), args in zip(self.cones, self.cone_args, strict=True):
                 ints = [env[i] for i in cone.ints]
-                env[node] = _compat_hooks.function(cone.module)(*ints, *(tensors[i] for i in args))
+                env[node] = cone(*ints, *(tensors[i] for i in args))
             run(self.nodes, env, self.capture, call)
             return [env[n] for n in self.outputs]
 

@@ -14,11 +14,11 @@ import torch
 from fxmem._compat.graph import OpOverload, is_random
 from fxmem.axes.signature import AxisRule, Call, Einsum
 from fxmem.errors import PlanError
-from fxmem.rules import arithmetic, carried, fused, indexing, movement, windows
+from fxmem.rules import arithmetic, carried, fused, indexing, movement, quantized, windows
 
 TABLE: dict[str, AxisRule] = {
     **movement.ROWS, **arithmetic.ROWS, **indexing.ROWS, **windows.ROWS, **fused.ROWS,
-    **carried.ROWS,
+    **carried.ROWS, **quantized.ROWS,
 }  # fmt: skip
 
 # Ops without the tag that act element by element all the same.
