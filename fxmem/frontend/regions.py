@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmem._compat import hooks as _compat_hooks
 from fxmem.axes.sizes import has_axis, per_token
 from fxmem.frontend.capture import (
     Capture,

@@ -18,7 +18,7 @@ from fxmem.rules import arithmetic, carried, fused, indexing, movement, quantize
 
 TABLE: dict[str, AxisRule] = {
     **movement.ROWS, **arithmetic.ROWS, **indexing.ROWS, **windows.ROWS, **fused.ROWS,
-    **carried.ROWS, **quantized.ROWS,
+    **carried.ROWS,
 }  # fmt: skip
 
 # Ops without the tag that act element by element all the same.
@@ -79,7 +79,7 @@ WRITTEN_OUT = (
 
 def lookup(target: Any) -> AxisRule | None:
     """The row of an op, or ``None``: then the op is a barrier."""
-    row = TABLE.get(str(target))
+    row = TABLE.get(str(target)) or quantized.ROWS.get(str(target))
     if row is not None:
         return row
     if str(target) in POINTWISE_UNTAGGED or _is_pointwise(target):

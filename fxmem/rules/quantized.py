@@ -6,7 +6,7 @@ from fxmem.axes.signature import AxisRule, Call, Signature, letters
 
 
 def packed_product(call: Call) -> Signature:
-    """``x [..., K]``, a packed weight and what unpacks it (scales, tables, a bias) -> ``[..., N]``."""
+    """``x [..., K]``, a packed weight and what unpacks it (scales, a bias) -> ``[..., N]``."""
     x, *others = call.tensors
     rows = letters("b", x.rank - 1)
     packed = tuple(letters(f"w{i}_", t.rank) for i, t in enumerate(others))
@@ -14,4 +14,5 @@ def packed_product(call: Call) -> Signature:
     return Signature(((*rows, ("k",)), *packed), ((*rows, ("n",)),), frozenset(whole))
 
 
+# Of libraries that may not be there: the field tests have their oracle.
 ROWS = {"bitsandbytes.gemm_4bit.default": AxisRule(packed_product)}

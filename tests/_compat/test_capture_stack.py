@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxmem._compat import capture_stack, wrapped
+from fxmem._compat import capture_stack, graph, wrapped
 from fxmem._compat.errors import frames
 
 
@@ -31,7 +31,7 @@ class Whole(nn.Module):
 
 def failure(net: Any, x: Tensor) -> BaseException:
     torch._dynamo.maybe_mark_dynamic(x, 0)
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with graph.capture_config(), pytest.raises(Exception) as caught:  # noqa: PT011
         torch.compile(net, backend="eager", fullgraph=True)(x)
     return caught.value
 
