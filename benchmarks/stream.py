@@ -216,7 +216,11 @@ def parse(arguments: Sequence[str] | None) -> Options:
     """Options from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description=__doc__)
     plain, add = Options(), parser.add_argument
-    add("--model", default=plain.model, help="tiny, smollm2, a folder or a hub id")
+    add(
+        "--model",
+        default=plain.model,
+        help="tiny, tiny-mamba2, tiny-qwen3-next, smollm2, a folder or a hub id",
+    )
     add("--lengths", type=int, nargs="+", default=plain.lengths)
     add("--objectives", nargs="+", choices=tuple(OBJECTIVES), default=plain.objectives)
     add("--setups", nargs="+", choices=tuple(SETUPS), default=plain.setups)

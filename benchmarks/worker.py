@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.objectives import OBJECTIVES
 from benchmarks.setups import SETUPS, build
-from fxmem.demo.models import TINY, load_model, load_tokenizer
+from fxmem.demo.models import RANDOM, load_model, load_tokenizer
 from fxmem.demo.text import token_ids
 from fxmem.measure.live import HighWater, parameter_bytes
 from fxmem.measure.subprocess_job import serve
@@ -35,11 +35,11 @@ def measure(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> 
 
 
 def make_ids(model: str, config: Any, objective: str, length: int) -> torch.Tensor:
-    """Ids [rows, length / rows]: random for the tiny model, real text for others."""
+    """Ids [rows, length / rows]: random for models with random weights, real text for others."""
     _, rows = OBJECTIVES[objective]
     each = length // rows
     vocabulary = config.get_text_config().vocab_size
-    if model == TINY:
+    if model in RANDOM:
         return torch.randint(vocabulary, (rows, each))
     return token_ids(rows * each, load_tokenizer(model), vocabulary).reshape(rows, each)
 

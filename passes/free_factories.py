@@ -16,11 +16,13 @@ from fxmem.frontend.capture import value_of
 from fxmem.frontend.joint import Joint
 from fxmem.rewriting.pipeline import Edit, LocalPass
 
+_STRIDED = "aten.new_empty_strided.default"
 _FORMS: dict[str, Any] = {
     "aten.new_zeros.default": torch.ops.aten.zeros.default,
     "aten.new_ones.default": torch.ops.aten.ones.default,
     "aten.new_full.default": torch.ops.aten.full.default,
     "aten.new_empty.default": torch.ops.aten.zeros.default,
+    _STRIDED: torch.ops.aten.zeros.default,
 }
 
 
@@ -38,6 +40,8 @@ class FreeFactories(LocalPass[Joint]):
 
 def _free(node: fx.Node) -> None:
     value = value_of(node)
+    if str(node.target) == _STRIDED:  # no value is read before it is written, in any order
+        node.args = node.args[:2]
     node.target = _FORMS[str(node.target)]
     node.args = tuple(node.args[1:])
     node.kwargs = {"dtype": value.dtype, "device": value.device}

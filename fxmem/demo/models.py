@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,43 @@ def tiny_config() -> Any:
     )
 
 
+def tiny_mamba2_config() -> Any:
+    """A state-space model of four layers: hidden size 256, vocabulary 2048."""
+    return require("transformers").Mamba2Config(
+        hidden_size=256, num_hidden_layers=4, num_heads=16, head_dim=32, state_size=64, n_groups=1,
+        chunk_size=128, vocab_size=2048, use_cache=False,
+    )  # fmt: skip
+
+
+def tiny_qwen3_next_config() -> Any:
+    """Three layers of the gated delta rule and one of attention, with experts, of the same size."""
+    return require("transformers").Qwen3NextConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, linear_num_key_heads=4, linear_num_value_heads=8,
+        linear_key_head_dim=32, linear_value_head_dim=32, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=128, shared_expert_intermediate_size=128, vocab_size=2048,
+        use_cache=False,
+    )  # fmt: skip
+
+
+RANDOM: dict[str, Callable[[], Any]] = {
+    TINY: tiny_config, "tiny-mamba2": tiny_mamba2_config, "tiny-qwen3-next": tiny_qwen3_next_config
+}  # fmt: skip
+"""Models with random weights, by name."""
+
+
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The model with its weights, in training mode; ``source`` is "tiny", a folder or a hub id.
+    """The model with its weights, in training mode; ``source`` is in :data:`RANDOM`, a folder or a
+    hub id.
 
     Raises:
         UsageError: there is no such model.
     """
     transformers = require("transformers")
-    if source == TINY:
+    if source in RANDOM:
         torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(tiny_config()).to(dtype).train()
+        config = RANDOM[source]()
+        return transformers.AutoModelForCausalLM.from_config(config).to(dtype).train()
     given = {"local_files_only": _is_here(source)}
     try:
         _check_kind(source, transformers.AutoConfig.from_pretrained(source, **given))
@@ -58,8 +86,8 @@ def random_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         UsageError: there is no such model.
     """
-    if source == TINY:
-        return load_model(TINY, dtype)
+    if source in RANDOM:
+        return load_model(source, dtype)
     transformers = require("transformers")
     given = {"local_files_only": _is_here(source)}
     try:
@@ -73,12 +101,12 @@ def random_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_tokenizer(source: str) -> Any | None:
-    """The model's tokenizer; None for "tiny", where the bytes of a text are its tokens.
+    """The model's tokenizer; None for one of :data:`RANDOM`: the bytes of a text are its tokens.
 
     Raises:
         UsageError: the folder or hub id has none.
     """
-    if source == TINY:
+    if source in RANDOM:
         return None
     transformers = require("transformers")
     here = _is_here(source)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fxmem.demo import fetch, page, picture, table
-from fxmem.demo.models import TINY, load_model, load_tokenizer, random_model, tiny_config
+from fxmem.demo.models import RANDOM, TINY, load_model, load_tokenizer, random_model, tiny_config
 from fxmem.demo.options import Demo
 from fxmem.demo.run import run
 from fxmem.demo.text import long_text, token_ids
@@ -101,7 +101,9 @@ def test_impossible_text(length: int, vocabulary: int) -> None:
 
 
 def test_models_by_name_and_folder(tmp_path: Path) -> None:
-    assert load_tokenizer(TINY) is None
+    for name in RANDOM:
+        assert load_tokenizer(name) is None
+        assert load_model(name).training
     config = tiny_config()
     config.hidden_size, config.intermediate_size, config.vocab_size = 32, 64, 128
     config.head_dim = 8

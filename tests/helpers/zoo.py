@@ -39,6 +39,7 @@ _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "bloom": {"hidden_dropout": 0.0},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
         "num_kv_shared_layers": 1, "vocab_size_per_layer_input": VOCAB,

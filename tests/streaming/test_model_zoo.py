@@ -72,7 +72,7 @@ def test_refused_by_name(name: str) -> None:
 
 RECURRENT = (
     "mamba2", "qwen3_next", "mamba", "falcon_mamba", "jamba", "bamba", "granitemoehybrid",
-    "nemotron_h", "lfm2", "kimi_linear", "olmo_hybrid",
+    "nemotron_h", "lfm2", "lfm3", "kimi_linear", "olmo_hybrid", "falcon_h1", "qwen3_5_text",
 )  # fmt: skip
 """Types with states that run along the sequence."""
 
