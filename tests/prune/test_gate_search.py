@@ -118,6 +118,26 @@ def test_sub_models_are_few_and_rebuilt_where_the_mask_leaves_them() -> None:
     assert narrow.counts.forwards == wide.counts.forwards == 30
 
 
+@pytest.mark.parametrize("what", ["loss", "derivative"])
+def test_a_step_that_is_not_finite_moves_nothing(what: str) -> None:
+    class Broken(Bowl):
+        def __call__(self, held: Tensor) -> Any:
+            right = super().__call__(held)
+
+            def derivatives(batch: float, mask: Tensor) -> tuple[float, Tensor]:
+                loss, slope = right(batch, mask)
+                if what == "loss":
+                    return float("nan"), slope
+                return loss, torch.where(torch.arange(len(slope)) == 3, torch.inf, slope)
+
+            return derivatives
+
+    search = loop(Broken(60, 0), GateSettings(steps=3), (30, 30))
+    before = search.s.clone()
+    search.step()
+    assert torch.equal(search.s, before) and search.counts.skipped == 1
+
+
 def test_resumed_equals_uninterrupted() -> None:
     options = GateSettings(keep=0.4, steps=20, widen=1.1)
     whole, bowl = loop(Bowl(60, 3), options, (30, 30)), Bowl(60, 3)

@@ -92,7 +92,7 @@ class GateLoop:
         loss, slope = self._measure(inside)
         self.done += 1
         self.counts.losses.append(loss)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or not bool(slope.isfinite().all()):
             self.counts.skipped += 1
             return loss
         self.counts.used += self.options.batches

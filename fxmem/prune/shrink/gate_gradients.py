@@ -172,7 +172,7 @@ def _sites(model: nn.Module, groups: tuple[Group, ...]) -> list[_Site]:
         places = _written(model, group) if group.kind == "width" else _read(model, group)
         for way, home, leaf, axis, path in places:
             length = getattr(home, leaf).shape[axis]
-            at = (id(home), way, "" if way == "output" else leaf, axis if way == "weight" else 0)
+            at = (id(home), way, leaf, axis) if way == "weight" else (id(home), way, "", 0)
             site = found.setdefault(at, _Site(way, home, leaf, axis, length))
             owner = unit_of(length, path, group.size)
             if number in site.owners and way != "output":  # another part of the same axis
