@@ -37,6 +37,16 @@ def take(x: Tensor, dim: int, start: int, rows: int, outer: int = 1, inner: int 
     return _view(x, dim, outer, inner).narrow(dim + 1, start, rows).flatten(dim, dim + 2)
 
 
+def _one_entry(states: Tensor, index: int) -> Tensor:
+    return states.new_empty(1, *states.shape[1:])
+
+
+@body_op(aliases=(0,), fake=_one_entry)
+def entry(states: Tensor, index: int) -> Tensor:
+    """The state that chunk ``index`` began with, with a first dimension of 1."""
+    return states.narrow(0, index, 1)
+
+
 @body_op(writes=(0,), fake=nothing)
 def put(
     buffer: Tensor, value: Tensor, dim: int, start: int, outer: int = 1, inner: int = 1

@@ -144,7 +144,10 @@ class Body:
                 else (self.ints(cut.outer), self.ints(cut.inner))
             )
             source = self.input(self.names[node])
-            value = self.call(runtime.take, source, cut.dim, start, rows, *extra)
+            if cut.length == CHUNKS:
+                value = self.call(runtime.entry, source, start)
+            else:
+                value = self.call(runtime.take, source, cut.dim, start, rows, *extra)
             info = self.joint.info[node]
             count = sympy.Symbol(f"rows({cut.offset},{cut.length})")
             value.meta["info"] = TensorInfo(cut.shape(info.shape, count), info.dtype)
