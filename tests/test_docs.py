@@ -52,6 +52,13 @@ def test_guide_to_rows_runs_as_it_stands(tmp_path: Path) -> None:
     assert run(f"{code}\n{print_them}", tmp_path).split() == tests
 
 
+@pytest.mark.field
+def test_guide_to_trainers_runs_as_it_stands(tmp_path: Path) -> None:
+    code = "\n".join(blocks(ROOT / "docs" / "guides" / "trainers.md"))
+    assert code.count("\nstreamed(") == 6
+    assert "done" in run(f"{code}\nprint('done')", tmp_path)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_in_pages_parses(page: Path) -> None:
     for code in blocks(page):

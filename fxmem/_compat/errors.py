@@ -76,7 +76,8 @@ def recompile_reason(error: BaseException) -> str | None:
 def is_user_exception(error: BaseException) -> bool:
     """The captured code raised an exception, or an op of it did: plain PyTorch may do so too."""
     if isinstance(error, Unsupported):
-        return str(error.gb_type or "").startswith("Observed exception")
+        kind = str(error.gb_type or "")
+        return kind.startswith("Observed exception") or "making fake tensor call" in kind
     return isinstance(error, TorchRuntimeError) or not isinstance(error, TorchDynamoException)
 
 

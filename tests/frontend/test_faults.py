@@ -168,7 +168,11 @@ def mismatches(block: Any, x: Tensor) -> Tensor:
     return x + torch.ones(3, 77)
 
 
-@pytest.mark.parametrize("fn", [raises_an_error, mismatches])
+def of_a_list(block: Any, x: Tensor) -> Tensor:
+    return block.mix([x])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fn", [raises_an_error, mismatches, of_a_list])
 def test_what_the_model_raises_leaves_as_in_plain_pytorch(fn: Callable[..., Tensor]) -> None:
     streamed, plain, ids = pair(fn)
     with pytest.raises(Exception) as want:  # noqa: PT011  # whatever plain PyTorch raises
