@@ -28,6 +28,7 @@ from fxmem.compiler.evaluation import Evaluation
 from fxmem.compiler.step import CompiledGraph
 from fxmem.compiler.training_step import check_called
 from fxmem.deferred.recorder import Recorder
+from fxmem.deferred.tensor import settle
 from fxmem.distributed import fsdp2
 from fxmem.distributed.fsdp2 import ShardedModel
 from fxmem.errors import (
@@ -233,10 +234,11 @@ def install(model: nn.Module, plan: Plan) -> None:
     """Replace the call of ``model``, which may still be without its attributes."""
     stream = plan.stream
     told: set[str] = set()
-    engine = Backend(plan, raises=True, recorder=_recorder(plan, told), told=told)
+    recorder = _recorder(plan, told, lambda: engine.roles)
+    engine = Backend(plan, raises=True, recorder=recorder, told=told)
     engine.opaque = opaque = Opaque(model)
     # a capture without gradients has nothing to share with one that learns
-    idle = Backend(plan, raises=True, recorder=engine.recorder, idle=True, told=told)
+    idle = Backend(plan, raises=True, recorder=recorder, idle=True, told=told)
     plain = _compat.call_impl(model)
 
     @functools.cache
@@ -283,6 +285,7 @@ def install(model: nn.Module, plan: Plan) -> None:
         return call(*args, **kwargs)
 
     def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
+        settle(learning=False)  # of calls before this one, whose backward may change weights
         of.states = recorded_outputs.install(model, kwargs)
         with (
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
@@ -317,13 +320,18 @@ def install(model: nn.Module, plan: Plan) -> None:
     _TRANSFORMED[model] = engine
 
 
-def _recorder(plan: Plan, told: set[str]) -> Recorder | None:
+def _recorder(
+    plan: Plan, told: set[str], roles: Callable[[], RoleSource | None] = lambda: None
+) -> Recorder | None:
     """Records what is done with wide outputs, and runs it as the plan says."""
-    if plan.stream is None or plan.stream.logits != "drop" or plan.blocks is not None:
+    if plan.stream is None or plan.stream.logits != "drop":
         return None
-    return Recorder(
-        repr(plan), lambda: Backend(plan, raises=True, one=True, idle=True, told=told), told=told
-    )
+
+    def program(learns: bool) -> Backend:
+        own = roles() if learns else None
+        return Backend(plan, own, raises=True, one=True, idle=True, told=told)
+
+    return Recorder(repr(plan), program, told=told)
 
 
 def merge_low_rank(model: nn.Module) -> int:
@@ -358,8 +366,11 @@ def use_roles(model: nn.Module, table: Callable[[], RoleTable | None]) -> None:
         )
     engine.roles = RoleSource(table, model.training)
     engine.flags.truth = True
-    for graph in engine.graphs:
-        graph.roles = engine.roles
+    recorded = engine.recorder.programs.values() if engine.recorder else ()
+    for backend in (engine, *(p.backend for p in recorded if p.backend.roles)):
+        backend.roles = engine.roles
+        for graph in backend.graphs:
+            graph.roles = engine.roles
 
 
 def is_transformed(model: nn.Module) -> bool:

@@ -80,7 +80,7 @@ def compile_graph(
         between: list[list[fx.Node]] = [[], []]
     else:
         parts, between = regions.split(capture, pre, mixes)
-    if late is not None and roles is None:
+    if late is not None:
         defer_outputs(capture, pre, parts, between, learns=learns)
     borders = Borders(capture, pre, between)
     borders.check(roles is not None)
@@ -94,7 +94,7 @@ def compile_graph(
         if n in capture.parameters and isinstance(v, Tensor) and not is_stand_in(v)
     ]  # fmt: skip
     chunker = Chunker.of(plan.stream or Stream(), weights, calls, _body_bytes)
-    return CompiledGraph(capture, pre, calls, plan, chunker, plain, borders, roles, late)
+    return CompiledGraph(capture, pre, calls, plan, chunker, plain, borders, roles, late, one)
 
 
 def _body_bytes(code: Any, kind: str, sizes: Mapping[str, int], rows: int) -> int:

@@ -36,7 +36,9 @@ LateOutput = Callable[[Late, Sequence[Any], dict[str, int]], Any]
 
 
 class CompiledGraph:
-    """Callable with the flat arguments of the Dynamo graph."""
+    """Callable with the flat arguments of the Dynamo graph; ``part``: of what is done with a deferred
+    output.
+    """
 
     def __init__(
         self,
@@ -49,8 +51,9 @@ class CompiledGraph:
         borders: Borders,
         roles: RoleSource | None = None,
         late: LateOutput | None = None,
+        part: bool = False,
     ) -> None:
-        self.late = late
+        self.late, self.part = late, part
         self.roles, self.borders = roles, borders
         self.selected: list[Selection] = []
         self.table: RoleTable | None = None
@@ -160,7 +163,8 @@ class CompiledGraph:
     def _step(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> Step:
         """Select the variant of every region for this call."""
         assert self.roles is not None
-        self._tell_order(table, env)
+        if not self.part:  # which knows nothing of the model before it
+            self._tell_order(table, env)
         self.table = table
         codes = [(c.code, c.leaves, c.outputs) for c in self.calls]
         self.selected = select(codes, env, table, _adapted, armed=self.roles.armed)

@@ -16,7 +16,7 @@ from fxmem.axes.sizes import evaluate
 from fxmem.caches import Cache
 from fxmem.deferred.source import Source, source
 from fxmem.deferred.tape import MODE, Memory, Node, needed
-from fxmem.deferred.tensor import handle, settle
+from fxmem.deferred.tensor import handle
 from fxmem.errors import FxmemError, FxmemWarning, ModifiedParameterError
 from fxmem.frontend import origin
 from fxmem.frontend.capture import attribute, canonical, is_size, value_of
@@ -64,19 +64,25 @@ class Head:
 
 @dataclass(eq=False)
 class Recorder:
-    """``key`` tells plans apart; ``backend()`` makes a Dynamo backend for one program."""
+    """``key`` tells plans apart; ``backend(learns)`` makes a Dynamo backend for one program.
+
+    Where its parameters have roles, nothing but that program may make their gradients.
+    """
 
     key: str
-    backend: Callable[[], Any]
+    backend: Callable[[bool], Any]
     programs: dict[str, Program] = field(default_factory=dict)
     sharding: Sharding | None = None
     told: set[str] = field(default_factory=set)
 
+    @property
+    def roles(self) -> bool:
+        """Some program follows the roles of its parameters."""
+        return any(p.backend.roles is not None for p in self.programs.values())
+
     def output(self, late: Late, values: Sequence[Any], sizes: dict[str, int]) -> Tensor:
         """A tensor that stands for a late output; ``values``: what its region reads."""
         self.sharding, learns = current(), torch.is_grad_enabled()
-        if not learns:
-            settle(learning=False)
         return handle(_head(late, values, sizes, Head(self, learns)))
 
     def give(self, wanted: list[Node], alive: Iterable[Node], name: str) -> None:
@@ -112,8 +118,10 @@ class Recorder:
 
     def _values(self, made: Source, wide: bool, name: str) -> Sequence[Tensor]:
         program = self._program(made)
+        bound = program.backend.roles is not None
         if wide:
             self._tell(name, f"makes the logits whole at {_line()}")
+        if wide and not bound:
             return _plain(program, made.inputs)
         try:
             with (
@@ -130,20 +138,26 @@ class Recorder:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if bound:
+                raise
             what = error.what if isinstance(error, FxmemError) else str(error).split("\n")[0]
             result = _plain(program, made.inputs)  # a fault of the values is raised here
             self._tell(name, f"at {_line()} runs on whole logits, since {what}")
             return result
 
     def _program(self, made: Source) -> Program:
-        key = (self.key, made.text)
-        if key not in _PROGRAMS:
-            plain, backend = made.function(), self.backend()
+        learns = torch.is_grad_enabled()
+        text = made.text if learns else f"{made.text}  # without gradients"
+        program = self.programs.get(text) or _PROGRAMS.get((self.key, text))
+        if program is None:
+            plain, backend = made.function(), self.backend(learns)
             compiled = torch.compile(  # type: ignore[call-overload]  # the stub lacks some
                 plain, backend=backend, fullgraph=True, isolate_recompiles=True, recompile_limit=64
             )
-            _PROGRAMS[key] = Program(plain, backend, compiled, made.calls)
-        return self.programs.setdefault(made.text, _PROGRAMS[key])
+            program = Program(plain, backend, compiled, made.calls)
+            if backend.roles is None:  # which are those of one model
+                _PROGRAMS[self.key, text] = program
+        return self.programs.setdefault(text, program)
 
     def _tell(self, name: str, what: str) -> None:
         if name not in self.told:

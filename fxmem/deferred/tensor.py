@@ -115,7 +115,9 @@ def settle(learning: bool = True) -> None:
     kept from batch to batch shall be the metric, and not the states that it is made of.
     """
     for node in alive():
-        open_ = node.real is None and node.heads and not node.wide
+        # with roles a value that wants a gradient is part of a step
+        roles = node.fake.requires_grad and any(h.recorder.roles for h in node.heads)
+        open_ = node.real is None and node.heads and not node.wide and not roles
         if open_ and (learning or not any(h.learns for h in node.heads)):
             with contextlib.suppress(ModifiedParameterError):  # nobody has asked yet
                 _whole([node], "a metric")
