@@ -36,8 +36,9 @@ LateOutput = Callable[[Late, Sequence[Any], dict[str, int]], Any]
 
 
 class CompiledGraph:
-    """Callable with the flat arguments of the Dynamo graph; ``part``: of what is done with a deferred
-    output.
+    """Callable with the flat arguments of the Dynamo graph.
+
+    ``part``: it is what is done with a deferred output.
     """
 
     def __init__(
