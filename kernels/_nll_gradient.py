@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmem.kernels._triton import dot_precision, jit, rows_last, tl
+from fxmem.kernels._triton import dot_precision, jit, tl
+from fxmem.kernels.layout import rows_last
 from fxmem.kernels.linear_nll import tile_logits
 
 

@@ -134,8 +134,3 @@ def processors(device: torch.device) -> int:
     if device.type == "cuda" and not _records:
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 2 if interpreted() else 108
-
-
-def rows_last(x: Tensor) -> Tensor:
-    """``x`` with unit stride in its last dimension, which kernels rely on."""
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()

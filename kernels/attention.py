@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fxmem.errors import VerificationError
+from fxmem.kernels.layout import rows_last
 from fxmem.program.body_op import body_op, nothing
 
 MATH_TILE = 1024  # keys per tile where scores are formed explicitly
@@ -84,6 +85,11 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
+def _bias(mask: Tensor, q: Tensor, groups: int) -> Tensor:
+    """What a mask adds to the scores of stacked rows."""
+    return rows_last(_stack_mask(_additive(mask, q.dtype), q, groups))
+
+
 def visible_rows(mask: Tensor) -> Tensor:
     """Which rows see any key."""
     return mask.any(-1) if mask.dtype == torch.bool else (mask > -math.inf).any(-1)
@@ -140,7 +146,7 @@ def _forward_span(
         return out.reshape(b, h, c, -1), lse.reshape(b, h, c)
     mask = _span_mask(q, span)
     rows = _stack(q, groups)
-    bias = None if mask is None else _stack_mask(_additive(mask, q.dtype), q, groups)
+    bias = None if mask is None else _bias(mask, q, groups)
     if _fused(q, v):
         out, lse = flash(rows, k, v, 0.0, False, attn_mask=bias, scale=scale)
     else:
@@ -174,6 +180,7 @@ def forward(
     """
     b, h, c, _ = q.shape
     _check(q, k, v)
+    q, k, v = map(rows_last, (q, k, v))
     parts = (
         [_forward_span(q, k, v, s, scale) for s in _pieces(spans, _fused(q, v))]
         if q.numel()
@@ -235,7 +242,7 @@ def _backward_span(
             dk, dv = dk.sum(1), dv.sum(1)
         return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
     mask = _span_mask(q, span)
-    bias = None if mask is None else _stack_mask(_additive(mask, q.dtype), q, groups)
+    bias = None if mask is None else _bias(mask, q, groups)
     dout, rows, out = _stack(dout, groups), _stack(q, groups), _stack(out, groups)
     lse = lse.reshape(b, groups, -1)
     if _fused(q, v):
@@ -259,6 +266,7 @@ def backward(
     """Adds into ``dk``, ``dv`` (``[B, G, S, *]``, any float type); returns ``dq [B, H, C, E]``."""
     total: Tensor | None = None
     _check(q, k, v)
+    dout, q, k, v, out = map(rows_last, (dout, q, k, v, out))
     for span in _pieces(spans, _fused(q, v)) if q.numel() else ():
         dq, dk_part, dv_part = _backward_span(dout, q, k, v, out, lse, span, scale)
         dk[:, :, span.start : span.stop] += dk_part

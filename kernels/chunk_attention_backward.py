@@ -27,10 +27,10 @@ from fxmem.kernels._triton import (
     launch,
     on_amd,
     power_of_2,
-    rows_last,
     tl,
 )
 from fxmem.kernels.kernel import Kernel, signature
+from fxmem.kernels.layout import rows_last
 
 
 def reference(

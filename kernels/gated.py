@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from fxmem.kernels._device import sigmoid, tanh
-from fxmem.kernels._triton import Config, cdiv, config, jit, launch, rows_last, tl
+from fxmem.kernels._triton import Config, cdiv, config, jit, launch, tl
 from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
+from fxmem.kernels.layout import rows_last
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 

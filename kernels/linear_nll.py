@@ -35,10 +35,10 @@ from fxmem.kernels._triton import (
     jit,
     launch,
     processors,
-    rows_last,
     tl,
 )
 from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
+from fxmem.kernels.layout import rows_last
 
 SPLITS = 32
 TILE = 4096  # vocabulary entries per step of the reference

@@ -25,10 +25,10 @@ from fxmem.kernels._triton import (
     launch,
     power_of_2,
     processors,
-    rows_last,
     tl,
 )
 from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
+from fxmem.kernels.layout import rows_last
 
 LARGEST = 32768  # features; a program holds a row in registers
 FUSED = 8192

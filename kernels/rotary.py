@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmem.kernels._triton import Config, cdiv, config, jit, launch, power_of_2, rows_last, tl
+from fxmem.kernels._triton import Config, cdiv, config, jit, launch, power_of_2, tl
 from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
+from fxmem.kernels.layout import rows_last
 
 
 def _pairs(r: int, interleaved: bool, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fxmem.kernels import stochastic
 from fxmem.kernels._device import random_bits, round_stochastically
-from fxmem.kernels._triton import Config, cdiv, config, dot_precision, jit, launch, rows_last, tl
+from fxmem.kernels._triton import Config, cdiv, config, dot_precision, jit, launch, tl
 from fxmem.kernels.kernel import Cost, Kernel, Sample, signature
+from fxmem.kernels.layout import rows_last
 
 
 def reference(
