@@ -93,7 +93,7 @@ FIXED: dict[str, Use] = {
     "triangle": lambda x, y, t, n: x + torch.tril(torch.ones(t, t, dtype=y.dtype)) @ y,
     "pool": lambda x, y, t, n: x + fn.adaptive_avg_pool1d(y.mT, 2).mean(2)[:, None],
     # torch's backward takes the length for a number
-    "products": lambda x, y, t, n: x + y.sigmoid().cumprod(1),
+    "products": lambda x, y, t, n: x + torch.ops.aten.cumprod(y.sigmoid(), 1),
     # rows whose number follows from values
     "some_rows": lambda x, y, t, n: x + some_rows(y),
     # attention of queries and keys that are not the tokens
