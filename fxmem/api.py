@@ -75,7 +75,7 @@ class Backend:
         self.graphs: list[CompiledGraph] = []
         self.sharded: ShardedModel | None = None
         self.states = False
-        self.opaque: Opaque | None = None
+        self.opaque: Callable[[], Opaque | None] = lambda: None
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
@@ -234,9 +234,11 @@ def install(model: nn.Module, plan: Plan) -> None:
     """Replace the call of ``model``, which may still be without its attributes."""
     stream = plan.stream
     told: set[str] = set()
-    recorder = _recorder(plan, told, lambda: engine.roles)
+    # weak: what a Backend has compiled must go with the model, not with a later collection
+    recorder = _recorder(plan, told, lambda: getattr(this(), "roles", None))
     engine = Backend(plan, raises=True, recorder=recorder, told=told)
-    engine.opaque = opaque = Opaque(model)
+    this, opaque = weakref.ref(engine), Opaque(model)
+    engine.opaque = weakref.ref(opaque)
     # a capture without gradients has nothing to share with one that learns
     idle = Backend(plan, raises=True, recorder=recorder, idle=True, told=told)
     plain = _compat.call_impl(model)

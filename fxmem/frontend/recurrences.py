@@ -135,7 +135,7 @@ def _replacement(function: FunctionType) -> Callable[..., Any] | None:
     known = inspect.getclosurevars(function).nonlocals
     name, implementation = known.get("func_name"), known.get("implementation")
     if name in _COMPOSED:
-        return _composed(function, _COMPOSED[name])
+        return _composed(function, _COMPOSED[name], implementation)
     if name not in KERNELS or implementation is None:
         return None
     kernel = KERNELS[name]
@@ -163,9 +163,17 @@ def _packed(kwargs: Any) -> bool:
     return kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None
 
 
-def _composed(function: FunctionType, form: Callable[..., Any]) -> Callable[..., Any]:
+def _composed(
+    function: FunctionType, form: Callable[..., Any], implementation: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    takes = [] if implementation is None else list(inspect.signature(implementation).parameters)
+    others = {n for n in takes if n not in ("x", "weight", "bias", "activation")}
+
     def streamed(*args: Any, **kwargs: Any) -> Any:
-        if _packed(kwargs):
+        # a state that it begins with, say; a model may pass on what no kernel takes
+        asked = (kwargs.get(n) for n in others)
+        asks = len(args) > 3 or any(v is not None and v is not False for v in asked)
+        if _packed(kwargs) or (form is convolve and asks):
             return function(*args, **kwargs)
         if kwargs.get("activation") not in (None, "silu", "swish"):
             return function(*args, **kwargs)

@@ -65,9 +65,10 @@ def explain(model: nn.Module | api.Backend) -> Report:
         latest = next((g for g in reversed(engine.graphs) if g.sizes), None)
         tokens = 2048 if latest is None else latest.chunker.tokens(latest.sizes)
         report.block_bytes = estimate(model, engine.plan.blocks, tokens, dtype=dtype)
-    report.pieces = [] if engine.opaque is None else [
+    opaque = engine.opaque()
+    report.pieces = [] if opaque is None else [
         PieceReport(str(p), len(p.calls), p.saved_bytes, p.checkpointed, p.seconds, p.reason)
-        for p in engine.opaque.pieces if p.calls
+        for p in opaque.pieces if p.calls
     ]  # fmt: skip
     _add_steps(report, engine, model)
     return report

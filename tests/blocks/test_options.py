@@ -187,7 +187,10 @@ def test_low_rank_terms_follow_their_own_adam(
     ids=["sgd, streamed", "low rank, whole", "sgd, whole", "low rank, streamed"],
 )
 def test_thirty_blocks_compile_nothing_new(kind: Any, stream: Any) -> None:
-    """Block 0 has run all that there is; then all blocks are visited."""
+    """Blocks 0 and 1 have run all that there is; then all blocks are visited.
+
+    The loss without any role is a program of its own, which the second step is the first to run.
+    """
     layers = 30
     net, opt, state = make(
         layers, stream=stream, dtype=torch.float32, inactive=kind, steps=1, order="ascending"
@@ -198,7 +201,7 @@ def test_thirty_blocks_compile_nothing_new(kind: Any, stream: Any) -> None:
         train(net, opt, [0])
         report = fxmem.explain(net)
         counts.append((report.captures, report.traces, report.programs, report.compiled.bodies))
-    assert len(set(counts)) == 1
+    assert len(set(counts[1:])) == 1
     # equal layers share their programs: idle, active and tail
     assert report.distinct_programs == 3
 

@@ -107,7 +107,8 @@ INNER: dict[str, Call] = {
     ).transpose(1, 2),
     "instance norm alone": lambda x, i, m: fn.instance_norm(x.transpose(1, 2)).transpose(1, 2),
     "sum dtype": lambda x, i, m: x + x.float().sum(1, keepdim=True, dtype=torch.float64),
-    "cumsum dtype": lambda x, i, m: x.float().cumsum(1, dtype=torch.float64),
+    # of float32 the gradient is summed in float32, chunk by chunk in another order
+    "cumsum dtype": lambda x, i, m: x.cumsum(1, dtype=torch.float64),
     "softmax dtype": lambda x, i, m: x.float().softmax(-1, dtype=torch.float64),
     "variance": lambda x, i, m: x + x.var(1, correction=2, keepdim=True),
     "deviation": lambda x, i, m: x + x.std(dim=(1, 2), unbiased=False, keepdim=True),

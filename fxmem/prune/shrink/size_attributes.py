@@ -18,6 +18,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from fxmem._compat.graph import call_impl
 from fxmem.errors import MaskError
 from fxmem.frontend.experts import CHECKED, streamable
 from fxmem.prune.coupling.match_norms import rescale, set_epsilons
@@ -151,7 +152,7 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
     before = {id(m): (m, dict(vars(m))) for m in small.modules()}
     with torch.no_grad(), evaluating(model), evaluating(small):
         with masked(model, masks, coupling), streamable(model):
-            wanted = [model(input_ids=x, use_cache=False).logits for x in inputs]
+            wanted = [call_impl(model)(input_ids=x, use_cache=False).logits for x in inputs]
         for count in range(min(len(keys), 4) + 1):
             for chosen in combinations(keys, count):
                 found = tuple(e for k in chosen for e in choices[k])
@@ -193,7 +194,7 @@ def _try_empty(
     """Note in ``_NONZERO`` whether layers with no unit of ``kind`` run exactly."""
     masks = Masks.from_kept(coupling, {g.name: () for g in coupling.groups if g.kind == kind})
     with masked(model, masks, coupling), streamable(model):
-        wanted = [model(input_ids=x, use_cache=False).logits for x in inputs]
+        wanted = [call_impl(model)(input_ids=x, use_cache=False).logits for x in inputs]
     small = shell(model, slices(coupling, masks))
     apply(small, found, masks)
     with evaluating(small), streamable(small):
