@@ -21,7 +21,7 @@ import fxmem
 import fxmem.kernels.attention
 import fxmem.passes.in_place
 import fxmem.program.body_ops
-from fxmem import CaptureError, FxmemWarning, InternalError, Plan, Stream, api
+from fxmem import CaptureError, FxmemWarning, InternalError, Plan, Stream, api, dynamo_backend
 from fxmem.compiler import compile as compiled
 from fxmem.compiler import region_codes, step
 from fxmem.frontend import faults
@@ -94,7 +94,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "regions": (compiled.regions, "split"), "mixes": (token_mixing, "trace"),
     "joint": (region_code.joint_trace, "trace"), "labels": (token_mixing, "analyse"),
     "footprint": (region_code, "footprint"), "chunker": (compiled.Chunker, "of"),
-    "length": (api, "has_varying_size"),
+    "length": (dynamo_backend, "has_varying_size"),
     # at the first forward or backward
     "sizes of a call": (step, "bind_sizes"), "prepare": (compiled.pre_, "execute"),
     "schedule": (region_code, "schedule"), "emit": (region_code.Emitter, "run"),
