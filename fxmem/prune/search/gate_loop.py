@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fxmem.errors import BudgetError
+from fxmem.prune.search.resume import check_same_search
 from fxmem.prune.search.snapshot import Alone, Exchange
 from fxmem.prune.search.space import Space, quantiles, standardise
 from fxmem.prune.search.spent import Counts
@@ -180,11 +181,7 @@ class GateLoop:
         Raises:
             BudgetError: the state is of another search.
         """
-        if state["options"] != repr(self.options) or len(state["s"]) != len(self.s):
-            raise BudgetError(
-                "the checkpoint is of a search with other options or units",
-                advice="resume with the same options and model, or delete the checkpoint",
-            )
+        check_same_search(state, self.options, len(self.s))
         self.s, self.done, self.scale = state["s"].clone(), state["done"], state["scale"]
         self.built = None if state["built"] is None else state["built"].clone()
         self.counts = Counts(**state["counts"])

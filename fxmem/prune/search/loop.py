@@ -20,6 +20,7 @@ from fxmem.prune.search import estimator
 from fxmem.prune.search.control_variate import History
 from fxmem.prune.search.outliers import against_others, robust_variance
 from fxmem.prune.search.projection import project
+from fxmem.prune.search.resume import check_same_search
 from fxmem.prune.search.snapshot import Alone, Exchange, Factory, Shop, Snapshot
 from fxmem.prune.search.spent import Counts
 from fxmem.prune.units.settings import ScoreSettings
@@ -213,11 +214,7 @@ class Loop:
         Raises:
             BudgetError: the state is of another search.
         """
-        if state["options"] != repr(self.options) or len(state["s"]) != len(self.s):
-            raise BudgetError(
-                "the checkpoint is of a search with other options or units",
-                advice="resume with the same options and model, or delete the checkpoint",
-            )
+        check_same_search(state, self.options, len(self.s))
         self.s, self.done, self.age = state["s"].clone(), state["done"], state["age"]
         self.average, self.spread = state["average"], state["spread"]
         self.history.load(state["history"])
