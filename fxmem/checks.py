@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -79,6 +80,33 @@ def tokens(field: str, value: object) -> None:
     )
 
 
+_UNITS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+
+def byte_size(name: str, value: object) -> int:
+    """Bytes of an integer, or of text such as ``"24GB"`` (10**9 bytes) or ``"1.5 GiB"`` (2**30).
+
+    Raises:
+        PlanError: it is neither, has an unknown unit, or is less than one byte; says ``name``.
+    """
+    size = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value, re.ASCII | re.IGNORECASE)
+        size = int(float(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0
+    if size < 1:
+        raise PlanError(
+            f"{name} is {value!r}",
+            advice="give bytes as an integer, or text such as '24GB' (10**9) or '24GiB' (2**30)",
+        )
+    return size
+
+
 def without_none(data: Mapping[str, Any]) -> dict[str, Any]:
     """A nested dict without the fields that are None."""
     return {
@@ -88,4 +116,12 @@ def without_none(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-__all__ = ["check_names", "choice", "mapping", "refuse_unknown", "tokens", "without_none"]
+__all__ = [
+    "byte_size",
+    "check_names",
+    "choice",
+    "mapping",
+    "refuse_unknown",
+    "tokens",
+    "without_none",
+]
