@@ -40,6 +40,7 @@ from fxmem.errors import (
 )
 from fxmem.plan.blocks import SGD, Blocks, LowRank, SignSGD
 from fxmem.plan.plan import Plan, Stream
+from fxmem.prune.recover import Recovery, recover
 from fxmem.prune.search.search import score, search
 from fxmem.prune.search.sparse_backward import sparse_backward
 from fxmem.prune.shrink.masked import masked
@@ -88,6 +89,7 @@ __all__ = [
     "PlanError",
     "Prune",
     "PruningFileError",
+    "Recovery",
     "Report",
     "RoleError",
     "SGD",
@@ -107,6 +109,7 @@ __all__ = [
     "materialize",
     "measure",
     "merge_low_rank",
+    "recover",
     "restore",
     "save_pretrained",
     "score",

@@ -102,6 +102,12 @@ def _add_prune(commands: Any) -> None:
     add("--init", choices=("taylor", "wanda", "magnitude", "random"), default="taylor")
     add("--round-to", type=int, default=1, help="kept channels are a multiple of this (default 1)")
     add("--repair", action="store_true", help="solve the weights again that lost their inputs")
+    add("--recover", type=int, default=0, metavar="STEPS", help="train the smaller model again")
+    add("--distill", action="store_true", help="it learns from the dense model, not from labels")
+    add("--device", default="cpu", help="where models run, such as cuda (default cpu)")
+    add(
+        "--dtype", choices=("float32", "bfloat16", "auto"), default="float32", help="of the weights"
+    )
     add("--seed", type=int, default=0)
     prune.set_defaults(run=_prune)
 
@@ -148,7 +154,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from fxmem.prune.search.command import prune
+    from fxmem.prune.command import prune
 
     print(prune(options))
     return 0

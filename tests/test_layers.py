@@ -23,8 +23,8 @@ ROOMS = (
     "frontend", "rewriting", "streaming", "passes", "runtime", "distributed", "roles", "backends",
     "compiler",
     # what is built on it
-    "deferred", "blocks", "prune.coupling", "prune.shrink", "prune.search", "prune",
-    "memory", "dynamo_backend", "api", "trainer_callback", "report", "__init__", "demo", "cli",
+    "deferred", "blocks", "prune.coupling", "prune.shrink", "prune.search", "memory",
+    "dynamo_backend", "api", "prune", "trainer_callback", "report", "__init__", "demo", "cli",
     "__main__",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ROOMS)}

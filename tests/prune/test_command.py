@@ -38,23 +38,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
+@pytest.mark.parametrize(
+    "recovery",
+    [[], pytest.param(["--recover", "3", "--distill"], marks=pytest.mark.slow)],
+    ids=["as it is", "recovered"],
+)
 def test_prune_writes_a_smaller_model(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recovery: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
     out = tmp_path / "small"
     arguments = ["prune", str(folder), "--keep", "0.5", "--data", str(text), "--out", str(out)]
     short = ["--steps", "3", "--length", "16", "--batch", "2", "--repair"]
-    assert cli.main([*arguments, *short]) == 0
+    assert cli.main([*arguments, *short, *recovery]) == 0
     said = capsys.readouterr().out
     assert "of the prunable parameters removed" in said
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     again = fxmem.from_pretrained(out)
     kept = sum(p.numel() for p in again.parameters())
     assert f"-> {kept:,} parameters" in said
-    before, after = re.search(r"held-out text ([\d.]+) -> ([\d.]+);", said).groups()  # type: ignore[union-attr]
-    assert float(before) > 1 and float(after) > 1
+    found = re.search(r"held-out text ([\d.]+(?: -> [\d.]+)+); [\d,]+ -> [\d,]+ tokens", said)
+    assert found is not None
+    figures = [float(x) for x in found[1].split(" -> ")]
+    assert len(figures) == (3 if recovery else 2) and min(figures) > 1
     assert 0 < written < sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -65,6 +72,8 @@ def test_prune_writes_a_smaller_model(
         ({"--length": "100000"}, "one batch needs"),
         ({"--keep": "0"}, "keep"),
         ({"--length": "1"}, "at least 2"),
+        ({"--recover": "-1"}, "number of steps"),
+        ({"--device": "moon", "--length": "4"}, "device 'moon'"),
         ({"--kinds": "layers,feathers", "--length": "4", "--batch": "1"}, "kind 'feathers'"),
     ],
 )
