@@ -101,6 +101,7 @@ def _add_prune(commands: Any) -> None:
     add("--batch", type=int, default=1, help="sequences per batch (default 1)")
     add("--init", choices=("taylor", "wanda", "magnitude", "random"), default="taylor")
     add("--round-to", type=int, default=1, help="kept channels are a multiple of this (default 1)")
+    add("--uniform", action="store_true", help="equal widths in all layers, for transformers")
     add("--repair", action="store_true", help="solve the weights again that lost their inputs")
     add("--recover", type=int, default=0, metavar="STEPS", help="train the smaller model again")
     add("--distill", action="store_true", help="it learns from the dense model, not from labels")

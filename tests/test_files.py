@@ -80,7 +80,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-NAMES = ("pruning.json", "config.json", "pruned.safetensors")
+NAMES = ("pruning.json", "config.json", "model.safetensors")
 DAMAGE: dict[str, Any] = {
     "missing": lambda f: f.unlink(),
     "empty": lambda f: f.write_bytes(b""),
@@ -109,7 +109,7 @@ def test_other_smaller_models_files(small: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     fxmem.save_pretrained(build("llama"), other)
     mixed = shutil.copytree(small, tmp_path / "mixed")
-    shutil.copy(other / "pruned.safetensors", mixed)
+    shutil.copy(other / "model.safetensors", mixed)
     with pytest.raises(fxmem.PruningFileError, match="different saves"):
         fxmem.from_pretrained(mixed)
 

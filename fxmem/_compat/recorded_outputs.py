@@ -26,9 +26,16 @@ def install(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         records = library._CAN_RECORD_REGISTRY.get(module)  # type: ignore[union-attr]
         config = getattr(module, "config", None)
         if records and any(_asked(f"output_{kind}", kwargs, config) for kind in records):
-            ready(module)
+            if not _ready_inside(module):
+                ready(module)
             found = True
     return found
+
+
+def _ready_inside(module: nn.Module) -> bool:
+    """Whether a call before has installed them on a model inside: they would be there twice."""
+    name = "_output_capturing_hooks_installed"
+    return any(getattr(m, name, False) for m in module.modules() if m is not module)
 
 
 def _asked(name: str, kwargs: Mapping[str, Any], config: Any) -> bool:

@@ -36,7 +36,7 @@ def prune(options: Any) -> str:
         raise PlanError("--distill without --recover", advice="name the steps: --recover 200")
     how = Prune(
         keep=options.keep, steps=steps, init=options.init, seed=options.seed, kinds=options.kinds,
-        round_to=options.round_to, estimator="score" if score else "gates",
+        round_to=options.round_to, estimator="score" if score else "gates", uniform=options.uniform,
         advanced={"samples": options.samples} if options.samples is not None else {},
     )  # fmt: skip
     if not options.data.is_file():

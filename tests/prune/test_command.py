@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "recovery",
-    [[], pytest.param(["--recover", "3", "--distill"], marks=pytest.mark.slow)],
+    [[], ["--recover", "3", "--distill"]],
     ids=["as it is", "recovered"],
 )
 def test_prune_writes_a_smaller_model(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxmem.errors import BudgetError
+from fxmem.errors import BudgetError, PlanError
 from fxmem.prune.search.projection import top
 from fxmem.prune.units.kinds import bundle
 from fxmem.prune.units.settings import ScoreSettings, Settings
@@ -20,6 +20,8 @@ from fxmem.prune.units.units import Group
 
 FINE = 64
 """Groups with more units than this are searched in blocks; heads and experts one by one."""
+CHANNELS = ("mlp_channels", "width")
+"""Kinds whose counts are rounded in groups of any size."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,18 @@ class Space:
             block: channels per unit instead of the options'.
 
         Raises:
+            PlanError: uniform widths of what has none.
             BudgetError: there is no group, or the budget does not pay for as many experts as a
                 token chooses.
         """
         if not groups:
             raise BudgetError("no group of units to prune", advice="see fxmem.coupling(model)")
         bundles = tuple(bundle(g.name, g.kind, options.kinds) for g in groups)
+        if options.uniform and (any(bundles) or options.ranking != "joint"):
+            raise PlanError(
+                "uniform widths of whole blocks, or under a budget for each kind",
+                advice="Prune(uniform=True) with kinds of heads, channels or experts",
+            )
         units, layers, owners, first = [], [], [], 0
         whole: dict[tuple[str, str], int] = {}
         for number, (group, at) in enumerate(zip(groups, bundles, strict=True)):
@@ -142,6 +150,8 @@ class Space:
         Raises:
             BudgetError: the budget does not pay for as many experts as a token chooses.
         """
+        if options.uniform:
+            return self._uniform(s.double(), options)
         forced = self._forced(s)
         ranked = torch.where(forced, math.inf, s.double())
         kept = torch.zeros(len(s), dtype=torch.bool)
@@ -171,16 +181,53 @@ class Space:
             forced[unit[order[: least(group)]]] = True
         return forced
 
+    def _uniform(self, s: Tensor, options: Settings) -> Tensor:
+        """As `final`, with as many units in all groups of one kind and size.
+
+        The r-th best units of these groups go together, ranked by their mean score.
+        """
+        alike: dict[tuple[str, int], list[int]] = {}
+        for number, group in enumerate(self.groups):
+            alike.setdefault((group.kind, len(self.unit[number].unique())), []).append(number)
+        score, cost, owner, rows, forced = [], [], [], [], []
+        for kind, numbers in enumerate(alike.values()):
+            units = [self.unit[number].unique() for number in numbers]
+            order = [u[torch.sort(s[u], descending=True, stable=True).indices] for u in units]
+            for rank, row in enumerate(torch.stack(order, 1)):
+                rows.append(row)
+                forced.append(rank < max(least(self.groups[number]) for number in numbers))
+                score.append(math.inf if forced[-1] else float(s[row].mean()))
+                cost.append(float(self.cost[row].sum()))
+                owner.append(kind)
+        first = torch.tensor([numbers[0] for numbers in alike.values()])
+        kept = top(
+            torch.tensor(score, dtype=torch.float64), torch.tensor(cost, dtype=torch.float64),
+            options.keep * self.budget_base, torch.tensor(owner), self._multiple(options)[first],
+        )  # fmt: skip
+        if any(f and not k for f, k in zip(forced, kept.tolist(), strict=True)):
+            raise BudgetError(f"keep={options.keep:g} leaves fewer experts than a token chooses")
+        mask = torch.zeros(len(s), dtype=torch.bool)
+        for row in (row for row, k in zip(rows, kept.tolist(), strict=True) if k):
+            mask[row] = True
+        return mask
+
+    def _multiple(self, options: Settings) -> Tensor:
+        """Per group the search units that are kept or left together: int (groups,)."""
+        found = []
+        for group, at in zip(self.groups, self.bundles, strict=True):
+            fine = _fine(group, at is not None)
+            channels = group.kind in CHANNELS and at is None
+            block = self.block if fine else 1
+            wanted = math.lcm(options.round_to, block) // block if fine or channels else 1
+            found.append(max(1, min(wanted, -(-group.size // block))))
+        return torch.tensor(found)
+
     def _top(self, s: Tensor, among: Tensor, options: Settings) -> Tensor:
         index = among.nonzero()[:, 0]
         cost, owner = self.cost[index], self.owner[index]
-        pairs = zip(self.groups, self.bundles, strict=True)
-        fine = torch.tensor([_fine(g, at is not None) for g, at in pairs])
-        wanted = math.lcm(options.round_to, self.block) // self.block
-        multiple = torch.where(fine, wanted, 1)
         kept = torch.zeros(len(s), dtype=torch.bool)
         budget = options.keep * float(cost.sum())
-        kept[index[top(s[index], cost, budget, owner, multiple)]] = True
+        kept[index[top(s[index], cost, budget, owner, self._multiple(options))]] = True
         return kept
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fxmem.prune.shrink.empty_layers import padded
 from fxmem.prune.shrink.gate_gradients import Gates
-from fxmem.prune.shrink.materialize import cut_out, reduced
+from fxmem.prune.shrink.made import reduced
+from fxmem.prune.shrink.materialize import cut_out
 from fxmem.prune.units.masks import Masks
 from fxmem.prune.units.units import Coupling
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,24 +11,13 @@ from fxmem.frontend.experts import settle
 from fxmem.prune.coupling.find_groups import coupling as trace
 from fxmem.prune.coupling.match_norms import rescale, set_epsilons
 from fxmem.prune.shrink.empty_layers import padded, silence
+from fxmem.prune.shrink.made import origin, reduced
 from fxmem.prune.shrink.repair import repair as mend
+from fxmem.prune.shrink.saving import mark
 from fxmem.prune.shrink.size_attributes import apply, attributes, remember
 from fxmem.prune.shrink.slicing import shell, slices
-from fxmem.prune.units.masks import Masks, axis_keeps
-from fxmem.prune.units.units import Coupling, Member, cost_of
-
-_MADE: weakref.WeakKeyDictionary[nn.Module, tuple[Coupling, Masks]] = weakref.WeakKeyDictionary()
-"""Smaller model -> the coupling of the dense model and the masks that made it."""
-
-
-def origin(small: nn.Module) -> tuple[Coupling, Masks] | None:
-    """Dense coupling and masks that ``small`` was made with, None for a model that was not."""
-    return _MADE.get(small)
-
-
-def mark(small: nn.Module, plan: Coupling, masks: Masks) -> None:
-    """Record how ``small`` was made."""
-    _MADE[small] = (plan, masks)
+from fxmem.prune.units.masks import Masks
+from fxmem.prune.units.units import Coupling
 
 
 def coupling(model: nn.Module, example: object = None) -> Coupling:
@@ -43,41 +30,6 @@ def coupling(model: nn.Module, example: object = None) -> Coupling:
     """
     made = origin(model)
     return trace(model, example) if made is None else reduced(*made)  # type: ignore[arg-type]
-
-
-def reduced(plan: Coupling, masks: Masks) -> Coupling:
-    """The coupling of the model that ``masks`` leave: same groups, fewer units."""
-    keeps = axis_keeps(plan, masks)
-    shapes = {n: list(s) for n, s in plan.shapes}
-    for (name, axis), keep in keeps.items():
-        shapes[name][axis] = int(keep.sum())
-    new_shapes = {n: tuple(s) for n, s in shapes.items()}
-
-    def moved(member: Member) -> Member:
-        name, axis, path = member
-        keep = keeps.get((name, axis))
-        if keep is None:
-            return member
-        steps = tuple(
-            (kind, int(keep[:a].sum()), int(keep[a : a + b].sum())) if kind == "segment"
-            else (kind, a, b)
-            for kind, a, b in path
-        )  # fmt: skip
-        return name, axis, steps
-
-    groups = []
-    for g in plan.groups:
-        members = tuple(moved(m) for m in g.members)
-        size = len(masks.kept(g.name))
-        cost = cost_of(members, new_shapes, size) if size else 0
-        groups.append(
-            replace(
-                g, size=size, cost=cost, members=members,
-                consumer=tuple(moved(m) for m in g.consumer),
-                router=tuple(moved(m) for m in g.router),
-            )
-        )  # fmt: skip
-    return replace(plan, groups=tuple(groups), shapes=tuple(new_shapes.items()))
 
 
 def materialize(

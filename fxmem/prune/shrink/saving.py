@@ -1,16 +1,18 @@
 """Write a smaller model to a folder and read it back.
 
-The folder holds the dense ``config.json``, the cut weights in the safetensors format, and
-``pruning.json`` with the shapes, the kept indices, the size attributes and the eps of the norms
-(their weights are stored rescaled). The architecture named in the config is ``Pruned<name>`` of a
-model type that transformers does not know, and the weights have a file name of their own: a plain
-``from_pretrained`` cannot take the folder for a dense model.
+The folder holds ``config.json``, the cut weights in the safetensors format, and ``pruning.json``
+with the shapes, the kept indices, the size attributes and the eps of the norms (their weights are
+stored rescaled). Where some config makes the stock class this model (`fxmem.prune.shrink.stock`),
+it is that one, and transformers loads the folder as any other. Else the config is the dense one, of
+an architecture ``Pruned<name>`` and a model type that transformers does not know and refuses.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,25 +23,62 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fxmem import files
-from fxmem.errors import PruningFileError
+from fxmem.errors import PlanError, PruningFileError
 from fxmem.frontend.experts import settle
 from fxmem.prune.coupling.find_groups import coupling as trace
 from fxmem.prune.coupling.match_norms import set_epsilons
-from fxmem.prune.shrink.materialize import mark, origin, reduced
+from fxmem.prune.shrink.made import origin, record, reduced
 from fxmem.prune.shrink.size_attributes import SizeAttribute, apply, attributes, remember
 from fxmem.prune.shrink.slicing import resize
+from fxmem.prune.shrink.stock import MetaParameters, stock_config
 from fxmem.prune.units.masks import Masks, axis_keeps
 from fxmem.prune.units.units import Coupling, UnitGroup
 
-FILE, WEIGHTS, PREFIX = "pruning.json", "pruned.safetensors", "Pruned"
+FILE, WEIGHTS, PREFIX = "pruning.json", "model.safetensors", "Pruned"
+FIRST_WEIGHTS = "pruned.safetensors"
+"""The name of version 0.1.0."""
 GENERATION = "generation_config.json"
 VERSION = 1
 
 
-def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+def mark(small: nn.Module, plan: Coupling, masks: Masks) -> None:
+    """Record how ``small`` was made; its own ``save_pretrained``, which trainers call, writes what
+    can be read again."""
+    record(small, plan, masks)
+    if hasattr(type(small), "save_pretrained"):
+        vars(small)["save_pretrained"] = functools.partial(_saved_by_itself, small)
+
+
+def _saved_by_itself(
+    model: nn.Module, save_directory: str | Path, is_main_process: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None, push_to_hub: bool = False,
+    **unused: Any,
+) -> None:  # fmt: skip
+    """As transformers' method of the same name; in one file, whatever the other options say.
+
+    Raises:
+        PlanError: for ``push_to_hub``.
+    """
+    if push_to_hub:
+        raise PlanError(
+            "a smaller model is not pushed while it is saved", advice="save it, upload the folder"
+        )
+    if is_main_process:
+        save_pretrained(model, save_directory, state_dict=state_dict)
+
+
+def save_pretrained(
+    model: nn.Module, folder: str | Path, *, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Save a model that fxmem made smaller (a dense one too); ``folder`` is made if missing.
 
-    Each file is replaced whole, and ``pruning.json`` last.
+    Where the widths of all layers are equal (``Prune(uniform=True)``), transformers loads the
+    folder too. Each file is replaced whole, and ``pruning.json`` last.
+
+    Args:
+        model: a model of transformers.
+        folder: where to.
+        state_dict: values of the weights instead of the model's own.
 
     Raises:
         FileError: the folder cannot be written to.
@@ -49,11 +88,14 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     plan, masks = made if made is not None else _whole(model)
     found = attributes(model, reduced(plan, masks))
     config: Any = model.config
-    values = config.to_dict()
-    name = type(model).__name__
-    values["architectures"] = [PREFIX + name]
-    # transformers picks the class by model_type: an unknown one is refused, never guessed
-    kind, values["model_type"] = values["model_type"], f"fxmem-pruned-{values['model_type']}"
+    stock = stock_config(model, plan, masks)
+    values = (stock or config).to_dict()
+    name, kind = type(model).__name__, values["model_type"]
+    values["architectures"] = [name]
+    if stock is None:
+        values["architectures"] = [PREFIX + name]
+        # transformers picks the class by model_type: an unknown one is refused, never guessed
+        values["model_type"] = f"fxmem-pruned-{kind}"
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
     seen: dict[int, str] = {}
@@ -62,7 +104,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
             ties[key] = seen[id(t)]
             continue
         seen[id(t)] = key
-        tensors[key] = t.detach().contiguous()
+        tensors[key] = (t if state_dict is None else state_dict[key]).detach().contiguous()
     save = secrets.token_hex(8)
     with files.replacing(where / WEIGHTS) as part:
         save_file(tensors, part, metadata={"format": "pt", "save": save})
@@ -84,6 +126,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         "ties": ties,
     }
     files.write_text(where / FILE, json.dumps(data, indent=1, sort_keys=True))
+    (where / FIRST_WEIGHTS).unlink(missing_ok=True)  # of an earlier save
 
 
 def _whole(model: nn.Module) -> tuple[Coupling, Masks]:
@@ -156,30 +199,11 @@ def _skeleton(where: Path, data: dict[str, Any], options: dict[str, Any]) -> nn.
     if data.get("experts_implementation") is not None:
         values["experts_implementation"] = data["experts_implementation"]
     config = cls.config_class.from_dict({**values, **options})
-    with _MetaParameters():
+    with MetaParameters():
         model: nn.Module = cls(config)
     if (where / GENERATION).exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(where)
     return model
-
-
-class _MetaParameters:
-    """Inside the context a parameter that a module registers goes to meta as soon as it is there,
-    so at most one dense parameter has storage."""
-
-    def __enter__(self) -> None:
-        self.before = nn.Module.register_parameter
-        before = self.before
-
-        def register(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
-            if p is not None and p.device.type != "meta":
-                p = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-            before(module, name, p)
-
-        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-
-    def __exit__(self, *_: object) -> None:
-        nn.Module.register_parameter = self.before  # type: ignore[method-assign]
 
 
 def _shrink(
@@ -197,14 +221,16 @@ def _shrink(
 
 def _weights(where: Path, save: str | None) -> dict[str, torch.Tensor]:
     """Tensors of the file that was written together with ``pruning.json``."""
+    first = where / FIRST_WEIGHTS
+    file = first if first.exists() and not (where / WEIGHTS).exists() else where / WEIGHTS
     try:
-        with safe_open(where / WEIGHTS, "pt") as file:
-            own = (file.metadata() or {}).get("save")
-        tensors = load_file(where / WEIGHTS)
+        with safe_open(file, "pt") as opened:
+            own = (opened.metadata() or {}).get("save")
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise PruningFileError(f"{where / WEIGHTS} cannot be read: {error}") from error
+        raise PruningFileError(f"{file} cannot be read: {error}") from error
     if own != save:
-        raise PruningFileError(f"{where / WEIGHTS} and {FILE} are of different saves")
+        raise PruningFileError(f"{file} and {FILE} are of different saves")
     return tensors
 
 

@@ -146,9 +146,7 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
             role = re.sub(r"\d+", "*", entry.module)
             choices.setdefault((entry.in_config, role, entry.attribute), []).append(entry)
     keys = sorted(choices)
-    vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
-    device = next(model.parameters()).device
-    inputs = [torch.arange(2 * n, device=device).view(2, n) % vocabulary for n in (7, 8)]
+    inputs = token_ids(model)
     before = {id(m): (m, dict(vars(m))) for m in small.modules()}
     with torch.no_grad(), evaluating(model), evaluating(small):
         with masked(model, masks, coupling), streamable(model):
@@ -167,6 +165,13 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
     raise MaskError(f"no choice of size attributes makes a model with fewer {kind} run exactly")
 
 
+def token_ids(model: nn.Module) -> list[Tensor]:
+    """What two models are compared on: two lengths, ``[2, 7]`` and ``[2, 8]``."""
+    vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    device = next(model.parameters()).device
+    return [torch.arange(2 * n, device=device).view(2, n) % vocabulary for n in (7, 8)]
+
+
 def _probe(coupling: Coupling, kind: str) -> Masks:
     """Every second unit of ``kind``, and the last ones, as far as a group needs more."""
     kept = {}
@@ -182,10 +187,10 @@ def _runs(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor], kind: st
     """Whether ``small`` gives what is wanted; with fewer experts in its own way too."""
     if kind != "experts":
         with streamable(small):
-            return _agrees(small, inputs, wanted, kind)
+            return agrees(small, inputs, wanted, kind)
     with streamable(small, CHECKED):
-        good = _agrees(small, inputs, wanted, kind)
-    return good and _agrees(small, inputs, wanted, kind)
+        good = agrees(small, inputs, wanted, kind)
+    return good and agrees(small, inputs, wanted, kind)
 
 
 def _try_empty(
@@ -198,7 +203,7 @@ def _try_empty(
     small = shell(model, slices(coupling, masks))
     apply(small, found, masks)
     with evaluating(small), streamable(small):
-        if not _agrees(small, inputs, wanted, kind):
+        if not agrees(small, inputs, wanted, kind):
             _NONZERO[model] = _NONZERO.get(model, frozenset()) | {kind}
 
 
@@ -219,7 +224,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = was
 
 
-def _agrees(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor], kind: str) -> bool:
+def agrees(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor], kind: str) -> bool:
+    """Whether ``small`` gives the logits that are wanted of some token ids, but for rounding."""
     for x, want in zip(inputs, wanted, strict=True):
         try:
             got = small(input_ids=x, use_cache=False).logits

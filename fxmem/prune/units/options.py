@@ -20,7 +20,7 @@ GONE = ("trust", "baseline")
 
 def _own(cls: type[Settings]) -> tuple[str, ...]:
     """The fields that `Prune` itself does not have."""
-    shared = ("keep", "kinds", "steps", "init", "round_to", "seed")
+    shared = ("keep", "kinds", "steps", "init", "round_to", "seed", "uniform")
     return tuple(f.name for f in fields(cls) if f.name not in shared)
 
 
@@ -68,6 +68,7 @@ class Prune:
         seed: of every mask that is drawn; equal seeds give equal masks on any number of ranks.
         advanced: further options of the estimator by name: those of
             `fxmem.prune.units.settings.GateSettings` or ``ScoreSettings``.
+        uniform: all layers keep as many units of a kind, so that transformers can load the result.
 
     Raises:
         PlanError: for an unknown option or an impossible value.
@@ -81,6 +82,7 @@ class Prune:
     round_to: int = 1
     seed: int = 0
     advanced: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         choice("Prune.estimator", self.estimator, tuple(ESTIMATORS), ())
@@ -100,7 +102,7 @@ class Prune:
         """These options with those of their estimator, flat and checked."""
         return ESTIMATORS[self.estimator](
             keep=self.keep, kinds=self.kinds, steps=self.steps, init=self.init,
-            round_to=self.round_to, seed=self.seed, **dict(self.advanced),
+            round_to=self.round_to, seed=self.seed, uniform=self.uniform, **dict(self.advanced),
         )  # fmt: skip
 
     def __setstate__(self, state: Any) -> None:
@@ -116,6 +118,7 @@ class Prune:
                 init=old["init"], round_to=old["round_to"], seed=old["seed"], advanced=differ,
             )  # fmt: skip
             values = [getattr(again, f.name) for f in fields(self)]
+        values += [field.default for field in fields(self)[len(values) :]]
         for field, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
 

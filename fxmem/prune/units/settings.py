@@ -46,6 +46,7 @@ class Settings:
     init: Init = "taylor"
     round_to: int = 1
     seed: int = 0
+    uniform: bool = False
     cost: Literal["parameters", "units"] = "parameters"
     ranking: Literal["joint", "kind"] = "joint"
     init_batches: int = 8
@@ -65,6 +66,8 @@ class Settings:
                 f"Prune.kinds is {self.kinds!r}: units of the width hold parameters of all others",
                 advice="search one after the other and compose: second.after(first)",
             )
+        if not isinstance(self.uniform, bool):
+            raise PlanError(f"Prune.uniform is {self.uniform!r}", advice="True or False")
         count("Prune.steps", self.steps, 0)
         count("Prune.seed", self.seed, 0)
         for field in _COUNTS:
