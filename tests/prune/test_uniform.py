@@ -158,7 +158,8 @@ def test_a_trained_smaller_model_resumes_from_a_checkpoint(tmp_path: Path) -> No
     def trainer(steps: int) -> transformers.Trainer:
         arguments = transformers.TrainingArguments(
             str(tmp_path), max_steps=steps, save_steps=2, report_to=[], use_cpu=True,
-            disable_tqdm=True, lr_scheduler_type="constant", per_device_train_batch_size=2, logging_strategy="no",
+            disable_tqdm=True, lr_scheduler_type="constant", per_device_train_batch_size=2,
+            logging_strategy="no",
         )  # fmt: skip
         return transformers.Trainer(copy.deepcopy(small), arguments, train_dataset=rows)  # type: ignore[arg-type]
 
