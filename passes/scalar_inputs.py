@@ -39,6 +39,8 @@ class ScalarInputs(Required):
     name: str = "scalar_inputs"
 
     def run(self, gm: fx.GraphModule) -> fx.GraphModule:
+        if not _numbers(gm):
+            return gm
         gm = copy_graph(gm)
         now: dict[fx.Node, Any] = {}
         numbers = _numbers(gm)

@@ -36,14 +36,23 @@ class Subgraphs(Required):
     name: str = "subgraphs"
 
     def run(self, gm: fx.GraphModule) -> fx.GraphModule:
-        gm = copy_graph(InlineBodies().run(gm))
+        gm = InlineBodies().run(gm)
+        if not _spans(list(gm.graph.nodes)) and not _higher_order(gm):
+            return gm
+        gm = copy_graph(gm)
         for nodes in _spans(list(gm.graph.nodes)):
             _enclose(gm, nodes)
-        for node in list(gm.graph.nodes):
-            if node.op == "call_function" and isinstance(node.target, _compat.HigherOrderOperator):
-                _custom(gm, node)
+        for node in _higher_order(gm):
+            _custom(gm, node)
         gm.recompile()
         return gm
+
+
+def _higher_order(gm: fx.GraphModule) -> list[fx.Node]:
+    return [
+        n for n in gm.graph.nodes
+        if n.op == "call_function" and isinstance(n.target, _compat.HigherOrderOperator)
+    ]  # fmt: skip
 
 
 def _custom(gm: fx.GraphModule, node: fx.Node) -> None:

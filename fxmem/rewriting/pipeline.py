@@ -45,6 +45,8 @@ class LocalPass(Generic[S]):
     __slots__ = ()
 
     def run(self, subject: S, /) -> S:
+        if isinstance(subject, fx.GraphModule) and next(iter(self.edits(subject)), None) is None:
+            return subject  # a copy of a whole model's graph costs more than to look twice
         new = copied(subject)
         tank = fuel()
         for edit in self.edits(new):
@@ -53,7 +55,9 @@ class LocalPass(Generic[S]):
         return new
 
     def edits(self, subject: S, /) -> Iterable[Edit]:
-        """The edits of ``subject``, each found when those before it are done."""
+        """The edits of ``subject``, each found when those before it are done; looking for the first
+        in a captured graph changes nothing.
+        """
         raise NotImplementedError
 
 
@@ -123,8 +127,8 @@ def run_passes(passes: Sequence[Pass[S]], subject: S, where: str = "") -> S:
         seconds = time.perf_counter() - start
         after = Verifier.of(result)
         before.check(one.name, after, full=full)
-        counted = not isinstance(one, (LocalPass, Required)) and after.text != before.text
-        if counted and not fuel().take():
+        whole = result is not subject and not isinstance(one, (LocalPass, Required))
+        if whole and after.text != before.text and not fuel().take():
             result, after = subject, before
         for observe in observers:
             observe(Applied(one.name, where, subject, result, seconds))

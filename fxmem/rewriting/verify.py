@@ -7,6 +7,7 @@ the pass did not touch are not evaluated again, so the checks are always on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -25,16 +26,21 @@ from fxmem.rewriting.text import Subject, describe, line, lines, value
 from fxmem.rewriting.verify_code import check_code, graphs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Verifier:
-    """What a pass was given; ``text``: its nodes then, in order."""
+    """What a pass was given; ``calls``: its calls then, in order."""
 
     subject: Subject
-    text: list[str]
+    calls: list[Any]
 
     @classmethod
     def of(cls, subject: Subject) -> Verifier:
-        return cls(subject, lines(subject))
+        return cls(subject, _calls(subject))
+
+    @cached_property
+    def text(self) -> list[str]:
+        """Its nodes, in order, as long as it is what it was."""
+        return lines(self.subject)
 
     def check(self, name: str, after: Verifier, *, full: bool = False) -> None:
         """Raise :class:`VerificationError` where pass ``name``, which made ``after``, broke a rule.
@@ -42,8 +48,10 @@ class Verifier:
         ``full``: evaluate every node again, touched or not.
         """
         result = after.subject
-        if _calls(lines(self.subject)) != _calls(self.text):
+        if _calls(self.subject) != self.calls:
             raise VerificationError(f"pass {name} changed its input")
+        if result is self.subject and not full:
+            return
         for graph in graphs(result):
             try:
                 graph.lint()
@@ -60,22 +68,39 @@ class Verifier:
         self._check_values(name, result, full)
 
     def _check_values(self, name: str, result: fx.GraphModule | Joint, full: bool) -> None:
+        assert isinstance(self.subject, (fx.GraphModule, Joint))
         contexts = contexts_of(result)[0] if isinstance(result, fx.GraphModule) else {}
         known = set(self.text)
+        before = {n.name: value(n) for n in self.subject.graph.nodes}
         touched: set[fx.Node] = set()
         for node in result.graph.nodes:
             if node.op not in ("call_function", "call_method") or is_control_node(node):
                 continue
             moved = any(a in touched for a in node.all_input_nodes)
             if full or moved or line(node) not in known:
-                touched.add(node)
                 with contexts.get(node, Context()).enter():
                     _true_value(name, node, result)
+                if not _alike(before.get(node.name), value(node)):
+                    touched.add(node)
 
 
-def _calls(text: list[str]) -> list[str]:
-    """Without the recorded values, whose sizes a guard of the check before may have fixed."""
-    return [one.rpartition("): ")[0] or one for one in text]
+def _alike(old: Any, new: Any) -> bool:
+    """What reads the value under its name may take the one for the other."""
+    if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)):
+        return len(old) == len(new) and all(map(_alike, old, new))
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old is not new:
+        return _agree(old, new) and _agree(list(old.stride()), list(new.stride()))
+    return old is not None and _agree(old, new)
+
+
+def _calls(subject: Subject) -> list[Any]:
+    """Every call and what it takes, without the recorded values, whose sizes a guard of the check
+    before may have fixed.
+    """
+    if isinstance(subject, Program):
+        return [one.rpartition("): ")[0] or one for one in lines(subject)]
+    graph = subject if isinstance(subject, fx.Graph) else subject.graph
+    return [(n, n.target, n.args, n.kwargs) for n in graph.nodes]
 
 
 def _signature(program: fx.GraphModule | Joint) -> tuple[Any, ...]:
