@@ -16,6 +16,8 @@ from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import recorded_outputs
 from fxmem._compat.dynamo_gaps import answered
+from fxmem._compat.repeated_layers import Sharing, sharing
+from fxmem._compat.tracing import on_capture
 from fxmem._compat.trl import plain_head
 from fxmem.blocks import adapters
 from fxmem.blocks.attach import attach, detach, state_of
@@ -35,10 +37,12 @@ from fxmem.errors import (
 from fxmem.frontend import faults
 from fxmem.frontend.experts import streamable
 from fxmem.frontend.inputs import named, uniform
+from fxmem.frontend.layer_kinds import layer_kinds
 from fxmem.frontend.opaque import Opaque
 from fxmem.frontend.recurrences import carried_kernels
 from fxmem.plan import carry
 from fxmem.plan.plan import Plan, Stream
+from fxmem.progress import reported
 from fxmem.prune.shrink.materialize import materialize
 from fxmem.roles.roles import RoleSource, RoleTable
 from fxmem.runtime import sharding
@@ -104,6 +108,8 @@ def install(model: nn.Module, plan: Plan) -> None:
     idle = Backend(plan, raises=True, recorder=recorder, idle=True, told=told)
     plain = _compat.call_impl(model)
 
+    layers = Sharing(lambda: {} if engine.sharded else layer_kinds(model))
+
     @functools.cache
     def compiled(of: Backend, _: Hashable) -> Callable[..., Any]:
         return torch.compile(  # type: ignore[call-overload]  # the stub lacks some
@@ -154,6 +160,7 @@ def install(model: nn.Module, plan: Plan) -> None:
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
             streamable(model), carried_kernels(model),
             uniform(args, kwargs) as (own, given), of.flags.shown(model), plain_head(),
+            reported(on_capture),
         ):  # fmt: skip
             for leaf in _compat.tree_leaves((own, given)):
                 if isinstance(leaf, Tensor):
@@ -161,6 +168,12 @@ def install(model: nn.Module, plan: Plan) -> None:
 
             def run() -> Any:
                 key = _compat_hooks.unguarded(model), opaque.version
+                try:
+                    with sharing(layers) as shared:
+                        return compiled(of, key)(*own, **given)
+                except Exception as error:
+                    if not shared(error):
+                        raise
                 return compiled(of, key)(*own, **given)
 
             return opaque.run(run, named(own, given))

@@ -31,6 +31,7 @@ from fxmem.frontend import faults
 from fxmem.frontend.capture import has_varying_size
 from fxmem.frontend.flags import Flags
 from fxmem.frontend.opaque import Opaque
+from fxmem.passes.inline_bodies import inline_layers
 from fxmem.plan.plan import Plan, Stream, check_names
 from fxmem.roles.roles import RoleSource
 from fxmem.runtime import sharding
@@ -80,6 +81,7 @@ class Backend:
             return _raiser(named, None if named is error else error)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        gm = inline_layers(gm)
         learns = torch.is_grad_enabled() and any(
             isinstance(v, Tensor) and v.requires_grad for v in example_inputs
         )

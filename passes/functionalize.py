@@ -80,6 +80,11 @@ def _in_place_name(name: str) -> bool:
 
 def _inplace_flag(node: fx.Node) -> bool:
     """``inplace=True``, by name or position."""
+    code = getattr(inspect.unwrap(node.target), "__code__", None)
+    if "inplace" not in node.kwargs and (
+        inspect.isbuiltin(node.target) or (code and "inplace" not in code.co_varnames)
+    ):
+        return False
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     except (TypeError, ValueError):

@@ -13,6 +13,10 @@ from typing import Any
 from torch import fx
 
 from fxmem._compat import graph as _compat
+from fxmem._compat.hooks import is_hook
+from fxmem._compat.repeated_layers import is_shared_call, layer_of
+from fxmem.frontend.capture import contexts_of, fake_call
+from fxmem.passes.functionalize import writes
 from fxmem.rewriting.pipeline import Required, copy_graph
 
 
@@ -34,11 +38,52 @@ class InlineBodies(Required):
         return copy_graph(gm)  # without the bodies that nothing calls now
 
 
+def inline_layers(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm`` with the graph of every layer that shares a trace in place of its call."""
+    calls = list(filter(is_shared_call, gm.graph.nodes))
+    if not calls:
+        return gm
+    gm = copy_graph(gm)
+    first: dict[str, str] = {}
+    again: set[fx.Node] = set()
+    for node in filter(is_shared_call, list(gm.graph.nodes)):
+        layer = layer_of(node)
+        traced = first.setdefault(str(node.args[1]), layer)
+        made = _inline(gm, node)
+        for inner in made if traced != layer else ():
+            _rename(inner, traced, layer)
+        again.update(made if traced != layer else ())
+    if any(writes(n) or is_hook(n) for n in gm.graph.nodes):
+        _values_of_their_own(gm, again)
+    return gm
+
+
+def _rename(node: fx.Node, old: str, new: str) -> None:
+    """The node stands for ``new`` where the trace has ``old``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    node.meta["nn_module_stack"] = {
+        key: (new + path[len(old) :] if f"{path}.".startswith(f"{old}.") else path, cls)
+        for key, (path, cls) in stack.items()
+    }
+
+
+def _values_of_their_own(gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
+    """Values that were recorded once for several layers, anew for each node: where ops write in
+    place, what shares memory is told by them.
+    """
+    contexts = contexts_of(gm)[0]
+    for node in gm.graph.nodes:
+        if node in nodes and node in contexts and node.op != "get_attr":
+            with contexts[node].enter():
+                node.meta["example_value"] = fake_call(node, contexts[node].grad)
+
+
 def _calls(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if _compat.inlined_operands(n) is not None]
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
+def _inline(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """Put the body in place of its call; the nodes that are new."""
     function, operands = node.args[0], _compat.inlined_operands(node) or ()
     assert isinstance(function, fx.Node)
     body = getattr(gm, str(function.target))
@@ -62,6 +107,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
     gm.graph.erase_node(node)
     if not function.users:
         gm.graph.erase_node(function)
+    return [n for n in env.values() if n not in operands]
 
 
 def _adopt(gm: fx.GraphModule, body: fx.GraphModule, target: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ def _is_torch(function: Any) -> bool:
     return any(getattr(o, name, None) is function for o in owners)
 
 
+@lru_cache(maxsize=1024)
 def _overloads(name: str) -> list[dict[str, bool]]:
     packet = getattr(torch.ops.aten, name, None)
     names: Collection[str] = packet.overloads() if packet is not None else ()

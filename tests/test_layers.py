@@ -16,7 +16,7 @@ from sources import ROOT, imports, module_of, package_files
 # as low as its imports allow.
 ROOMS = (
     # what everything may use
-    "errors", "checks", "files", "caches", "optional", "_compat",
+    "errors", "checks", "files", "caches", "progress", "optional", "_compat",
     # the languages: sizes and signatures, the table, what a user asks for, what a region runs
     "axes", "rules", "prune.units", "plan", "program", "kernels", "measure",
     # from a model to a program that runs, in the order in which data flows

@@ -18,7 +18,7 @@ from torch.utils.hooks import BackwardHook
 
 __all__ = [
     "function", "gradient_hooks", "has_hooks", "has_old_hooks", "is_hook", "is_hook_state",
-    "saved_elsewhere", "unguarded", "watched", "without_hooks",
+    "lazy_module", "saved_elsewhere", "unguarded", "watched", "without_hooks",
 ]  # fmt: skip
 
 
@@ -26,6 +26,11 @@ def function(gm: fx.GraphModule) -> Callable[..., Any]:
     """``gm`` as a function: hooks that a user set on all modules do not see it."""
     _LazyGraphModule.force_recompile(gm)
     return gm.forward
+
+
+def lazy_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph with what it holds; its Python text is written where it runs, not at every change."""
+    return _LazyGraphModule(root, graph)
 
 
 def unguarded(module: torch.nn.Module) -> Hashable:

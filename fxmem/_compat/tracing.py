@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing as nothing_saved
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxmem._compat.graph import is_mutable
 
-__all__ = ["functional", "make_fx", "nothing_saved", "operator_named", "traced"]
+__all__ = [
+    "functional", "make_fx", "nothing_saved", "on_capture", "operator_named", "traced",
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def on_capture(begin: Callable[[], None]) -> Iterator[None]:
+    """Inside, ``begin`` is called when Dynamo begins to capture a frame in this thread."""
+    here = threading.get_ident()
+
+    def started(_: Any) -> None:
+        if threading.get_ident() == here:
+            begin()
+
+    callback_handler.register_start_callback(started)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # a reset of Dynamo forgets it
+            callback_handler.remove_start_callback(started)
 
 
 def functional(gm: fx.GraphModule, mode: Any) -> fx.GraphModule:

@@ -37,6 +37,7 @@ from fxmem.passes.share_kv_heads import ShareKvHeads
 from fxmem.passes.slice_rows_first import SliceRowsFirst
 from fxmem.passes.subgraphs import Subgraphs
 from fxmem.plan.plan import Plan, Stream
+from fxmem.progress import doing
 from fxmem.rewriting.pipeline import Pass, copy_graph, run_passes
 from fxmem.roles.roles import RoleSource
 from fxmem.runtime.counters import COUNTER
@@ -65,6 +66,7 @@ def compile_graph(
     operators that a warning has named.
     """
     start = time.perf_counter()
+    doing("cutting the model into regions")
     gm = copy_graph(plain)
     _compat.unify_sizes(gm)
     fix_numbers(gm)
@@ -86,7 +88,10 @@ def compile_graph(
     borders.check(roles is not None)
     lowering = Lowering.of(plan)
     told = set() if told is None else told
-    calls = [_region_call(r, pre, lowering, told) for r in parts]
+    calls = []
+    for i, part in enumerate(parts):
+        doing(f"tracing region {i + 1} of {len(parts)}")
+        calls.append(_region_call(part, pre, lowering, told))
     COUNTER.captures += 1
     COUNTER.capture_seconds += time.perf_counter() - start
     weights = [

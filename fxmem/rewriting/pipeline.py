@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, fx
 
+from fxmem._compat.hooks import lazy_module
 from fxmem.frontend.capture import Context, fake_call, value_of
 from fxmem.frontend.joint import Joint
 from fxmem.program.steps import Program
@@ -155,7 +156,7 @@ def copy_body(graph: fx.Graph) -> fx.Graph:
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """The same module on a graph of its own, for a pass to edit."""
-    return fx.GraphModule(gm, copy_body(gm.graph))
+    return lazy_module(gm, copy_body(gm.graph))
 
 
 def call_before(

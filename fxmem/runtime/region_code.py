@@ -28,6 +28,7 @@ from fxmem.frontend.subgraph import has_own_gradient
 from fxmem.passes.keep_sum_dtype import KeepSumDtype
 from fxmem.passes.reuse_tangents import ReuseTangents
 from fxmem.program.steps import Barrier, Loop, Program, Straight
+from fxmem.progress import doing
 from fxmem.rewriting.pipeline import Pass, run_passes
 from fxmem.streaming.carried_states import with_states
 from fxmem.streaming.chunk_size import footprint
@@ -160,6 +161,7 @@ class RegionCode:
         key = (kind, causal)
         if key not in self.programs:
             start = time.perf_counter()
+            doing(f"scheduling {self.name}, {kind}")
             base, _, mask = kind.partition(":")
             joint = self.loss_joint if base == "loss" else self.joint
             outputs, grads = joint.outputs, joint.grads

@@ -8,10 +8,11 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-VOCAB = 50
+VOCAB, IMAGE = 50, 32
 _NAMES: dict[int, tuple[str, ...]] = {
     VOCAB: ("vocab_size",),
-    32: ("hidden_size", "d_model", "n_embd", "embedding_dim", "attention_hidden_size", "lru_width"),
+    32: ("hidden_size", "d_model", "n_embd", "embedding_dim", "attention_hidden_size", "lru_width",
+         "image_size", "projection_dim", "embed_dim"),
     2: ("num_hidden_layers", "n_layer", "n_layers", "num_blocks", "decoder_layers",
         "encoder_layers", "num_decoder_layers", "num_encoder_layers", "num_key_value_heads",
         "num_experts_per_tok", "num_experts_per_token", "moe_topk", "linear_num_key_heads",
@@ -25,10 +26,10 @@ _NAMES: dict[int, tuple[str, ...]] = {
         "ssm_state_size", "mamba_chunk_size", "chunk_size", "q_lora_rank", "kv_lora_rank",
         "qk_nope_head_dim", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim",
         "linear_head_dim", "index_head_dim", "laurel_rank", "hidden_size_per_layer_input",
-        "kv_channels"),
+        "kv_channels", "patch_size", "d_kv"),
     16: ("moe_intermediate_size", "shared_expert_intermediate_size", "mamba_d_head",
          "mamba_head_dim", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
-    48: ("intermediate_size", "d_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"),
+    48: ("intermediate_size", "d_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff"),
     128: ("max_position_embeddings", "n_positions", "max_seq_len", "context_length"),
     1: ("bos_token_id", "decoder_start_token_id", "mamba_n_groups", "n_groups", "n_group",
         "topk_group", "n_shared_experts", "num_nextn_predict_layers"),
@@ -75,7 +76,12 @@ ISSUE = (
 
 def config(name: str) -> Any:
     """A small configuration without dropout; experts run one by one, which float64 needs."""
-    kind = tf.AutoConfig.for_model(name).__class__
+    made = _small(tf.AutoConfig.for_model(name).__class__, name)
+    made._experts_implementation = "eager"
+    return made
+
+
+def _small(kind: Any, name: str) -> Any:
     default = kind()
     changes: dict[str, Any] = {
         n: value for value, names in _NAMES.items() for n in names
@@ -84,10 +90,11 @@ def config(name: str) -> Any:
     for n, value in vars(default).items():
         if ("dropout" in n or n.endswith("layerdrop")) and isinstance(value, (int, float)):
             changes[n] = 0.0
+    for part in getattr(kind, "sub_configs", {}):
+        if (inner := getattr(default, part, None)) is not None:
+            changes[part] = _small(type(inner), inner.model_type).to_dict()
     changes.update(_OWN.get(name, {}))
-    made = kind(**changes)
-    made._experts_implementation = "eager"
-    return made
+    return kind(**changes)
 
 
 def model(name: str) -> nn.Module:

@@ -1,0 +1,153 @@
+"""One model type of transformers in a small configuration: exact, how much streams, how many bytes.
+
+``python -m benchmarks.coverage_case KIND TYPE`` prints one JSON object. Run it through
+:mod:`benchmarks.coverage`, which gives every type a process and a time limit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+import fxmem
+from fxmem import Plan, Stream
+from fxmem.measure.live import peak_bytes
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
+import double  # noqa: E402
+import zoo  # noqa: E402
+
+TOLERANCE, CHUNK, LONG = 1e-10, 7, 256
+Batch = dict[str, Tensor]
+
+
+def text(length: int, padded: bool) -> Batch:
+    return zoo.batch(length, padded=padded)
+
+
+def text_pair(length: int, padded: bool) -> Batch:
+    """What an encoder reads and what a decoder writes, of other lengths."""
+    return {
+        **zoo.batch(length, padded=padded),
+        "labels": zoo.batch(length - 4, padded=False)["labels"],
+    }
+
+
+def images(length: int, padded: bool) -> Batch:
+    """As many images as rows of text; ``length`` seeds them."""
+    made = torch.Generator().manual_seed(length)
+    pixels = torch.randn(2, 3, zoo.IMAGE, zoo.IMAGE, generator=made, dtype=torch.float64)
+    return {"pixel_values": pixels, "labels": torch.tensor([0, 1])}
+
+
+KINDS: dict[str, tuple[str, Any, Callable[[int, bool], Batch]]] = {
+    "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", tf.AutoModelForCausalLM, text),
+    "masked": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", tf.AutoModelForMaskedLM, text),
+    "encoder-decoder": (
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", tf.AutoModelForSeq2SeqLM, text_pair
+    ),
+    "image": (
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", tf.AutoModelForImageClassification, images
+    ),
+    "vision-language": (
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", tf.AutoModelForImageTextToText, text
+    ),
+}  # fmt: skip
+"""The table of transformers that lists the types, what builds one, and its inputs. Vision-language
+models are trained on text here: their towers are those of the images.
+"""
+
+
+def types(kind: str) -> list[str]:
+    """Every model type of a kind."""
+    from transformers.models.auto import modeling_auto
+
+    return sorted(getattr(modeling_auto, KINDS[kind][0]))
+
+
+def step(net: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients that there are."""
+    net.zero_grad()
+    loss = net(**inputs).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    return loss.item(), grads
+
+
+def case(kind: str, name: str) -> dict[str, Any]:
+    """``status`` and what belongs to it."""
+    _, family, make = KINDS[kind]
+    with double.everything_in_double():
+        try:
+            torch.manual_seed(0)
+            net = family.from_config(zoo.config(name)).double().train(name not in zoo.EVALUATED)
+            for p in net.parameters():
+                p.data.add_(torch.randn_like(p) * 0.05)
+            given = [make(23, False), make(37, True)]
+            want = [_plain(net, inputs) for inputs in given]
+        except Exception as error:
+            return {"status": "does not train in plain PyTorch", "reason": _line(error)}
+        if any(math.isnan(loss) for _, (loss, _) in want):
+            return {"status": "NaN in plain PyTorch"}
+        checkpointed = copy.deepcopy(net)
+        fxmem.transform(net, Plan(stream=Stream(chunk=CHUNK, loss_chunk=5)))
+        try:
+            worst = max(_difference(step(net, inputs), w) for inputs, w in want)
+        except Exception as error:
+            return {"status": "stopped", "reason": _line(error)}
+        report = fxmem.explain(net)
+        found = {
+            "status": "exact" if worst <= TOLERANCE else "wrong", "difference": worst,
+            "bodies": report.executed_bodies, "pieces": len(report.pieces),
+            "barriers": sorted({b.op for b in report.barriers}),
+        }  # fmt: skip
+        return {**found, **_bytes(net, checkpointed, make(LONG // 2, False))}
+
+
+def _plain(net: nn.Module, inputs: Batch) -> tuple[Batch, tuple[float, dict[str, Tensor]]]:
+    """Without the mask where the model cannot take a row that is padded on the left."""
+    found = step(net, inputs)
+    if math.isnan(found[0]) and "attention_mask" in inputs:
+        inputs = {k: inputs["input_ids"] for k in ("input_ids", "labels")}
+        found = step(net, inputs)
+    return inputs, found
+
+
+def _difference(got: tuple[float, Any], want: tuple[float, Any]) -> float:
+    if got[1].keys() != want[1].keys():
+        return math.inf
+    apart = abs(got[0] - want[0]) / max(abs(want[0]), 1e-300)
+    return max(apart, double.largest_difference(got[1], want[1])[0])
+
+
+def _bytes(net: nn.Module, plain: Any, inputs: Batch) -> dict[str, int]:
+    """Peaks of a step, streamed and with every layer checkpointed where the model can do that."""
+    found: dict[str, int] = {}
+    try:
+        plain.gradient_checkpointing_enable({"use_reentrant": False})
+        for name, one in (("checkpointed", plain), ("streamed", net)):
+            step(one, inputs)
+            found[name] = peak_bytes(lambda one=one: step(one, inputs))  # type: ignore[misc]
+    except Exception:
+        return {}
+    return found
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(json.dumps(case(*sys.argv[1:3])))

@@ -1,0 +1,74 @@
+"""Layers that share a trace: the private names behind it, and what the graph then holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxmem._compat import repeated_layers as _compat
+from fxmem._compat.tracing import on_capture
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.factor = nn.Linear(3, 3), 2
+
+    def forward(self, x: torch.Tensor, pair: Any = None) -> torch.Tensor:
+        return self.inner(x) * pair[0] * self.factor
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, pair=(x.cos(), x.sin()))
+        return x
+
+
+@pytest.mark.skipif(not _compat.AVAILABLE, reason="PyTorch before 2.13")
+def test_one_trace_stands_for_others_under_guards_of_their_own() -> None:
+    seen: list[fx.GraphModule] = []
+    begun: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        seen.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    net = Net().requires_grad_(False)
+    layers = _compat.Sharing(lambda: {id(m): "kind" for m in net.layers})
+    call = torch.compile(net._call_impl, backend=backend, fullgraph=True)
+    x = torch.randn(2, 3)
+    for _ in range(3):
+        with _compat.sharing(layers), on_capture(lambda: begun.append(True)):
+            call(x)
+        calls = list(filter(_compat.is_shared_call, seen[-1].graph.nodes))
+        names = [_compat.layer_of(n).rpartition(".")[2] for n in calls]
+        assert names == ["0", "1", "2"]
+    assert len(seen) == 1 and len(begun) == 1 and (layers.traced, layers.stamped) == (1, 2)
+    net.layers[2].factor = 3  # a number of a layer that was not traced
+    with _compat.sharing(layers):
+        call(x)
+    assert len(seen) == 2 and (layers.traced, layers.stamped) == (3, 3)
+    call(x)
+    assert len(seen) == 2
+
+
+@pytest.mark.skipif(not _compat.AVAILABLE, reason="PyTorch before 2.13")
+def test_outside_of_the_context_nothing_is_shared() -> None:
+    seen: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        seen.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(Net()._call_impl, backend=backend, fullgraph=True)(torch.randn(2, 3))
+    assert not any(map(_compat.is_shared_call, seen[0].graph.nodes))
