@@ -64,6 +64,7 @@ class Backend:
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
     ) -> Callable[..., Any]:
         try:
+            gm = inline_layers(gm)
             if not self.flags.captured(watched=any(map(_compat_hooks.is_hook, gm.graph.nodes))):
                 raise CaptureError("the capture depends on which parameters require a gradient")
             # values of a trace are nothing that a checkpoint or an offload of the caller's saves
@@ -81,7 +82,6 @@ class Backend:
             return _raiser(named, None if named is error else error)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        gm = inline_layers(gm)
         learns = torch.is_grad_enabled() and any(
             isinstance(v, Tensor) and v.requires_grad for v in example_inputs
         )

@@ -19,9 +19,10 @@ from fxmem.errors import HookError
 from fxmem.frontend.capture import value_of
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.passes.drop_identities import DropIdentities
+from fxmem.passes.functionalize import writes
 from fxmem.passes.inline_bodies import InlineBodies
 from fxmem.passes.piece_borders import take_apart
-from fxmem.rewriting.pipeline import Required
+from fxmem.rewriting.pipeline import Required, copy_graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,7 @@ class HookBorders(Required):
     def run(self, gm: fx.GraphModule) -> fx.GraphModule:
         if not _hooks(*_graphs(gm)):
             return gm
-        gm = DropIdentities().run(gm)
-        gm = InlineBodies().run(gm)
+        gm = copy_graph(InlineBodies().run(DropIdentities().run(gm)))
         if inner := _hooks(*_graphs(gm)[1:]):
             raise HookError(
                 "a hook on a gradient inside a function with a backward of its own",
@@ -64,10 +64,12 @@ def _hooks(*graphs: fx.Graph) -> list[fx.Node]:
 
 
 def _one_node_each(gm: fx.GraphModule) -> None:
-    """Calls that give their argument back (``x.contiguous()``) are that argument to a hook."""
+    """Calls that give their argument back (``x.contiguous()``) are that argument to a hook; those
+    that write to it first do more.
+    """
     first: dict[int, fx.Node] = {}
     for node in list(gm.graph.nodes):
-        value = value_of(node)
+        value = None if writes(node) else value_of(node)
         if isinstance(value, Tensor) and (known := first.setdefault(id(value), node)) is not node:
             node.replace_all_uses_with(known)
             gm.graph.erase_node(node)

@@ -245,6 +245,5 @@ _PLAIN_CALL: Any = UnspecializedNNModuleVariable.call_function
 _PLAIN_REUSABLE: Any = None
 if AVAILABLE:
     UnspecializedNNModuleVariable.call_function = _call_function  # type: ignore[method-assign]
-    _PLAIN_REUSABLE, _reuse.is_reusable = (  # type: ignore[assignment]
-        _reuse.is_reusable, _is_reusable,
-    )  # fmt: skip
+    _PLAIN_REUSABLE = _reuse.is_reusable
+    vars(_reuse)["is_reusable"] = _is_reusable

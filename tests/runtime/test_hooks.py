@@ -357,3 +357,23 @@ def test_functions_that_are_replaced_take_effect(monkeypatch: pytest.MonkeyPatch
     agree(models)
     monkeypatch.setattr(forward, "__code__", (lambda self, x: x * 2).__code__)
     agree(models)
+
+
+class WritesToWatched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).tanh()
+        if x.requires_grad:
+            x.register_hook(lambda grad: grad * 2)
+        x = x.contiguous()  # the same tensor
+        x += 1
+        return F.cross_entropy(self.head(x)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_a_write_to_a_value_that_a_hook_watches_is_refused_by_name() -> None:
+    net = fxmem.transform(WritesToWatched())
+    with pytest.raises(fxmem.MutationError, match="iadd"):
+        net(torch.randint(0, 11, (2, 9)))
