@@ -95,7 +95,6 @@ def sharing(layers: Sharing) -> Iterator[Callable[[Exception], bool]]:
     """
     before = getattr(_LOCAL, "sharing", None)
     _LOCAL.sharing = None if layers.refused else layers
-    layers.begin()
     traced = layers.traced
 
     def try_without(error: Exception) -> bool:
@@ -106,6 +105,7 @@ def sharing(layers: Sharing) -> Iterator[Callable[[Exception], bool]]:
         yield try_without
     finally:
         _LOCAL.sharing = before
+        layers.begin()  # nothing of this capture stays
 
 
 def is_shared_call(node: fx.Node) -> bool:
