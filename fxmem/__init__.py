@@ -15,7 +15,7 @@ if importlib.util.find_spec("fxmem.passes") is None:
 from fxmem import measure
 from fxmem._compat import accelerate as _accelerate
 from fxmem.api import backend, merge_low_rank, restore, transform
-from fxmem.blocks.optimizer import BlockAdamW
+from fxmem.blocks.optimizer import BlockAdamW, BlockAdamWFactory
 from fxmem.errors import (
     BackwardTwiceError,
     BudgetError,
@@ -69,6 +69,7 @@ __all__ = [
     "BudgetError",
     "DivergedError",
     "BlockAdamW",
+    "BlockAdamWFactory",
     "Blocks",
     "CaptureError",
     "Coupling",

@@ -245,6 +245,17 @@ class BlockAdamW(torch.optim.Optimizer):
         saved_state.load(self.blocks, saved)
 
 
+class BlockAdamWFactory:
+    """Makes a `BlockAdamW` of the model of transformers' Trainer, once that is transformed:
+    ``Trainer(..., callbacks=[fxmem.TrainerCallback(plan)],
+    optimizer_cls_and_kwargs=(fxmem.BlockAdamWFactory, {"lr": 1e-5}))``.
+    """
+
+    def __call__(self, model: nn.Module, **options: Any) -> BlockAdamW:
+        """`options` are those of `BlockAdamW`."""
+        return BlockAdamW(model, **options)
+
+
 def _copied(entry: dict[str, Any], p: Tensor) -> dict[str, Any]:
     return {
         k: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v
@@ -256,4 +267,4 @@ def _is_bias(name: str) -> bool:
     return name.rpartition(".")[2] == "bias"
 
 
-__all__ = ["BlockAdamW"]
+__all__ = ["BlockAdamW", "BlockAdamWFactory"]

@@ -15,13 +15,15 @@ from fxmem.plan.blocks import ORDERS
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Exactly `steps` optimizer steps per visit, each of `count` blocks once per block-epoch.
+    """Exactly `steps` optimizer steps per visit, each of `count` blocks once per block-epoch, but
+    for ``"sampled"`` and ``"fixed"``.
 
     Attributes:
         count: number of blocks; block 0 is nearest the input.
         steps: optimizer steps per visit.
-        order: ``"random"`` draws a new permutation per block-epoch, ``"ascending"`` starts at the
-            input, ``"descending"`` at the output, ``"fixed"`` stays on block `start`.
+        order: ``"random"`` draws a new permutation per block-epoch, ``"sampled"`` a block for
+            every visit, with replacement; ``"ascending"`` starts at the input, ``"descending"`` at
+            the output, ``"fixed"`` stays on block `start`.
         seed: seed of the permutations.
         start: the block of ``"fixed"``.
         compat: the released code's first visit, one step short (microsoft/BlockOptimizers).
@@ -62,6 +64,9 @@ class Schedule:
         blocks = list(range(self.count))
         if self.order == "descending":
             blocks.reverse()
+        if self.order == "sampled":
+            draw = random.Random(f"{self.seed}/{epoch}")
+            return [draw.randrange(self.count) for _ in blocks]
         if self.order == "random":
             random.Random(f"{self.seed}/{epoch}").shuffle(blocks)
         return blocks

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fxmem.checks import choice, mapping, refuse_unknown
 from fxmem.errors import PlanError
 
-ORDERS = ("random", "ascending", "descending", "fixed")
+ORDERS = ("random", "sampled", "ascending", "descending", "fixed")
 
 
 def _number(field: str, value: object, low: float, *, whole: bool = False) -> None:
@@ -98,7 +98,8 @@ class Blocks:
             ``"inactive"`` are never active but updated as inactive ones (as both papers do: only
             decoder layers are blocks), ``"blocks"`` are blocks ``embed`` and ``head``,
             ``"attach"`` belong to the first and last block, ``"frozen"``.
-        order: ``"random"`` (new permutation per block-epoch), ``"ascending"`` from the input,
+        order: ``"random"`` (new permutation per block-epoch), ``"sampled"`` (any block at every
+            visit, as LISA does, arXiv 2403.17919), ``"ascending"`` from the input,
             ``"descending"``, ``"fixed"`` on block ``start``.
         steps: optimizer steps per visit.
         inactive: update of inactive blocks; None leaves them as they are.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -34,6 +35,19 @@ def test_random_visits_every_block_and_leaves_global_generators() -> None:
     assert len({tuple(blocks[i : i + 5]) for i in range(0, 30, 5)}) > 1
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_sampled_visits_are_independent_draws() -> None:
+    """Over 4,000 visits every block, and every pair of successive ones, as often as any other."""
+    schedule = Schedule(4, 2, "sampled", seed=1)
+    blocks = [schedule.block(step) for step in range(0, 8000, 2)]
+    assert blocks == [
+        Schedule(4, 2, "sampled", seed=1).block(step + 1) for step in range(0, 8000, 2)
+    ]
+    for length, wanted in ((1, 1000), (2, 250)):
+        seen = Counter(zip(*(blocks[i:] for i in range(length)), strict=False))
+        assert len(seen) == 4**length
+        assert all(abs(n - wanted) < 5 * wanted**0.5 for n in seen.values())
 
 
 @pytest.mark.parametrize("bad", [{"order": "up"}, {"steps": 0}, {"count": 0}, {"start": 4}])
