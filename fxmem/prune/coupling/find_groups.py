@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxmem.errors import CaptureError
 from fxmem.frontend.experts import streamable
+from fxmem.prune.coupling.calls import logits
 from fxmem.prune.coupling.channel_labels import Atom, fix, fresh, leaves, path, resolve, root, width
 from fxmem.prune.coupling.label_channels import Walk
 from fxmem.prune.coupling.residual_stream import streams
@@ -27,15 +28,20 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Any:
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        return logits(self.model, input_ids)
 
 
 def coupling(model: nn.Module, example: Tensor | None = None) -> Coupling:
-    """Unit groups of a causal language model; ``example``: token ids ``[batch, length]``.
+    """Unit groups of a model that reads token ids; ``example``: ids ``[batch, length]``.
 
     Raises:
-        CaptureError: where the forward cannot be exported.
+        CaptureError: where the forward cannot be exported, or the model reads no token ids.
     """
+    if not any(isinstance(m, nn.Embedding) for m in model.modules()):
+        raise CaptureError(
+            f"{type(model).__name__} has no embedding of tokens",
+            advice="models that read token ids and return logits can be pruned",
+        )
     device = next(model.parameters()).device
     ids = torch.zeros(3, 11, dtype=torch.long, device=device) if example is None else example
     was = model.training
@@ -49,6 +55,8 @@ def coupling(model: nn.Module, example: Tensor | None = None) -> Coupling:
             except (RuntimeError, ValueError):
                 # a decomposition may give other strides than the op, and a later view then fails
                 program = program.run_decompositions({})
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be exported", reason=str(error).split("\n")[0]

@@ -21,7 +21,8 @@ from fxmem.prune.units.units import Coupling
 
 
 def coupling(model: nn.Module, example: object = None) -> Coupling:
-    """Unit groups of a causal language model; ``example``: token ids ``[batch, length]``.
+    """Unit groups of a model that reads token ids and returns logits; ``example``: ids
+    ``[batch, length]``.
 
     A model that fxmem made smaller keeps the groups of the dense one, those of no or one unit too.
 

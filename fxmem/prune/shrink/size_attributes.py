@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fxmem._compat.graph import call_impl
 from fxmem.errors import MaskError
 from fxmem.frontend.experts import CHECKED, streamable
+from fxmem.prune.coupling.calls import logits
 from fxmem.prune.coupling.match_norms import rescale, set_epsilons
 from fxmem.prune.shrink.masked import masked
 from fxmem.prune.shrink.slicing import shell, slices
@@ -150,7 +151,7 @@ def _search(model: nn.Module, coupling: Coupling, kind: str) -> Attributes:
     before = {id(m): (m, dict(vars(m))) for m in small.modules()}
     with torch.no_grad(), evaluating(model), evaluating(small):
         with masked(model, masks, coupling), streamable(model):
-            wanted = [call_impl(model)(input_ids=x, use_cache=False).logits for x in inputs]
+            wanted = [logits(model, x, call_impl(model)) for x in inputs]
         for count in range(min(len(keys), 4) + 1):
             for chosen in combinations(keys, count):
                 found = tuple(e for k in chosen for e in choices[k])
@@ -199,7 +200,7 @@ def _try_empty(
     """Note in ``_NONZERO`` whether layers with no unit of ``kind`` run exactly."""
     masks = Masks.from_kept(coupling, {g.name: () for g in coupling.groups if g.kind == kind})
     with masked(model, masks, coupling), streamable(model):
-        wanted = [call_impl(model)(input_ids=x, use_cache=False).logits for x in inputs]
+        wanted = [logits(model, x, call_impl(model)) for x in inputs]
     small = shell(model, slices(coupling, masks))
     apply(small, found, masks)
     with evaluating(small), streamable(small):
@@ -228,7 +229,7 @@ def agrees(small: nn.Module, inputs: list[Tensor], wanted: list[Tensor], kind: s
     """Whether ``small`` gives the logits that are wanted of some token ids, but for rounding."""
     for x, want in zip(inputs, wanted, strict=True):
         try:
-            got = small(input_ids=x, use_cache=False).logits
+            got = logits(small, x)
         except (RuntimeError, ValueError, IndexError):
             return False
         scale = want.abs().max().clamp_min(1e-30)

@@ -18,6 +18,7 @@ from torch import nn
 
 from fxmem._compat.graph import call_impl
 from fxmem.frontend.experts import streamable
+from fxmem.prune.coupling.calls import logits
 from fxmem.prune.shrink.size_attributes import agrees, evaluating, token_ids
 from fxmem.prune.units.masks import BLOCKS, Masks
 from fxmem.prune.units.units import Coupling, UnitGroup
@@ -177,7 +178,7 @@ def _equal(small: nn.Module, config: Any) -> bool:
         stock.load_state_dict(small.state_dict(), assign=True)
         stock.to(device)
         with torch.no_grad(), evaluating(small), streamable(small), streamable(stock):
-            wanted = [call_impl(small)(input_ids=x, use_cache=False).logits for x in inputs]
+            wanted = [logits(small, x, call_impl(small)) for x in inputs]
             return agrees(stock, inputs, wanted, next(iter(BLOCKS)))
     except Exception:  # a class that the config does not make this model
         return False
