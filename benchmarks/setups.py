@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ class Setup:
         chunker: Inductor's ``auto_chunker``.
         fxmem: "" for none, "transform" for the model, "compile" for the loss function.
         lower: the plan's way to run chunk bodies.
+        stream: options of ``fxmem.Stream``.
     """
 
     label: str
@@ -40,9 +41,23 @@ class Setup:
     chunker: bool = False
     fxmem: str = ""
     lower: Literal["auto", "inductor"] = "auto"
+    stream: tuple[tuple[str, str], ...] = ()
 
 
-SETUPS: dict[str, Setup] = {
+class Setups(dict[str, Setup]):
+    """By name; ``fxmem:memory=2GB,offload=disk`` is fxmem with those options of ``Stream``."""
+
+    def __missing__(self, name: str) -> Setup:
+        base, colon, text = name.partition(":")
+        pairs = tuple(tuple(part.split("=", 1)) for part in text.split(","))
+        if base != "fxmem" or not colon or any(len(p) != 2 for p in pairs):
+            raise KeyError(name)
+        label = f"fxmem, {', '.join(' '.join(p) for p in pairs)}"
+        self[name] = replace(self[base], label=label, stream=pairs)
+        return self[name]
+
+
+SETUPS = Setups({
     "plain": Setup("plain autograd"),
     "checkpoint": Setup("checkpointing", checkpoint=True),
     "checkpoint+lce": Setup("checkpointing + linear CE", checkpoint=True, linear_ce=True),
@@ -56,7 +71,7 @@ SETUPS: dict[str, Setup] = {
     "inductor": Setup("Inductor", inductor=True),
     "fxmem+inductor": Setup("fxmem + Inductor", fxmem="transform", lower="inductor"),
     "fxmem-compile": Setup("fxmem through torch.compile", fxmem="compile"),
-}
+})  # fmt: skip
 
 DEFAULT = tuple(SETUPS)[:6]
 
@@ -110,7 +125,7 @@ def _with_fxmem(
     """A loss inside the model streams by `transform`, one in user code by `torch.compile`."""
     import fxmem
 
-    plan = fxmem.Plan(stream=fxmem.Stream(chunk=chunk), lower=setup.lower)
+    plan = fxmem.Plan(stream=fxmem.Stream(chunk=chunk, **dict(setup.stream)), lower=setup.lower)
     if setup.fxmem == "transform" and objective == "sft":
         fxmem.transform(model, plan)
         return run

@@ -37,6 +37,8 @@ from fxmem.errors import FxmemError
 from fxmem.measure.subprocess_job import OK, run_isolated
 from fxmem.measure.training_run import largest_difference
 
+SOME = ", or such as fxmem:memory=2GB,offload=disk"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -212,6 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _setup(name: str) -> str:
+    try:
+        SETUPS[name]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no setup {name!r}; one of {', '.join(SETUPS)}") from None
+    return name
+
+
 def parse(arguments: Sequence[str] | None) -> Options:
     """Options from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description=__doc__)
@@ -223,7 +233,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     )
     add("--lengths", type=int, nargs="+", default=plain.lengths)
     add("--objectives", nargs="+", choices=tuple(OBJECTIVES), default=plain.objectives)
-    add("--setups", nargs="+", choices=tuple(SETUPS), default=plain.setups)
+    add("--setups", nargs="+", type=_setup, default=plain.setups, help=", ".join(SETUPS) + SOME)
     add("--repeats", type=int, default=plain.repeats)
     add("--steps", type=int, default=plain.steps, help="timed, after one more; 0: memory alone")
     add("--threads", type=int, default=plain.threads)

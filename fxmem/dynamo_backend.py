@@ -31,6 +31,7 @@ from fxmem.frontend import faults
 from fxmem.frontend.capture import has_varying_size
 from fxmem.frontend.flags import Flags
 from fxmem.frontend.opaque import Opaque
+from fxmem.memory.budget import Budget
 from fxmem.passes.inline_bodies import inline_layers
 from fxmem.plan.plan import Plan, Stream, check_names
 from fxmem.roles.roles import RoleSource
@@ -99,6 +100,9 @@ class Backend:
             gm, example_inputs, self.plan, self.roles, late=late, one=self.one, states=self.states,
             learns=learns, told=self.told,
         )  # fmt: skip
+        stream = self.plan.stream
+        if stream is not None and (stream.memory, stream.offload) != ("least", "none"):
+            graph.holding = Budget(graph, stream)
         if graph.capture.fixes_length:
             warnings.warn(
                 f"an operator's trace fixes the length{_fixed_at()}: exact, but every length is "

@@ -146,6 +146,24 @@ class BudgetError(FxmemError, ValueError):
     default_advice = "choose another keep rate, or give batches with labels"
 
 
+class MemoryBudgetError(FxmemError, ValueError):
+    """A step does not fit into ``Stream(memory=...)``."""
+
+    default_advice = (
+        'give more memory, a shorter sequence or a smaller batch, Stream(offload="disk"), or '
+        "train fewer parameters at a time with Plan(blocks=...)"
+    )
+
+
+class OffloadError(FxmemError, OSError):
+    """Saved tensors cannot be moved off the device, or do not come back."""
+
+    default_advice = (
+        "free space in the temporary directory or name another one in the environment variable "
+        'TMPDIR, or train with Stream(offload="none"); parameters and gradients are as before'
+    )
+
+
 class DivergedError(FxmemError):
     """Ranks that must hold equal values do not."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
@@ -27,8 +28,9 @@ from fxmem.roles.roles import RoleSource, RoleTable
 from fxmem.roles.variants import Selection, select
 from fxmem.runtime.autograd import run_region
 from fxmem.runtime.loops import CallState
+from fxmem.runtime.offload import Leaving, home
 from fxmem.runtime.region_call import RegionCall
-from fxmem.runtime.retention import Holding
+from fxmem.runtime.retention import Holding, Kept, Retention
 from fxmem.runtime.sharding import NotStreamedError, current
 from fxmem.streaming.chunk_size import Chunker
 
@@ -71,7 +73,8 @@ class CompiledGraph:
         _link_shared(calls)
         self._plan_releases()
         self.sizes: dict[str, int] = {}
-        self.holding = Holding(calls, chunker, plan.stream)
+        self._weights: list[weakref.ref[Tensor]] = []
+        self.holding: Retention = Holding(calls, chunker, plan.stream)
 
     def _plan_releases(self) -> None:
         crossing = [self.borders.leaves(i) for i in range(len(self.calls) + 1)]
@@ -118,13 +121,13 @@ class CompiledGraph:
                 env.update(zip(made.leaves, wrapped.parts(by_node[node]), strict=True))
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
         names = {id(args[i]): name for i, name in self._parameters}
+        self._weights = [weakref.ref(args[i]) for i, _ in self._parameters]
         state = CallState(sizes, names=names, sharding=sharding)
         step = self._step(table, env) if table is not None else None
         fresh = not any(args[i].is_leaf and args[i].grad is not None for i, _ in self._parameters)
-        learns = step is None and torch.is_grad_enabled()
-        # the second run of a checkpoint must save what the first did
-        holds = learns and not _compat_hooks.saved_elsewhere()
-        holding = self.holding.to_run(sizes, fresh) if holds else ()
+        kept = self._keeps(step is not None, fresh)
+        if kept.away:
+            state.leaving = Leaving(home(kept.where, self.calls[0].code.device))
         shards = None if sharding is None else sharding.regions(
             [[env.get(leaf) for leaf in call.leaves] for call in self.calls]
         )  # fmt: skip
@@ -138,11 +141,13 @@ class CompiledGraph:
                 shard.before_forward()
             if step is None:
                 outputs = run_region(
-                    call.code, state, chunk, tensors, call.shared, call.sole, i in holding, shard
-                )
+                    call.code, state, chunk, tensors, call.shared, call.sole, kept.levels[i],
+                    call.movable if i in kept.away else (), shard,
+                )  # fmt: skip
             else:
                 seed = call.code.draw_seed(tensors[0].device)
-                run = Run(self.selected[i], step, state, chunk, seed, call.shared)
+                away = call.movable if i in kept.away else ()
+                run = Run(self.selected[i], step, state, chunk, seed, call.shared, away)
                 outputs = run_selected(run, tensors)
             del tensors
             if shard is not None:
@@ -153,6 +158,16 @@ class CompiledGraph:
                 env.pop(leaf, None)
         self.borders.cross(len(self.calls), env, sizes)
         return [self._output(o, env) for o in self.capture.outputs]
+
+    def _keeps(self, roles: bool, fresh: bool) -> Kept:
+        """What this call keeps; the second run of a checkpoint must save what the first did."""
+        if not torch.is_grad_enabled() or _compat_hooks.saved_elsewhere():
+            return Kept((0,) * len(self.calls))
+        return self.holding.moved() if roles else self.holding.to_run(self.sizes, fresh)
+
+    def weights(self) -> list[Tensor]:
+        """The parameters of the latest call that are alive."""
+        return [w for found in self._weights if (w := found()) is not None]
 
     def chunk(self, at: int) -> int:
         """Rows per chunk of a region in the latest call."""

@@ -10,7 +10,7 @@ from fxmem.measure.live import MIB, Timeline
 from fxmem.measure.subprocess_job import OK
 from fxmem.optional import require
 
-COLOURS = {"plain": "#d1495b", "checkpoint": "#e0a030", "fxmem": "#00798c"}
+COLOURS = {"plain": "#d1495b", "checkpoint": "#e0a030", "fxmem": "#00798c", "budget": "#66a182"}
 INK, FAINT = "#22303c", "#d8dee4"
 
 

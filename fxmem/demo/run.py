@@ -69,7 +69,7 @@ def measure(
     with follow(console, demo) as watch:
         for setup in demo.setups:
             gradients = scratch / f"{setup}.pt"
-            asked = request_for(demo, setup, model, ids, gradients)
+            asked = request_for(demo, setup, model, ids, gradients, budget(results))
             tell = watch(setup)
             result = run_isolated("fxmem.demo.worker", asked, tell, demo.threads)
             results[setup] = result
@@ -82,6 +82,12 @@ def measure(
             result["difference"], result["difference_at"] = largest_difference(reference, gradients)
             gradients.unlink()
     return results
+
+
+def budget(results: dict[str, dict[str, Any]]) -> int | str:
+    """What checkpointing took, weights included; what is free where it was not measured."""
+    taken = results.get("checkpoint", {"status": ""})
+    return taken["parameters"] + taken["peak"] if taken["status"] == OK else "auto"
 
 
 def exact_gradients(
@@ -101,8 +107,9 @@ def exact_gradients(
 
 
 def request_for(
-    demo: Demo, setup: str, model: str, ids: Sequence[int], gradients: Path
-) -> dict[str, Any]:
+    demo: Demo, setup: str, model: str, ids: Sequence[int], gradients: Path,
+    memory: int | str = "auto",
+) -> dict[str, Any]:  # fmt: skip
     """What :func:`fxmem.demo.worker.train` is asked to do."""
     return {
         "setup": setup,
@@ -113,6 +120,7 @@ def request_for(
         "optimizer": demo.optimizer,
         "lr": LEARNING_RATES[demo.optimizer] if demo.lr is None else demo.lr,
         "chunk": demo.chunk,
+        "memory": memory,
         "gradients": str(gradients) if len(demo.setups) > 1 or demo.exact else None,
     }
 

@@ -19,6 +19,7 @@ SETUPS = {
     "plain": "plain autograd",
     "checkpoint": "checkpointing",
     "fxmem": "fxmem",
+    "budget": "fxmem at checkpointing's memory",
 }
 """Setup names and what they are called in tables and pictures."""
 
@@ -38,7 +39,7 @@ def train(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> di
         return save_exact(request["model"], ids, Path(request["gradients"]))
     model = load_model(request["model"], torch.float32)
     model.config.use_cache = False
-    model = prepare(model, request["setup"], request["chunk"])
+    model = prepare(model, request["setup"], request["chunk"], request["memory"])
     named = list(model.named_parameters())
     optimizer = make_optimizer(request["optimizer"], [p for _, p in named], request["lr"])
 
@@ -66,8 +67,10 @@ def save_exact(name: str, ids: torch.Tensor, path: Path) -> dict[str, Any]:
     return {}
 
 
-def prepare(model: Any, setup: str, chunk: int | Literal["auto"]) -> Any:
-    """The model to train in this setup.
+def prepare(
+    model: Any, setup: str, chunk: int | Literal["auto"] = "auto", memory: int | str = "auto"
+) -> Any:
+    """The model to train in this setup; ``memory``: of the one that has a budget.
 
     Raises:
         UsageError: an unknown setup.
@@ -77,10 +80,12 @@ def prepare(model: Any, setup: str, chunk: int | Literal["auto"]) -> Any:
     if setup == "checkpoint":
         enable_checkpointing(model)
         return model
-    if setup == "fxmem":
+    if setup in ("fxmem", "budget"):
         import fxmem
 
-        return fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=chunk)))
+        memory = memory if setup == "budget" else "least"
+        stream = fxmem.Stream(chunk=chunk, memory=memory)
+        return fxmem.transform(model, fxmem.Plan(stream=stream))
     raise UsageError(f"unknown setup {setup!r}", advice=f"one of {', '.join(SETUPS)}")
 
 

@@ -21,9 +21,11 @@ from fxmem.axes.sizes import evaluate
 from fxmem.compiler.step import CompiledGraph
 from fxmem.frontend.capture import canonical, value_of
 from fxmem.frontend.parameter_free import Leaf
+from fxmem.runtime.offload import SMALLEST
 from fxmem.runtime.profile import Output, Profile, body_bytes, inside_op, profile
 from fxmem.runtime.region_call import RegionCall
 from fxmem.runtime.region_code import RegionCode
+from fxmem.runtime.retention import Kept
 
 __all__ = ["Prediction", "Saved", "Step", "Use", "body_bytes", "predict"]
 
@@ -53,7 +55,9 @@ class _Ledger:
 
     live: int = 0
     transient: int = 0
+    position: int = -1
     timeline: list[tuple[str, int]] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     sizes: dict[Any, int] = field(default_factory=dict)
     holders: dict[Any, int] = field(default_factory=dict)
 
@@ -72,6 +76,7 @@ class _Ledger:
     def mark(self, label: str, extra: int = 0) -> None:
         self.transient = max(self.transient, extra)
         self.timeline.append((label, self.live + extra))
+        self.positions.append(self.position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +92,12 @@ class Use:
 
 @dataclass(slots=True)
 class Saved:
-    """What one region keeps for its backward."""
+    """What one region keeps for its backward; ``away``: of this, what waits off the device."""
 
     call: RegionCall
     use: Use
     leaves: list[Any]
+    away: list[tuple[Any, int]]
     gradients: list[tuple[Any, Output] | None] | None
 
 
@@ -140,10 +146,19 @@ def _fake(graph: CompiledGraph, value: Any, sizes: Mapping[str, int]) -> Any:
 
 
 class Step:
-    """Replays a step of a graph in a ledger of storages."""
+    """Replays a step of a graph in a ledger of storages.
 
-    def __init__(self, graph: CompiledGraph, sizes: dict[str, int]) -> None:
-        self.graph, self.sizes = graph, sizes
+    ``kept``: what the regions keep, where it is not what the graph would. ``fresh``: no parameter
+    has a gradient yet; to those that are there the new ones are added.
+    """
+
+    def __init__(
+        self, graph: CompiledGraph, sizes: Mapping[str, int], kept: Kept | None = None,
+        fresh: bool = True,
+    ) -> None:  # fmt: skip
+        self.graph, self.sizes, self.fresh = graph, dict(sizes), fresh
+        self.kept = graph.holding.kept(sizes) if kept is None else kept
+        self.moving: list[Any] = []
         self.ledger = _Ledger()
         self.env: dict[Leaf, Any] = {}
         self.gradients: dict[Leaf, Any] = {}
@@ -158,10 +173,17 @@ class Step:
             self.ledger.transient, self.ledger.timeline,
         )  # fmt: skip
 
+    def marks(self) -> list[tuple[int, int]]:
+        """Position and bytes of every moment: region i of n runs forward at i, back at 2n-1-i."""
+        self.predict()
+        moments = zip(self.ledger.positions, self.ledger.timeline, strict=True)
+        return [(position, alive) for position, (_, alive) in moments]
+
     def use(self, index: int) -> Use:
         code = self.graph.calls[index].code
         kind = "loss" if code.learns and code.early else "forward"
-        held = "+" if index in self.graph.holding(self.sizes) else ""
+        level = self.kept.levels[index]
+        held = f"+{level}" if level else ""
         rows = self.graph.chunker(code, self.sizes)
         return Use(code, rows, kind + held, "backward" + held, code.learns)
 
@@ -169,6 +191,7 @@ class Step:
         self._preamble()
         saved: list[tuple[int, Saved]] = []
         for index, call in enumerate(self.graph.calls):
+            self.ledger.position = index
             use = self.use(index)
             run = profile(use.code, use.forward, self.sizes, use.chunk)
             self._masks(call, run)
@@ -183,18 +206,20 @@ class Step:
                 rest = values[count:]
                 gradients = rest if use.forward.startswith("loss") else None
                 held = [v[0] for v in rest if v is not None] if gradients is None else []
-                saved.append((index, self._save(call, use, gradients, held)))
+                self._moved()
+                saved.append((index, self._save(index, call, use, gradients, held)))
             self._drop(values)
             for leaf in call.release:
                 if (gone := self.env.pop(leaf, None)) is not None:
                     self.ledger.release(gone)
         for leaf in [leaf for leaf in self.env if leaf[0] == "pre"]:
             self.ledger.release(self.env.pop(leaf))
+        self._moved()
         self.ledger.mark("after forward")
         return saved
 
     def _save(
-        self, call: RegionCall, use: Use, gradients: list[Any] | None, held: list[Any]
+        self, index: int, call: RegionCall, use: Use, gradients: list[Any] | None, held: list[Any]
     ) -> Saved:
         kept = use.code.saved(gradients is not None, use.backward.removeprefix("backward"))
         leaves = [
@@ -202,15 +227,32 @@ class Step:
             for leaf, keep in zip(call.leaves, kept, strict=False)
             if keep and leaf in self.env
         ] + held
-        for storage in leaves:
+        away: list[tuple[Any, int]] = []
+        if index in self.kept.away:
+            named = {self.env[leaf] for leaf in call.leaves if leaf[0] == "main"} | set(held)
+            own = {s: self.ledger.sizes[s] for s in leaves if s in named}
+            away = [(s, size) for s, size in own.items() if size >= SMALLEST]
+            leaves = [s for s in leaves if s not in dict(away)]
+            self.moving = [s for s, _ in away]
+        for storage in (*leaves, *self.moving):
             self.ledger.hold(storage)
         for gradient in gradients or []:
             if gradient is not None:
                 self.ledger.hold(gradient[0])
-        return Saved(call, use, leaves, gradients)
+        return Saved(call, use, leaves, away, gradients)
+
+    def _moved(self) -> None:
+        """What was on its way is away before more leaves."""
+        for storage in self.moving:
+            self.ledger.release(storage)
+        self.moving = []
 
     def backward(self, saved: list[tuple[int, Saved]]) -> None:
-        for index, entry in reversed(saved):
+        for at in reversed(range(len(saved))):
+            index, entry = saved[at]
+            self.ledger.position = 2 * len(self.graph.calls) - 1 - index
+            for _, due in saved[max(0, at - 1) : at + 1]:
+                self._back(due)
             code = entry.use.code
             tangents = [
                 self.gradients.pop(leaf, None)
@@ -220,9 +262,17 @@ class Step:
             gradients = entry.gradients or self.region(index, entry, tangents)
             self.take(index, entry, gradients)
             self._drop(gradients)
-            for storage in (*entry.leaves, *(t for t in tangents if t is not None)):
+            back = [("back", s) for s, _ in entry.away]
+            for storage in (*entry.leaves, *back, *(t for t in tangents if t is not None)):
                 self.ledger.release(storage)
+        self.ledger.position += 1
         self.ledger.mark("after backward")
+
+    def _back(self, entry: Saved) -> None:
+        """What waits elsewhere comes back for its region, once."""
+        for storage, size in entry.away:
+            if ("back", storage) not in self.ledger.holders:
+                self.ledger.hold(("back", storage), size)
 
     def region(self, index: int, entry: Saved, tangents: list[Any]) -> list[Any]:
         """Run one region's backward; its gradients, each held once."""
@@ -264,6 +314,9 @@ class Step:
         if leaf in self.gradients:
             if not shared:
                 self.ledger.mark(f"sum {leaf[1]}", output.bytes)
+            return
+        if leaf[0] == "input" and not self.fresh:  # added to the one that is there
+            self.ledger.mark(f"sum {leaf[1]}", output.bytes)
             return
         if not output.contiguous and leaf[0] == "input":
             storage = ("copy", leaf)

@@ -71,7 +71,7 @@ class RoleStep(Step):
     """The replay with roles; ``sums``: storages of gradients that wait, by UPDATE parameter."""
 
     def __init__(self, graph: CompiledGraph, sizes: dict[str, int]) -> None:
-        super().__init__(graph, sizes)
+        super().__init__(graph, sizes, graph.holding.moved())
         assert graph.table is not None
         self.table = graph.table
         self.expected = Counter(p for s in graph.selected for p in s.updates.values())

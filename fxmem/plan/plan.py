@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tomli_w
 
-from fxmem.checks import check_names, choice, mapping, refuse_unknown, tokens, without_none
+from fxmem.checks import (
+    byte_size,
+    check_names,
+    choice,
+    mapping,
+    refuse_unknown,
+    tokens,
+    without_none,
+)
 from fxmem.errors import PlanError
 from fxmem.plan.blocks import Blocks
 
@@ -40,15 +48,25 @@ class Stream:
             than the sequence means one chunk.
         loss_chunk: tokens per chunk in the region that holds the LM head and the loss; ``"auto"``
             as above.
-        offload: where values kept from the forward wait for the backward; ``"none"`` leaves them
-            on the device.
+        memory: bytes that a training step may take, with weights, gradients and the states of
+            optimizers: an integer, text such as ``"24GB"``, or ``"auto"`` for what is free on the
+            device at the call. The fastest step within it is chosen: what the forward made is kept
+            for the backward where that saves the most time per byte. ``"least"`` keeps nothing that
+            costs memory. A step that cannot fit raises MemoryBudgetError before it begins. Not with
+            ``Plan.blocks``.
+        offload: where the inputs of layers wait for the backward: ``"none"`` leaves them on the
+            device, ``"cpu"`` moves them to pinned memory of the host, ``"disk"`` to an unlinked
+            file in the temporary directory. With ``memory`` as many as it takes, with ``"least"``
+            all. ``"auto"`` is ``"cpu"`` on a GPU and ``"disk"`` on a CPU, where a budget asks for
+            it.
         logits: ``"drop"`` does not keep the logits of a captured model that also returns a loss:
             reading them raises DroppedLogitsError. Without a loss they are deferred: what is done
             with them is recorded, and runs chunk by chunk when its result is wanted. ``"keep"``
             keeps them, at sequence length x vocabulary elements.
         hold: ``"auto"`` holds the results of attention from forward to backward, instead of making
             them again, in as many of the last layers as leave the peak of the step where it is:
-            their memory is free until the gradients of the earlier layers need it. This counts on
+            their memory is free until the gradients of the earlier layers need it. Only with
+            ``memory="least"``. This counts on
             a backward after every forward and on gradients that stay until its end; where hooks
             free them, take ``"none"``, which makes everything again. Not with ``Plan.blocks``; with
             ``lower="inductor"`` only among equal layers, of which one at least then holds in the
@@ -60,14 +78,17 @@ class Stream:
 
     chunk: int | Literal["auto"] = "auto"
     loss_chunk: int | Literal["auto"] = "auto"
-    offload: Literal["none"] = "none"
+    memory: int | str = "least"
+    offload: Literal["none", "cpu", "disk", "auto"] = "none"
     logits: Literal["drop", "keep"] = "drop"
     hold: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
         tokens("Stream.chunk", self.chunk)
         tokens("Stream.loss_chunk", self.loss_chunk)
-        choice("Stream.offload", self.offload, ("none",), ("cpu",))
+        if self.memory not in ("least", "auto"):
+            byte_size("Stream.memory", self.memory)
+        choice("Stream.offload", self.offload, ("none", "cpu", "disk", "auto"), ())
         choice("Stream.logits", self.logits, ("drop", "keep"), ())
         choice("Stream.hold", self.hold, ("auto", "none"), ())
 
@@ -122,6 +143,11 @@ class Plan:
             raise PlanError(
                 f"Plan.blocks is {self.blocks!r}",
                 advice="allowed values: None or fxmem.Blocks(...)",
+            )
+        if self.blocks is not None and self.stream is not None and self.stream.memory != "least":
+            raise PlanError(
+                f"Stream.memory is {self.stream.memory!r} beside Plan.blocks, which keep nothing",
+                advice='take memory="least"; offload works with blocks',
             )
         choice("Plan.lower", self.lower, ("auto", "eager", "inductor", "triton"), ())
 

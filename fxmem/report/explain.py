@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +22,8 @@ from fxmem.frontend.capture import canonical_shape
 from fxmem.frontend.dropped_outputs import Dropped
 from fxmem.frontend.late_outputs import Late
 from fxmem.memory.block_formula import estimate
+from fxmem.memory.budget import kept_bytes, saved_bytes
+from fxmem.memory.device import rates
 from fxmem.memory.predict import predict
 from fxmem.memory.predict_roles import predict_roles
 from fxmem.program.steps import Buffer, Loop, Program
@@ -29,6 +32,7 @@ from fxmem.report.parts import (
     BarrierReport,
     BufferReport,
     CompileReport,
+    KeepReport,
     KernelReport,
     LoopReport,
     PieceReport,
@@ -40,6 +44,8 @@ from fxmem.report.text import Report
 from fxmem.runtime.counters import COUNTER
 from fxmem.runtime.region_call import RegionCall
 from fxmem.runtime.region_code import RegionCode
+from fxmem.streaming.costs import cost_of
+from fxmem.streaming.keep_levels import made_again
 
 
 def explain(model: nn.Module | api.Backend) -> Report:
@@ -152,18 +158,30 @@ def _region(uses: list[tuple[CompiledGraph, RegionCall]]) -> RegionReport:
     ]  # fmt: skip
     modules = list(dict.fromkeys(c.modules for _, c in uses if c.modules))
     barriers = _barriers(code, modules)
-    holds = sum(_holds(graph, call) for graph, call in uses)
-    return RegionReport(code.name, kind, len(uses), modules, chunk, loops, barriers, holds)
+    return RegionReport(code.name, kind, len(uses), modules, chunk, loops, barriers, _keeps(uses))
 
 
-def _holds(graph: CompiledGraph, call: RegionCall) -> bool:
-    if not graph.sizes or graph.selected or graph.chunker.whole(graph.sizes):
-        return False
-    return any(graph.calls[i] is call for i in graph.holding(graph.sizes))
+def _keeps(uses: list[tuple[CompiledGraph, RegionCall]]) -> list[KeepReport]:
+    """Of the latest call, by level and place."""
+    graph, call = uses[-1]
+    code, sizes = call.code, graph.sizes
+    if not code.learns or code.early or not sizes or graph.chunker.whole(sizes):
+        return []
+    kept = graph.holding.moved() if graph.selected else graph.holding.kept(sizes)
+    own = {i: c for i, c in enumerate(graph.calls) if c.code is code}
+    counts = Counter((kept.levels[i], i in kept.away) for i in own)
+    with_rows = with_chunks(sizes, graph.chunker(code, sizes))
+    found = []
+    for (level, away), count in sorted(counts.items()):
+        again = made_again(code.joint, code.level(level))
+        size = sum(kept_bytes(code, with_rows, level)) + sum(saved_bytes(call, with_rows, again))
+        seconds = cost_of(code.joint, again, sizes).seconds(rates(code.device).compute)
+        found.append(KeepReport(level, count, size, seconds, kept.where if away else "device"))
+    return found
 
 
 def _programs(code: RegionCode) -> list[tuple[str, Program]]:
-    named = {key: key[0].replace("+", ", holding") for key in code.programs}
+    named = {key: key[0].replace("+", ", keeping level ") for key in code.programs}
     return [(named[k] if k[1] else f"{named[k]} (any mask)", p) for k, p in code.programs.items()]
 
 

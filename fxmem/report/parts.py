@@ -56,10 +56,29 @@ class PieceReport:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class KeepReport:
+    """What some uses of a region keep from forward to backward.
+
+    Attributes:
+        level: of :mod:`fxmem.streaming.keep_levels`.
+        uses: layers that keep this.
+        bytes: of one of them, with the inputs of the region that its backward reads.
+        again: seconds that its backward spends on making the rest again, by the device's rates.
+        where: ``"device"``, ``"cpu"`` or ``"disk"``.
+    """
+
+    level: int
+    uses: int
+    bytes: int
+    again: float
+    where: str
+
+
 @dataclass(slots=True)
 class RegionReport:
     """One distinct region: ``kind`` is ``loss``, ``mixing`` (it has attention) or ``tokens``;
-    ``holds``: how many of its uses hold results of attention from forward to backward.
+    ``keeps``: what its uses keep in the latest call, none in a loss.
     """
 
     name: str
@@ -69,7 +88,7 @@ class RegionReport:
     chunk: int
     loops: list[LoopReport]
     barriers: list[BarrierReport]
-    holds: int
+    keeps: list[KeepReport]
 
 
 @dataclass(slots=True)

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from fxmem.report.parts import LoopReport, PieceReport, RegionReport
 
 MIB = 2**20
+KEEPS = (
+    "its inputs",
+    "results of mixing tokens",
+    "no product is made twice",
+    "all that saves time",
+)
+"""By level, see :mod:`fxmem.streaming.keep_levels`."""
 
 
 def render(report: Report) -> str:
@@ -29,6 +36,7 @@ def render(report: Report) -> str:
     parts = [_head(report)]
     if report.regions:
         parts.append(_regions(report.regions))
+        parts += _keeps(report.regions)
         parts.append(_loops(report.regions))
     parts += _pieces(report.pieces)
     parts += _blocks(report)
@@ -116,11 +124,24 @@ def _head(report: Report) -> str:
 
 
 def _regions(regions: Sequence[RegionReport]) -> str:
-    rows = [["region", "kind", "uses", "holding", "chunk", "loops", "modules"]]
+    rows = [["region", "kind", "uses", "chunk", "loops", "modules"]]
     for r in regions:
-        counts = [str(n) for n in (r.uses, r.holds, r.chunk, len(r.loops))]
+        counts = [str(n) for n in (r.uses, r.chunk, len(r.loops))]
         rows.append([r.name, r.kind, *counts, _few(r.modules)])
-    return table(rows, right=(2, 3, 4, 5))
+    return table(rows, right=(2, 3, 4))
+
+
+def _keeps(regions: Sequence[RegionReport]) -> list[str]:
+    """Nothing where every region keeps its inputs alone, on the device."""
+    if not any(k.level or k.where != "device" for r in regions for k in r.keeps):
+        return []
+    rows = [["region", "keeps for its backward", "uses", "bytes each", "made again", "waits"]]
+    rows += [
+        [r.name, KEEPS[k.level], str(k.uses), mib(k.bytes), f"{k.again:.3f} s", f"on the {k.where}"]
+        for r in regions
+        for k in r.keeps
+    ]
+    return [table(rows, right=(2, 3, 4))]
 
 
 def _pieces(pieces: Sequence[PieceReport]) -> list[str]:

@@ -21,7 +21,7 @@ from fxmem.errors import BackwardTwiceError, DoubleBackwardError, ModifiedParame
 from fxmem.roles.roles import Role, RoleTable
 from fxmem.roles.updates import backward as updates_in
 from fxmem.roles.variants import Selection
-from fxmem.runtime.autograd import _saved, joined
+from fxmem.runtime.autograd import _saved, joined, save
 from fxmem.runtime.loops import CallState
 from fxmem.runtime.region_code import RegionCode
 from fxmem.runtime.shared_grads import Shared
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(slots=True)
 class Run:
-    """One region of one call."""
+    """One region of one call; ``movable``: which of its tensors wait off the device."""
 
     selection: Selection
     step: Step
@@ -57,6 +57,7 @@ class Run:
     chunk: int
     seed: Tensor | None
     shared: Shared
+    movable: Sequence[bool] = ()
 
 
 class RoleFunction(torch.autograd.Function):
@@ -70,7 +71,8 @@ class RoleFunction(torch.autograd.Function):
             run.state, run.chunk, tensors, run.seed, learn=True, variant=variant
         )
         kept = code.saved(grads is not None, variant)
-        ctx.save_for_backward(*(t if k else None for t, k in zip(tensors, kept, strict=True)))
+        saved = [t if k else None for t, k in zip(tensors, kept, strict=True)]
+        save(ctx, saved, run.movable, run.state.leaving)
         ctx.run, ctx.grads, ctx.variant, ctx.done = run, grads, variant, False
         run.state.shared.own(_returned(run), ctx)
         run.step.read += [

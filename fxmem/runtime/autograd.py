@@ -18,13 +18,14 @@ from torch import Tensor
 
 from fxmem.errors import BackwardTwiceError, DoubleBackwardError, ModifiedParameterError
 from fxmem.runtime.loops import CallState
+from fxmem.runtime.offload import Leaving
 from fxmem.runtime.region_code import RegionCode
 from fxmem.runtime.sharding import RegionShards
 from fxmem.runtime.shared_grads import Shared
 
 
 class RegionFunction(torch.autograd.Function):
-    """``apply(code, state, chunk, seed, shared, sole, hold, shards, *tensors) -> outputs``."""
+    """``apply(code, state, chunk, seed, shared, sole, level, away, shards, *tensors)``: outputs."""
 
     @staticmethod
     def forward(
@@ -35,20 +36,23 @@ class RegionFunction(torch.autograd.Function):
         seed: Tensor | None,
         shared: Shared,
         sole: Sequence[bool],
-        hold: bool,
+        level: int,
+        away: Sequence[bool],
         shards: RegionShards | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         grads, held = None, []  # type: list[Tensor | None] | None, list[Tensor]
         variant = code.variant(ctx.needs_input_grad[-len(tensors) :])
-        if hold and not variant:
-            outputs, held = code.forward_held(state, chunk, tensors, seed)
+        if level and not variant:
+            variant = f"+{level}"
+            outputs, held = code.forward_held(state, chunk, tensors, seed, level)
         else:
             outputs, grads = code.forward(state, chunk, tensors, seed, learn=True, variant=variant)
-        kept = code.saved(grads is not None, "+" if held else variant)
+        kept = code.saved(grads is not None, variant)
         saved = [t if k else None for t, k in zip(tensors, kept, strict=True)]
-        ctx.save_for_backward(*saved, *held)
-        ctx.count = len(saved)
+        movable = [*away, *(True for _ in held)] if away else []
+        save(ctx, [*saved, *held], movable, state.leaving)
+        ctx.count, ctx.variant = len(saved), variant
         state.watch(saved)
         ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
         ctx.shared, ctx.shards = shared, shards
@@ -70,7 +74,7 @@ class RegionFunction(torch.autograd.Function):
             with ctx.shards.backward():
                 out = _gradients(ctx, tangents)
                 ctx.shards.take(out)
-        return (None, None, None, None, None, None, None, None, *out)
+        return (*(None,) * 9, *out)
 
 
 def _gradients(ctx: Any, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -103,9 +107,10 @@ def _backward(
         return joined([None] * ctx.count, owned)
     code = whole.given(there)
     held = saved[ctx.count :] if code is whole else ()
+    variant = ctx.variant if held else code.variant(ctx.needs_input_grad[-ctx.count :])
     return code.backward(
         ctx.state, ctx.chunk, saved[: ctx.count], ctx.seed, [t for t in given if t is not None],
-        owned, code.variant(ctx.needs_input_grad[-ctx.count :]),
+        owned, variant,
         free=[f for f, t in zip(free, there, strict=True) if t], held=held,
     )  # fmt: skip
 
@@ -143,11 +148,25 @@ def _tell_fresh(
             state.fresh.discard(storage)
 
 
+def save(
+    ctx: Any, tensors: Sequence[Tensor | None], movable: Sequence[bool], leaving: Leaving | None
+) -> None:
+    """Keep tensors for the backward, on their device or away from it; ``movable``: of the first."""
+    ctx.away, gone = None, frozenset[int]()
+    if leaving is not None and movable:
+        given = [t if m else None for t, m in zip(tensors, movable, strict=False)]
+        ctx.away, gone = leaving.save(given)
+    ctx.save_for_backward(*(None if i in gone else t for i, t in enumerate(tensors)))
+
+
 def _saved(ctx: Any, state: CallState) -> Sequence[Any]:
     """The saved tensors, unchanged since the forward."""
     try:
         saved: Sequence[Any] = ctx.saved_tensors
         state.begin_backward()
+        if ctx.away is not None:
+            back = ctx.away.get()
+            saved = [back.get(i, t) for i, t in enumerate(saved)]
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
             state.begin_backward()
@@ -165,18 +184,22 @@ def run_region(
     tensors: Sequence[Tensor],
     shared: Shared | None = None,
     sole: Sequence[bool] | None = None,
-    hold: bool = False,
+    level: int = 0,
+    away: Sequence[bool] = (),
     shards: RegionShards | None = None,
 ) -> Sequence[Tensor]:
     """Outputs of a region, with autograd where any input wants a gradient.
 
     ``sole``: which outputs have one reader, another region, so that their gradient comes as that
-    region made it. ``hold``: keep ``code.held`` for the backward.
+    region made it. ``level``: of what it keeps for the backward. ``away``: which
+    tensors wait for it off the device, and with them what is kept besides; empty for none.
     """
     seed = code.draw_seed(tensors[0].device)
     if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):
         sole = sole or [False] * len(code.differentiable)
         shared = shared or {}
-        return RegionFunction.apply(code, state, chunk, seed, shared, sole, hold, shards, *tensors)
+        return RegionFunction.apply(
+            code, state, chunk, seed, shared, sole, level, away, shards, *tensors
+        )
     with torch.no_grad():
         return code.forward(state, chunk, tensors, seed, learn=False)[0]

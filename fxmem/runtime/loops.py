@@ -15,6 +15,7 @@ from fxmem.axes.sizes import evaluate_shape, with_chunks
 from fxmem.errors import ModifiedParameterError
 from fxmem.program.steps import Free, Loop, Mask, Program, Straight
 from fxmem.runtime import tile_map as masks
+from fxmem.runtime.offload import Leaving
 from fxmem.runtime.sharding import Sharding
 from fxmem.runtime.shared_grads import SharedGrads
 
@@ -36,6 +37,8 @@ class CallState:
     fresh: set[int] = field(default_factory=set)
     """Storages of gradients on their way between regions that nothing else holds."""
     sharding: Sharding | None = None
+    leaving: Leaving | None = None
+    """Moves saved tensors off the device."""
 
     def watch(self, saved: Sequence[Tensor | None]) -> None:
         """Remember the versions of parameters that a backward will read."""

@@ -20,3 +20,9 @@ class RegionCall:
     shared: dict[int, tuple[pre_.Leaf, bool]] = field(default_factory=dict)
     sole: list[bool] = field(default_factory=list)
     """Which outputs have one reader, a later region."""
+
+    @property
+    def movable(self) -> list[bool]:
+        """Which of its tensors another region made, so that nobody else needs them on the device
+        between its forward and its backward."""
+        return [leaf[0] == "main" for leaf in self.leaves]

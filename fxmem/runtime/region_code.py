@@ -8,6 +8,7 @@ attention masks that turn out not to be causal.
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections import Counter
@@ -34,6 +35,7 @@ from fxmem.streaming.carried_states import with_states
 from fxmem.streaming.chunk_size import footprint
 from fxmem.streaming.emit import Emitter
 from fxmem.streaming.ignored_tokens import Packing, pack, packing, unpack
+from fxmem.streaming.keep_levels import levels
 from fxmem.streaming.loop_body import Handler
 from fxmem.streaming.schedule import schedule
 from fxmem.streaming.token_mixing import mixed
@@ -66,8 +68,9 @@ class RegionCode:
     ``early``: the gradients of a scalar loss are taken in the forward and scaled in the backward,
     which a backward of the user's own need not allow.
 
-    ``held``: values that the backward can be given by the forward instead of making them again;
-    ``hands_on``: they are all states that one chunk hands to the next.
+    ``levels``: values that the backward can be given by the forward instead of making them again
+    (:mod:`fxmem.streaming.keep_levels`); ``held`` is the first level, and ``hands_on`` says that it
+    is only states that one chunk hands to the next.
 
     ``derived``: what other rooms made of this code and keep with it.
 
@@ -115,6 +118,15 @@ class RegionCode:
         """Where the region runs."""
         return next((v.device for v in self.values if v.dim()), torch.device("cpu"))
 
+    @functools.cached_property
+    def levels(self) -> list[list[torch.fx.Node]]:
+        """What each level keeps; a loss takes its gradients in the forward and keeps nothing."""
+        return levels(self.joint, self.held) if self.learns and not self.is_loss else [[]]
+
+    def level(self, level: int) -> list[torch.fx.Node]:
+        """What one level keeps; the first needs no others to be known."""
+        return self.held if level == 1 else self.levels[level] if level else []
+
     @property
     def loss_joint(self) -> Joint:
         """The joint graph that differentiates the scalar loss alone."""
@@ -155,24 +167,25 @@ class RegionCode:
 
         ``backward:01w0`` (as for ``loss``) is the variant that makes the gradients of the inputs
         marked 1 or w alone, scheduled from the same trace; those marked w keep the precision of
-        their sums. ``forward+`` also makes the values in ``held``, and ``backward+`` takes them as
+        their sums. ``forward+2`` also makes the values of level 2, and ``backward+2`` takes them as
         further inputs instead of making them again.
         """
         key = (kind, causal)
         if key not in self.programs:
             start = time.perf_counter()
             doing(f"scheduling {self.name}, {kind}")
-            base, _, mask = kind.partition(":")
+            whole, _, mask = kind.partition(":")
+            base, _, level = whole.partition("+")
+            kept = self.level(int(level or 0))
             joint = self.loss_joint if base == "loss" else self.joint
             outputs, grads = joint.outputs, joint.grads
             if mask:
                 grads = [None if m == "0" else g for g, m in zip(grads, mask, strict=True)]
             wanted = {
-                "forward": outputs, "forward+": [*outputs, *self.held], "backward": grads,
-                "backward+": grads, "loss": [*outputs, *grads],
+                "forward": [*outputs, *kept], "backward": grads, "loss": [*outputs, *grads],
             }[base]  # fmt: skip
             roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
-            held = self.held if base == "backward+" else []
+            held = kept if base == "backward" else []
             plan = schedule(joint, roots, causal=causal, held=held)
             label = f"{self.name}_{kind}".replace(":", "_").replace("+", "_held")
             passes = self.lowering.body_passes(self.device)
@@ -263,12 +276,13 @@ class RegionCode:
         return [t for t in results[:k] if t is not None], list(results[k:])
 
     def forward_held(
-        self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None
+        self, state: Any, chunk: int, tensors: Sequence[Tensor], seed: Tensor | None, level: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs, and the values in ``held`` for :meth:`backward`."""
+        """Outputs, and the values of a level for :meth:`backward`."""
         given = [*tensors, seed, *(None for t in self.joint.tangents if t is not None)]
-        results = [t for t in self._execute("forward+", state, chunk, given) if t is not None]
-        count = len(results) - len(self.held)
+        kind = f"forward+{level}"
+        results = [t for t in self._execute(kind, state, chunk, given) if t is not None]
+        count = len(results) - len(self.level(level))
         return results[:count], results[count:]
 
     def _loss(
@@ -317,9 +331,8 @@ class RegionCode:
 
         ``start``: by input position, a gradient to add this one to (in place where it can be).
         ``free``: which tangents nobody reads afterwards, so that a result may take their place.
-        ``held``: what :meth:`forward_held` gave.
+        ``held``: what :meth:`forward_held` gave, at the level that ``variant`` names.
         """
-        variant = "+" if held else variant
         given = [*saved, seed, *tangents, *held]
         begin: dict[str, Tensor] = {}
         if start or any(free):
@@ -368,8 +381,7 @@ class RegionCode:
 
 def _accumulators(program: Program, start: dict[int, Tensor]) -> dict[str, Tensor]:
     """Which of ``start`` can be the accumulator of its gradient."""
-    sums = {b.name: b for step in program.loops for b in step.allocate if b.zero}
-    found = {}
+    sums, found = {b.name: b for step in program.loops for b in step.allocate if b.zero}, {}
     for i, part in start.items():
         name = program.outputs[i]
         if name in sums and sums[name].dtype == part.dtype and part.is_contiguous():

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fxmem.axes.sizes import evaluate_shape, has_axis, with_chunks
 from fxmem.frontend.capture import canonical_shape
@@ -25,7 +25,35 @@ if TYPE_CHECKING:
     from fxmem.runtime.region_call import RegionCall
     from fxmem.runtime.region_code import RegionCode
 
-FORMS = ("forward", "forward+", "backward", "backward+")
+FORMS = ("forward", "forward+1", "backward", "backward+1")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What one call keeps for its backward.
+
+    Attributes:
+        levels: per region, the level of what it keeps (:mod:`fxmem.streaming.keep_levels`).
+        away: regions whose saved tensors wait off the device (:mod:`fxmem.runtime.offload`).
+        where: they wait: ``"cpu"`` or ``"disk"``.
+    """
+
+    levels: tuple[int, ...]
+    away: frozenset[int] = frozenset()
+    where: str = "disk"
+
+
+class Retention(Protocol):
+    """Decides what a call keeps."""
+
+    def kept(self, sizes: Mapping[str, int], fresh: bool = True) -> Kept:
+        """``fresh``: no parameter has a gradient yet."""
+
+    def to_run(self, sizes: Mapping[str, int], fresh: bool) -> Kept:
+        """The same for the call about to run, which may have to compile more."""
+
+    def moved(self) -> Kept:
+        """Of a call whose parameters have roles: no level, but what waits off the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +114,12 @@ class Holding:
         self.known: dict[tuple[Any, ...], frozenset[int]] = {}
         self.uses = Counter(id(c.code) for c in calls)
 
-    def to_run(self, sizes: Mapping[str, int], fresh: bool) -> frozenset[int]:
-        """What the call about to run holds.
+    def kept(self, sizes: Mapping[str, int], fresh: bool = True) -> Kept:
+        """What a call of these sizes keeps; ``fresh``: no parameter has a gradient yet."""
+        return self._first_level(self(sizes, fresh))
+
+    def to_run(self, sizes: Mapping[str, int], fresh: bool) -> Kept:
+        """What the call about to run keeps.
 
         Until programs that compile at their first call have run in both forms, some regions hold
         and some do not, so that no later length compiles anything.
@@ -100,7 +132,14 @@ class Holding:
                 chosen |= {uses[-1]}
             elif len(uses) > 1 and chosen >= set(uses):
                 chosen -= {uses[0]}
-        return chosen
+        return self._first_level(chosen)
+
+    def moved(self) -> Kept:
+        """Nothing: all stays where it is."""
+        return self._first_level(frozenset())
+
+    def _first_level(self, chosen: frozenset[int]) -> Kept:
+        return Kept(tuple(int(i in chosen) for i in range(len(self.calls))))
 
     def __call__(self, sizes: Mapping[str, int], fresh: bool = True) -> frozenset[int]:
         """``fresh``: no parameter has a gradient yet."""

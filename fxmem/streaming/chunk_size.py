@@ -203,7 +203,8 @@ class Chunker:
 
     def whole(self, sizes: Mapping[str, int]) -> bool:
         """The call is small enough to run without streaming."""
-        if self.stream.chunk != "auto" or self.stream.loss_chunk != "auto":
+        options = self.stream
+        if (options.chunk, options.loss_chunk, options.memory) != ("auto", "auto", "least"):
             return False
         return evaluate(self.forward, sizes) * WHOLE_SHARE < 2 * self.fixed.weights
 

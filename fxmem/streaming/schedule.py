@@ -79,14 +79,14 @@ def schedule(
     joint: Joint, roots: Sequence[fx.Node], *, causal: bool, held: Sequence[fx.Node] = ()
 ) -> Schedule:
     """The cheapest schedule that produces ``roots``, where ``held`` values exist already."""
-    best: Schedule | None = None
-    first = build(joint, roots, causal=causal, directions=(), held=held)
-    depth = min(MAX_STAGES, 1 + max((loop.stage for loop in first.loops), default=-1))
+    best = build(joint, roots, causal=causal, directions=(), held=held)
+    if len(best.loops) <= 1 and not best.labels.carries:
+        return best  # whose buffers are results
+    depth = min(MAX_STAGES, 1 + max((loop.stage for loop in best.loops), default=-1))
     for directions in itertools.product((ASCENDING, DESCENDING), repeat=depth):
-        candidate = build(joint, roots, causal=causal, directions=directions, held=held)
-        if best is None or candidate.cost < best.cost:
-            best = candidate
-    assert best is not None
+        if DESCENDING in directions or best.labels.carries:  # all ascend: that is the first
+            candidate = build(joint, roots, causal=causal, directions=directions, held=held)
+            best = min(best, candidate, key=lambda s: s.cost)
     return best
 
 

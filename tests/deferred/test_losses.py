@@ -21,6 +21,7 @@ Twins = tuple[nn.Module, nn.Module]
 
 @pytest.fixture(scope="module")
 def twins() -> Iterator[Twins]:
+    fxmem.caches.clear()  # shared code brings the guards of the capture that it was made in
     with everything_in_double():
         plain = tiny.model().double()
         plan = Plan(stream=Stream(chunk=7, loss_chunk=5))

@@ -80,7 +80,7 @@ def test_a_backend_can_be_explained() -> None:
 def test_a_barrier_is_named() -> None:
     barrier = BarrierReport("aten.sort.default", "no row in the table", "inner", "model.py:3")
     report = Report("Model", captures=1)
-    report.regions = [RegionReport("region0", "tokens", 1, ["inner"], 8, [], [barrier], 0)]
+    report.regions = [RegionReport("region0", "tokens", 1, ["inner"], 8, [], [barrier], [])]
     assert report.barriers == [barrier]
     for part in ("aten.sort.default", "no row in the table", "inner", "model.py:3"):
         assert part in str(report)
