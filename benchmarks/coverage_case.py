@@ -130,16 +130,16 @@ def _difference(got: tuple[float, Any], want: tuple[float, Any]) -> float:
     return max(apart, double.largest_difference(got[1], want[1])[0])
 
 
-def _bytes(net: nn.Module, plain: Any, inputs: Batch) -> dict[str, int]:
+def _bytes(net: nn.Module, plain: Any, inputs: Batch) -> dict[str, Any]:
     """Peaks of a step, streamed and with every layer checkpointed where the model can do that."""
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     try:
         plain.gradient_checkpointing_enable({"use_reentrant": False})
         for name, one in (("checkpointed", plain), ("streamed", net)):
             step(one, inputs)
             found[name] = peak_bytes(lambda one=one: step(one, inputs))  # type: ignore[misc]
-    except Exception:
-        return {}
+    except Exception as error:
+        return {"unmeasured": _line(error)}
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import fields, replace
 from types import FunctionType
@@ -38,8 +39,14 @@ except ImportError:  # before PyTorch 2.13
 
 __all__ = ["AVAILABLE", "Sharing", "is_shared_call", "layer_of", "sharing"]
 
-AVAILABLE = _reuse is not None
+_PLAIN_CALL: Any = getattr(UnspecializedNNModuleVariable, "call_function", None)
+_PLAIN_REUSABLE: Any = getattr(_reuse, "is_reusable", None)
+AVAILABLE = (
+    None not in (_PLAIN_CALL, _PLAIN_REUSABLE) and hasattr(_guards, "GUARD_VALUE_DISPATCH")
+)  # fmt: skip
 """Whether this PyTorch can stamp out a traced layer again."""
+_TRACES = 3
+"""Layers of one kind, more than took another's graph, before the kind is traced as it stands."""
 _LAYER = "fxmem_layer"
 _LOCAL = threading.local()
 _BY_VALUE = ("TENSOR_MATCH", "DUPLICATE_INPUT")
@@ -66,6 +73,7 @@ class Sharing:
         self._kinds: Mapping[int, Hashable] | None = None
         self._functions: dict[Hashable, FunctionType] = {}
         self._alone: set[Hashable] = set()
+        self._excess: Counter[Hashable] = Counter()
         self._guards: dict[int, tuple[Any, list[Any]]] = {}
 
     def kind(self, module: torch.nn.Module) -> Hashable | None:
@@ -73,6 +81,12 @@ class Sharing:
             self._kinds = self._read()
         found = self._kinds.get(id(module))
         return None if found is None or found in self._alone else (found, *_ambient())
+
+    def noted(self, kind: Any, stamped: bool, *, eligible: bool) -> None:
+        """A layer has taken a graph or made one; not ``eligible``: with effects, of use to none."""
+        self._excess[kind] += -1 if stamped else 1
+        if not eligible or self._excess[kind] > _TRACES:
+            self._alone.add(kind[0])
 
     def function(self, kind: Hashable, form: str, count: int) -> FunctionType:
         """``fn(module, *leaves)`` calls the module; its code is another for each kind and form."""
@@ -160,10 +174,9 @@ def _call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     before = layers.stamped
     layers.traced += 1
     result = region.call_function(tx, [call, self, *leaves], {})
-    if layers.stamped > before:
-        layers.traced -= 1
-    elif not _reuse.has_reuse_entries(tx, call):
-        layers._alone.add(kind[0])  # type: ignore[index]  # it has effects: no use to try again
+    stamped = layers.stamped > before
+    layers.traced -= stamped
+    layers.noted(kind, stamped, eligible=_reuse.has_reuse_entries(tx, call))
     nodes = tx.output.current_tracer.graph.find_nodes(
         op="call_function", target=torch._higher_order_ops.invoke_subgraph, sort=True
     )
@@ -241,9 +254,6 @@ def _checks(tx: Any, spaces: Any, roots: Any) -> Iterator[tuple[Any, Any, Any]]:
             yield guard, None, None
 
 
-_PLAIN_CALL: Any = UnspecializedNNModuleVariable.call_function
-_PLAIN_REUSABLE: Any = None
 if AVAILABLE:
     UnspecializedNNModuleVariable.call_function = _call_function  # type: ignore[method-assign]
-    _PLAIN_REUSABLE = _reuse.is_reusable
     vars(_reuse)["is_reusable"] = _is_reusable

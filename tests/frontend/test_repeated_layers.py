@@ -168,15 +168,52 @@ def test_a_layer_that_changes_after_its_capture(change: Callable[[Net], None]) -
     check(model, plain)
 
 
-def test_what_cannot_be_a_subgraph_is_traced_in_place(seen: list[Sharing]) -> None:
-    class Same(Layer):
-        def forward(self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-            return x
+class Pair(Layer):
+    """Its second result is no tensor, so that its trace is of use to no other layer."""
 
+    def forward(self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor]) -> Any:
+        return super().forward(x, positions, rotary), None
+
+
+class Watched(Layer):
+    """A hook on a gradient has no place in a subgraph."""
+
+    def forward(self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        h = torch.tanh(x)
+        if h.requires_grad:
+            h.register_hook(lambda grad: grad * 2)
+        return x + super().forward(h, positions, rotary)
+
+
+class First(Net):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        positions = torch.arange(ids.shape[1]).expand_as(ids).to(x.dtype)
+        rotary = (positions.cos().unsqueeze(-1), positions.sin().unsqueeze(-1))
+        for layer in self.layers:
+            x = layer(x, positions, rotary)[0]
+        return self.head(x).square().mean()
+
+
+@pytest.mark.parametrize("cls", [Pair, Watched], ids=lambda c: c.__name__)
+def test_what_cannot_be_shared_is_traced_in_its_place(cls: type, seen: list[Sharing]) -> None:
     plain = net()
-    for layer in plain.layers[1:3]:
-        layer.__class__ = Same
-    for layer in plain.layers[1:3]:
-        layer.requires_grad_(False)
+    for layer in plain.layers:
+        layer.__class__ = cls
+    if cls is Pair:
+        plain.__class__ = First
     model = streamed(copy.deepcopy(plain))
     check(model, plain)
+    assert (seen[-1].traced, seen[-1].stamped) == (1, 0)
+    assert seen[-1].refused == (cls is Watched)
+
+
+def test_layers_that_all_differ_in_a_number_are_not_compared_for_ever(seen: list[Sharing]) -> None:
+    plain = net()
+    plain.layers.extend(Layer().double() for _ in range(4))
+    plain.split = len(plain.layers)
+    for i, layer in enumerate(plain.layers):
+        layer.scale = 1 + i / 10
+    model = streamed(copy.deepcopy(plain))
+    check(model, plain)
+    assert seen[-1].traced < len(plain.layers)

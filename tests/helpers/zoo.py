@@ -78,6 +78,8 @@ def config(name: str) -> Any:
     """A small configuration without dropout; experts run one by one, which float64 needs."""
     made = _small(tf.AutoConfig.for_model(name).__class__, name)
     made._experts_implementation = "eager"
+    if getattr(made, "is_encoder_decoder", False) and not hasattr(made, "decoder_start_token_id"):
+        made.decoder_start_token_id = 0
     return made
 
 
