@@ -90,7 +90,7 @@ def _small(kind: Any, name: str) -> Any:
         if hasattr(default, n) and not isinstance(getattr(kind, n, None), property)
     }  # fmt: skip
     for n, value in vars(default).items():
-        if ("dropout" in n or n.endswith("layerdrop")) and isinstance(value, (int, float)):
+        if "drop" in n and isinstance(value, float):
             changes[n] = 0.0
     for part in getattr(kind, "sub_configs", {}):
         if (inner := getattr(default, part, None)) is not None:
