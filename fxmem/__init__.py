@@ -57,6 +57,8 @@ from fxmem.report.text import Report
 
 if TYPE_CHECKING:
     from fxmem.compiler.bisection import bisect
+    from fxmem.planning.forecast import Forecast
+    from fxmem.planning.plan_for import plan_for
     from fxmem.trainer_callback import TrainerCallback
 
 # Version 0.1.0 pickled plans, options and masks under these names of modules.
@@ -80,6 +82,7 @@ __all__ = [
     "DoubleBackwardError",
     "DroppedLogitsError",
     "FileError",
+    "Forecast",
     "FxmemError",
     "FxmemWarning",
     "HookError",
@@ -114,6 +117,7 @@ __all__ = [
     "materialize",
     "measure",
     "merge_low_rank",
+    "plan_for",
     "recover",
     "restore",
     "save_pretrained",
@@ -124,7 +128,10 @@ __all__ = [
 ]
 
 
-_LATE = {"bisect": "fxmem.compiler.bisection", "TrainerCallback": "fxmem.trainer_callback"}
+_LATE = {
+    "Forecast": "fxmem.planning.forecast", "TrainerCallback": "fxmem.trainer_callback",
+    "bisect": "fxmem.compiler.bisection", "plan_for": "fxmem.planning.plan_for",
+}  # fmt: skip
 """What is imported when it is first asked for."""
 
 

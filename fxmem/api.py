@@ -95,13 +95,15 @@ def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     return model
 
 
-def install(model: nn.Module, plan: Plan) -> None:
-    """Replace the call of ``model``, which may still be without its attributes."""
+def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Backend:
+    """Replace the call of ``model``, which may still be without its attributes; what has captured
+    it is of the class ``kind``.
+    """
     stream = plan.stream
     told: set[str] = set()
     # weak: what a Backend has compiled must go with the model, not with a later collection
     recorder = recorder_of(plan, told, lambda: getattr(this(), "roles", None))
-    engine = Backend(plan, raises=True, recorder=recorder, told=told)
+    engine = kind(plan, raises=True, recorder=recorder, told=told)
     this, opaque = weakref.ref(engine), Opaque(model)
     engine.opaque = weakref.ref(opaque)
     # a capture without gradients has nothing to share with one that learns
@@ -194,6 +196,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     evaluated = Evaluation(model, stream, plain, evaluates)
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine
+    return engine
 
 
 def merge_low_rank(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The command line: ``fxmem demo``, ``fxmem explain`` and ``fxmem prune``.
+"""The command line: ``fxmem demo``, ``fxmem explain``, ``fxmem plan`` and ``fxmem prune``.
 
 Exit codes: 0, or 2 with one line on the error stream when something in the request cannot work.
 """
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_explain(commands)
+    _add_plan(commands)
     _add_prune(commands)
     return parser
 
@@ -78,6 +79,25 @@ def _add_explain(commands: Any) -> None:
     add("--batch", type=int, default=1, help="sequences (default 1)")
     add("--chunk", type=_chunk, default="auto", help="tokens per chunk (default auto)")
     explain.set_defaults(run=_explain)
+
+
+def _add_plan(commands: Any) -> None:
+    summary = "say what fits into memory, and how to train it, before anything runs"
+    plan = commands.add_parser("plan", help=summary, description=summary)
+    add = plan.add_argument
+    add("model", help='folder with config.json, hub id, "smollm2" or "tiny"; weights are not read')
+    add("--memory", help='such as "24GB" or "80GiB" (default: what the device has)')
+    add("--length", type=int, help="tokens per sequence (default: the longest that fits)")
+    add("--batch", type=int, default=1, help="sequences per step (default 1)")
+    add("--dtype", help="bfloat16, float16 or float32 (default: the configuration's)")
+    add("--optimizer", default="adamw", help="adamw, adamw8bit, sgd, blocks or lora")
+    add("--rank", type=int, default=16, help="of LoRA's adapters (default 16)")
+    add("--device", default="cpu", help="cpu (default), h100, h200, a100, 4090, mi300x, ...")
+    add("--save", type=Path, help="write the plan as TOML, for fxmem.Plan.from_toml")
+    add("--html", type=Path, help="write a page with tables and picture")
+    add("--picture", type=Path, help="write the picture, .png or .svg")
+    add("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
 
 
 def _add_prune(commands: Any) -> None:
@@ -151,6 +171,20 @@ def _explain(options: argparse.Namespace) -> int:
     # Programs exist once a step has run: capture needs real arguments.
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     print(fxmem.explain(model))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fxmem.demo.fetch import smollm2
+    from fxmem.demo.models import RANDOM, SMOLLM2
+    from fxmem.planning.command import plan
+
+    model: Any = options.model
+    if model == SMOLLM2:
+        model = str(smollm2())
+    elif model in RANDOM:
+        model = RANDOM[model]()
+    print(plan(model, options))
     return 0
 
 

@@ -65,6 +65,18 @@ def folder(path: Path) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """``$FXMEM_CACHE``, else ``$XDG_CACHE_HOME/fxmem``, else ``~/.cache/fxmem``; it may not exist.
+
+    Only absolute XDG paths count, as that standard asks.
+    """
+    own = os.environ.get("FXMEM_CACHE")
+    if own:
+        return Path(own).expanduser().absolute()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "fxmem"
+
+
 def check_target(file: Path) -> None:
     """Before any work: ``file`` can be written.
 
@@ -92,4 +104,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["check_target", "folder", "replacing", "write_text"]
+__all__ = ["cache_folder", "check_target", "folder", "replacing", "write_text"]

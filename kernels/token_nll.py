@@ -17,8 +17,8 @@ TILE = 1 << 18
 """Elements of logits per step: the passes over a step find it in cache; bounds the temporaries."""
 
 
-def _blocks(n: int, v: int) -> list[tuple[int, int]]:
-    step = max(1, TILE // max(v, 1))
+def _blocks(n: int, v: int, tile: int = TILE) -> list[tuple[int, int]]:
+    step = max(1, tile // max(v, 1))
     return [(a, min(a + step, n)) for a in range(0, n, step)]
 
 
@@ -63,8 +63,13 @@ def backward(
     return out
 
 
-@body_op(writes=(0,), fake=lambda x, *_: (x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1])))
-def forward_(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+@body_op(
+    writes=(0,), fake=lambda x, *_: (x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1])),
+    average=lambda *args: _forward_at_once(*args),
+)  # fmt: skip
+def forward_(
+    logits: Tensor, target: Tensor, ignore_index: int, tile: int = TILE
+) -> tuple[Tensor, Tensor]:
     """``(nll [N], sums [N])``; the logits become ``exp(logits - row maximum)``, which
     :func:`backward_` needs and which costs one exponential per logit less than
     :func:`token_nll` and :func:`backward` together.
@@ -74,7 +79,7 @@ def forward_(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor,
     ignored = target == ignore_index
     index = target.masked_fill(ignored, 0).unsqueeze(1)
     picked = logits.gather(1, index)
-    for a, b in _blocks(n, v):
+    for a, b in _blocks(n, v, tile):
         rows, top = logits[a:b], peak[a:b]
         torch.amax(rows, 1, keepdim=True, out=top)
         rows.sub_(top).exp_()
@@ -83,10 +88,14 @@ def forward_(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor,
     return nll.masked_fill_(ignored, 0), sums
 
 
-@body_op(writes=(1,), aliases=(1,), fake=lambda grad, x, *_: x.new_empty(x.shape))
+@body_op(
+    writes=(1,), aliases=(1,), fake=lambda grad, x, *_: x.new_empty(x.shape),
+    average=lambda *args: _backward_at_once(*args),
+)  # fmt: skip
 def backward_(
-    grad: Tensor, exponentials: Tensor, target: Tensor, sums: Tensor, ignore_index: int
-) -> Tensor:
+    grad: Tensor, exponentials: Tensor, target: Tensor, sums: Tensor, ignore_index: int,
+    tile: int = TILE,
+) -> Tensor:  # fmt: skip
     """Gradient of the logits, in place of what :func:`forward_` left."""
     n, v = exponentials.shape
     ignored = target == ignore_index
@@ -94,9 +103,21 @@ def backward_(
     grad = grad.masked_fill(ignored, 0)
     index = target.masked_fill(ignored, 0).unsqueeze(1)
     factor = (grad / sums).unsqueeze(1)
-    for a, b in _blocks(n, v):
+    for a, b in _blocks(n, v, tile):
         exponentials[a:b].mul_(factor[a:b])
     return exponentials.scatter_add_(1, index, -grad.unsqueeze(1))
+
+
+def _forward_at_once(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Allocates as :func:`forward_` does, in one step however many rows there are."""
+    return forward_(logits, target, ignore_index, max(1, logits.numel()))
+
+
+def _backward_at_once(
+    grad: Tensor, exponentials: Tensor, target: Tensor, sums: Tensor, ignore_index: int
+) -> Tensor:
+    """Likewise for :func:`backward_`."""
+    return backward_(grad, exponentials, target, sums, ignore_index, max(1, exponentials.numel()))
 
 
 @torch.library.custom_op("fxmem::token_nll_backward", mutates_args=())

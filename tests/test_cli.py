@@ -15,6 +15,7 @@ from fxmem.demo import models
 from fxmem.demo import run as demo_run
 from fxmem.errors import FetchError
 from fxmem.optional import UsageError
+from fxmem.planning import source
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,8 +126,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
         raise OSError("no route")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(models.socket, "create_connection", refuse)
+    monkeypatch.setattr(source.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(source.socket, "create_connection", refuse)
     with pytest.raises(UsageError, match="the hub cannot be reached"):
         models.random_model("someone/no-such-model")
     assert len(asked) == 1

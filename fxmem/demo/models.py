@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import torch
 
 from fxmem.optional import UsageError, require
+from fxmem.planning.source import check_kind, config_of, is_here, no_model
 
 TINY = "tiny"
 """Name of the random two-layer Llama; its tokens are bytes."""
@@ -71,12 +69,12 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
         torch.manual_seed(0)
         config = RANDOM[source]()
         return transformers.AutoModelForCausalLM.from_config(config).to(dtype).train()
-    given = {"local_files_only": _is_here(source)}
+    given = {"local_files_only": is_here(source)}
     try:
-        _check_kind(source, transformers.AutoConfig.from_pretrained(source, **given))
+        check_kind(source, transformers.AutoConfig.from_pretrained(source, **given))
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **given)
     except (OSError, ValueError) as error:
-        raise _unknown(source, error) from error
+        raise no_model(source, error) from error
     return model.train()
 
 
@@ -89,14 +87,12 @@ def random_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
     if source in RANDOM:
         return load_model(source, dtype)
     transformers = require("transformers")
-    given = {"local_files_only": _is_here(source)}
+    config = config_of(source)
+    torch.manual_seed(0)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **given)
-        _check_kind(source, config)
-        torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise _unknown(source, error) from error
+        raise no_model(source, error) from error
     return model.train()
 
 
@@ -109,11 +105,11 @@ def load_tokenizer(source: str) -> Any | None:
     if source in RANDOM:
         return None
     transformers = require("transformers")
-    here = _is_here(source)
+    here = is_here(source)
     try:
         return transformers.AutoTokenizer.from_pretrained(source, local_files_only=here)
     except (OSError, ValueError) as error:
-        raise _unknown(source, error) from error
+        raise no_model(source, error) from error
 
 
 def resolve(source: str) -> str:
@@ -128,59 +124,3 @@ def enable_checkpointing(model: Any) -> None:
             getattr(model, name)()
             return
     raise UsageError(f"{type(model).__name__} has no activation checkpointing")
-
-
-def _is_here(source: str) -> bool:
-    """Whether everything lies on this machine: a folder, or a hub id that was fetched before and
-    cannot be asked for now.
-
-    Raises:
-        UsageError: there is no such folder, or the hub cannot be reached; at once, without retries.
-    """
-    if Path(source).is_dir():
-        if not (Path(source) / "config.json").is_file():
-            raise UsageError(f"the folder {source!r} has no config.json", advice=_ADVICE)
-        return True
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
-        raise UsageError(f"there is no folder {source!r}", advice=_ADVICE)
-    hub = require("huggingface_hub")
-    known = isinstance(hub.try_to_load_from_cache(source, "config.json"), str)
-    if _reachable(hub.constants):
-        return False
-    if not known:
-        raise UsageError(
-            f"there is no folder {source!r}, and the hub cannot be reached to ask for a model of "
-            "this name", advice=_ADVICE,
-        )  # fmt: skip
-    return True
-
-
-def _reachable(constants: Any) -> bool:
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if urllib.request.getproxies():
-        return True  # a proxy knows names that this machine does not
-    where = urllib.parse.urlsplit(constants.ENDPOINT)
-    port = where.port or (80 if where.scheme == "http" else 443)
-    try:
-        socket.create_connection((where.hostname or "", port), timeout=3).close()
-    except OSError:
-        return False
-    return True
-
-
-def _check_kind(source: str, config: Any) -> None:
-    if type(config) not in require("transformers").MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UsageError(
-            f"{source!r} is a model of the kind {config.model_type!r}, which is no causal language "
-            "model", advice="the command line takes causal language models; in Python, "
-            "fxmem.transform takes any module that trains",
-        )  # fmt: skip
-
-
-_ADVICE = 'name a folder with config.json, a hub id, "smollm2" or "tiny"'
-
-
-def _unknown(source: str, error: Exception) -> UsageError:
-    first = " ".join(str(error).split())[:200]
-    return UsageError(f"no usable language model at {source!r}: {first}", advice=_ADVICE)

@@ -96,7 +96,7 @@ class Budget:
         room = self._room(fresh)
         key = (fresh, room >> 20, *sorted(sizes.items()))
         if key not in self._known:
-            self._known[key] = self._choose(sizes, room, fresh)
+            self._known[key] = self.choose(sizes, room, fresh)
         return self._known[key]
 
     def _room(self, fresh: bool) -> int:
@@ -111,7 +111,7 @@ class Budget:
         there = sum(w.nbytes for w in weights) + optimizer_bytes(weights)
         return budget - there - sum(w.grad.nbytes for w in weights if w.grad is not None)
 
-    def _choose(self, sizes: Mapping[str, int], room: int, fresh: bool) -> Kept:
+    def choose(self, sizes: Mapping[str, int], room: int, fresh: bool) -> Kept:
         if self.graph.chunker.whole(sizes):
             kept = Kept((0,) * len(self.graph.calls))
             return self._fits(kept, sizes, predict(self.graph, sizes).peak_bytes, room)

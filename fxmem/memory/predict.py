@@ -50,7 +50,7 @@ class Prediction:
 
 
 @dataclass(slots=True)
-class _Ledger:
+class Ledger:
     """Storages alive, by holder counts."""
 
     live: int = 0
@@ -159,7 +159,7 @@ class Step:
         self.graph, self.sizes, self.fresh = graph, dict(sizes), fresh
         self.kept = graph.holding.kept(sizes) if kept is None else kept
         self.moving: list[Any] = []
-        self.ledger = _Ledger()
+        self.ledger = Ledger()
         self.env: dict[Leaf, Any] = {}
         self.gradients: dict[Leaf, Any] = {}
         self.masks: set[tuple[Any, ...]] = set()

@@ -20,6 +20,7 @@ from fxmem.demo.run import run
 from fxmem.demo.text import long_text, token_ids
 from fxmem.demo.worker import EXACT, make_optimizer, prepare
 from fxmem.errors import FetchError
+from fxmem.files import cache_folder
 from fxmem.measure.subprocess_job import run_isolated
 from fxmem.optional import MissingExtraError, UsageError, require
 
@@ -43,12 +44,12 @@ def fake_convert(gguf: Path, folder: Path) -> Path:
 
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXMEM_CACHE", "/somewhere/own")
-    assert fetch.cache_folder() == Path("/somewhere/own")
+    assert cache_folder() == Path("/somewhere/own")
     monkeypatch.delenv("FXMEM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere/shared")
-    assert fetch.cache_folder() == Path("/somewhere/shared/fxmem")
+    assert cache_folder() == Path("/somewhere/shared/fxmem")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert fetch.cache_folder() == Path.home() / ".cache" / "fxmem"
+    assert cache_folder() == Path.home() / ".cache" / "fxmem"
 
 
 def test_a_given_wheel_is_checked_converted_once_and_kept(

@@ -1,0 +1,1 @@
+"""What fits before anything runs: memory and time of training steps from shapes alone."""
