@@ -27,6 +27,8 @@ def test_every_failure_has_a_class() -> None:
         "BudgetError",
         "CaptureError",
         "DivergedError",
+        "MemoryBudgetError",
+        "OffloadError",
         "DoubleBackwardError",
         "DroppedLogitsError",
         "FetchError",

@@ -35,7 +35,7 @@ from fxmem.streaming.costs import cost_of
 from fxmem.streaming.keep_levels import made_again
 from fxmem.streaming.schedule import backward_nodes
 
-MARGIN, SLACK = 1.02, 1 << 18
+MARGIN, SLACK = 1.02, 1 << 20
 """Measured peaks are at most this times predicted ones, and these bytes."""
 GAP, SECONDS = 1e-3, 5.0
 """A choice is taken that is this near to the best, or the best after this time."""

@@ -143,7 +143,10 @@ class Disk:
         It is this thread that frees it, where whoever measures memory looks.
         """
         while len(self._moving) > most:
-            self._moving.pop(0)[0].result()
+            try:
+                self._moving[0][0].result()
+            finally:
+                del self._moving[0]
 
     def _reserve(self, size: int) -> int:
         with self._lock:
