@@ -93,16 +93,16 @@ class Budget:
             return replace(self.moved(), levels=handed) if self.where else self.least.kept(
                 sizes, fresh
             )  # fmt: skip
-        room = self._room(fresh)
-        key = (fresh, room >> 20, *sorted(sizes.items()))
+        auto = self.stream.memory == "auto"  # decided once: what is free changes all the time
+        room = 0 if auto else self._room() >> 20 << 20
+        key = (fresh, room, *sorted(sizes.items()))
         if key not in self._known:
+            room = available(self.device) if auto else room
             self._known[key] = self.choose(sizes, room, fresh)
         return self._known[key]
 
-    def _room(self, fresh: bool) -> int:
+    def _room(self) -> int:
         """Bytes that a step may take above what is there before it."""
-        if self.stream.memory == "auto":
-            return available(self.device)
         budget = byte_size("Stream.memory", self.stream.memory)
         if self.device.type != "cpu":
             module = torch.get_device_module(self.device)
@@ -112,6 +112,11 @@ class Budget:
         return budget - there - sum(w.grad.nbytes for w in weights if w.grad is not None)
 
     def choose(self, sizes: Mapping[str, int], room: int, fresh: bool) -> Kept:
+        """The fastest choice that takes ``room`` bytes at most; ``fresh`` as in :meth:`kept`.
+
+        Raises:
+            MemoryBudgetError: no choice fits.
+        """
         if self.graph.chunker.whole(sizes):
             kept = Kept((0,) * len(self.graph.calls))
             return self._fits(kept, sizes, predict(self.graph, sizes).peak_bytes, room)
