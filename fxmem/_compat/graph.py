@@ -22,7 +22,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDispatchMode",
@@ -33,7 +33,7 @@ __all__ = [
     "mark_axis_dynamic", "mark_dynamic", "mark_inputs", "may_alias", "named_arguments",
     "no_autocast", "origin", "restart_capture", "runs_in_this_pass",
     "schema_names", "set_compiled_call", "size_guards", "storage_key", "transform_step",
-    "tree_leaves", "unary_functions", "unset_compiled_call", "wrapper_tensor",
+    "tree_leaves", "tree_map_only", "unary_functions", "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from fxmem._compat import graph as _compat
 from fxmem.axes.signature import Call, TensorInfo
 from fxmem.axes.sizes import Size, evaluate, evaluate_shape, with_chunks
 from fxmem.frontend.joint import Joint
@@ -61,13 +61,13 @@ def cost_of(joint: Joint, nodes: Iterable[fx.Node], sizes: Mapping[str, int]) ->
 
 
 def _of(node: fx.Node, call: Call, sizes: Mapping[str, int]) -> Cost:
-    if call.op in MOVEMENT or not isinstance(node.target, torch._ops.OpOverload):
+    if call.op in MOVEMENT or not isinstance(node.target, _compat.OpOverload):
         return Cost()
     if call.op in ATTENTION:
         return Cost(_attention(call, sizes))
     formula = flop_registry.get(node.target.overloadpacket)
     if formula is not None:
-        args, kwargs, outs = pytree.tree_map_only(
+        args, kwargs, outs = _compat.tree_map_only(
             (TensorInfo, Size), lambda v: _value(v, sizes), (call.args, call.kwargs, call.outs)
         )
         return Cost(float(formula(*args, **kwargs, out_val=outs[0] if len(outs) == 1 else outs)))
