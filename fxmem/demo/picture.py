@@ -62,7 +62,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     style = {"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT}
     with plt.rc_context(style):
         figure, (over_time, bars) = plt.subplots(
-            1, 2, figsize=(12, 5.2), width_ratios=(3, 1), layout="constrained"
+            1, 2, figsize=(12, 5.2), width_ratios=(5, 3), layout="constrained"
         )
         _draw_curves(over_time, shown)
         _draw_bars(bars, report, list(shown))
@@ -86,11 +86,11 @@ def _draw_curves(axes: Any, shown: dict[str, Timeline]) -> None:
     axes.set_xlabel("seconds since the start of the step")
     axes.set_ylabel(f"live tensor memory above the parameters ({unit})")
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0, top=1.16 * max(curve.peak for curve in shown.values()) / scale)
+    axes.set_ylim(bottom=0, top=1.28 * max(curve.peak for curve in shown.values()) / scale)
     axes.grid(axis="y", color=FAINT, lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(color=FAINT)
-    axes.legend(loc="upper right", frameon=False, ncols=len(shown), handlelength=1.2)
+    axes.legend(loc="upper right", frameon=False, ncols=2, handlelength=1.2)
 
 
 def _draw_bars(axes: Any, report: dict[str, Any], names: list[str]) -> None:
@@ -98,8 +98,9 @@ def _draw_bars(axes: Any, report: dict[str, Any], names: list[str]) -> None:
     scale, unit = unit_for(max(peaks))
     heights = [peak / scale for peak in peaks]
     bars = axes.bar(range(len(names)), heights, color=[COLOURS[n] for n in names], width=0.66)
-    axes.bar_label(bars, [readable(peak) for peak in peaks], padding=3, fontsize=10)
+    axes.bar_label(bars, [readable(peak) for peak in peaks], padding=3, fontsize=9)
     axes.set_xticks(range(len(names)), [SETUPS[name].replace(" ", "\n") for name in names])
+    axes.tick_params(axis="x", labelsize=9)
     axes.set_ylabel(f"resident memory of the whole process ({unit})")
     axes.set_ylim(top=1.12 * max(heights))
     axes.grid(axis="y", color=FAINT, lw=0.8)

@@ -48,7 +48,8 @@ def _caption(results: dict[str, dict[str, Any]], exact: bool) -> str:
         return ""
     size = worked[0]["parameters"] / MIB
     return (
-        f"Parameters: {size:,.0f} MiB. Process peak: resident memory of the whole process. "
+        f"Parameters: {size:,.0f} MiB. In budget: with the memory that checkpointing took. "
+        "Process peak: resident memory of the whole process. "
         "Tensor peak: live tensors above parameters and optimizer state, gradients included. "
         "Gradients: largest over all parameters of max|difference| / max|reference|, first step, "
         f"{_REFERENCE[exact]} Seconds: median, without the first step ({_firsts(results)})."

@@ -19,7 +19,7 @@ SETUPS = {
     "plain": "plain autograd",
     "checkpoint": "checkpointing",
     "fxmem": "fxmem",
-    "budget": "fxmem at checkpointing's memory",
+    "budget": "fxmem in budget",
 }
 """Setup names and what they are called in tables and pictures."""
 
