@@ -69,7 +69,7 @@ def measure(
     with follow(console, demo) as watch:
         for setup in demo.setups:
             gradients = scratch / f"{setup}.pt"
-            asked = request_for(demo, setup, model, ids, gradients, budget(results))
+            asked = request_for(demo, setup, model, ids, gradients, budget(demo, results))
             tell = watch(setup)
             result = run_isolated("fxmem.demo.worker", asked, tell, demo.threads)
             results[setup] = result
@@ -84,10 +84,15 @@ def measure(
     return results
 
 
-def budget(results: dict[str, dict[str, Any]]) -> int | str:
-    """What checkpointing took, weights included; what is free where it was not measured."""
+def budget(demo: Demo, results: dict[str, dict[str, Any]]) -> int | str:
+    """What checkpointing took, with weights and the optimizer's states; what is free where it was
+    not measured.
+    """
     taken = results.get("checkpoint", {"status": ""})
-    return taken["parameters"] + taken["peak"] if taken["status"] == OK else "auto"
+    if taken["status"] != OK:
+        return "auto"
+    states = 2 if demo.optimizer == "adamw" else 0
+    return int(taken["parameters"] * (1 + states) + taken["peak"])
 
 
 def exact_gradients(

@@ -20,11 +20,9 @@ from fxmem.planning.devices import Device
 from fxmem.planning.moments import Steps
 from fxmem.runtime.retention import Kept
 from fxmem.streaming.costs import Cost, cost_of
+from fxmem.streaming.keep_levels import NAMES as LEVELS
 from fxmem.streaming.keep_levels import made_again
 from fxmem.streaming.schedule import backward_nodes
-
-LEVELS = ("nothing", "what attention makes", "what matrix products make", "everything")
-"""Of keeping, by number (:mod:`fxmem.streaming.keep_levels`)."""
 
 
 class Streamed:

@@ -11,18 +11,12 @@ from fxmem.memory.predict import Prediction
 from fxmem.report.block_epoch import BlockEpoch
 from fxmem.report.parts import BarrierReport, BufferReport, CompileReport, KernelReport, Seconds
 from fxmem.report.role_steps import RegionStep
+from fxmem.streaming.keep_levels import NAMES as LEVELS
 
 if TYPE_CHECKING:
     from fxmem.report.parts import LoopReport, PieceReport, RegionReport
 
 MIB = 2**20
-KEEPS = (
-    "its inputs",
-    "results of mixing tokens",
-    "no product is made twice",
-    "all that saves time",
-)
-"""By level, see :mod:`fxmem.streaming.keep_levels`."""
 
 
 def render(report: Report) -> str:
@@ -137,7 +131,14 @@ def _keeps(regions: Sequence[RegionReport]) -> list[str]:
         return []
     rows = [["region", "keeps for its backward", "uses", "bytes each", "made again", "waits"]]
     rows += [
-        [r.name, KEEPS[k.level], str(k.uses), mib(k.bytes), f"{k.again:.3f} s", f"on the {k.where}"]
+        [
+            r.name,
+            LEVELS[k.level],
+            str(k.uses),
+            mib(k.bytes),
+            f"{k.again:.3f} s",
+            f"on the {k.where}",
+        ]
         for r in regions
         for k in r.keeps
     ]

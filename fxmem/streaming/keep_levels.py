@@ -33,6 +33,8 @@ EVERYTHING = Rates(flops=20.0, bytes=1.0)
 """Operations that a device does while it moves a byte, about: on a CPU and a GPU alike. Only the
 order of the values depends on it, and programs must not differ from machine to machine. Products
 come first, whatever the width of the model."""
+NAMES = ("inputs alone", "results of attention", "products of matrices", "all that saves time")
+"""What each level keeps, in words."""
 SIZES = {"T": 2048}
 
 
@@ -120,4 +122,4 @@ def _extend(
         kept = kept | {*groups[gains.index(max(gains))]}
 
 
-__all__ = ["levels", "made_again"]
+__all__ = ["NAMES", "levels", "made_again"]
