@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -30,8 +30,12 @@ def check_names(owner: str, given: Collection[object], known: Collection[str]) -
         )
 
 
-def refuse_unknown(cls: type[_T]) -> type[_T]:
-    """Make the constructor answer an unknown keyword with a PlanError, not a bare TypeError."""
+def option_class(cls: type[_T]) -> type[_T]:
+    """A frozen dataclass of options: PlanError for an unknown keyword, pickles that outlive fields.
+
+    A pickle holds values by name; one of version 0.1.0 holds them in order. What it lacks takes its
+    default, so a new field goes last. `_upgrade`, if there is one, sees the older form first.
+    """
     init = cls.__init__
     known = cls.__match_args__  # type: ignore[attr-defined]
 
@@ -40,7 +44,20 @@ def refuse_unknown(cls: type[_T]) -> type[_T]:
         check_names(cls.__name__, kwargs, known)
         init(self, *args, **kwargs)
 
+    def state(self: _T) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in known}
+
+    def restore(self: _T, state: Mapping[str, Any] | Sequence[Any]) -> None:
+        if not isinstance(state, Mapping):
+            upgrade = getattr(cls, "_upgrade", lambda values: dict(zip(known, values)))  # noqa: B905
+            state = upgrade(state)
+        for field in fields(cls):  # type: ignore[arg-type]
+            value = state.get(field.name, field.default)
+            object.__setattr__(self, field.name, value)
+
     cls.__init__ = checked  # type: ignore[assignment]
+    cls.__getstate__ = state  # type: ignore[assignment]
+    cls.__setstate__ = restore  # type: ignore[attr-defined]
     return cls
 
 
@@ -121,7 +138,7 @@ __all__ = [
     "check_names",
     "choice",
     "mapping",
-    "refuse_unknown",
+    "option_class",
     "tokens",
     "without_none",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fxmem.checks import choice, mapping, refuse_unknown
+from fxmem.checks import choice, mapping, option_class
 from fxmem.errors import PlanError
 
 ORDERS = ("random", "sampled", "ascending", "descending", "fixed")
@@ -21,7 +21,7 @@ def _number(field: str, value: object, low: float, *, whole: bool = False) -> No
     raise PlanError(f"{field} is {value!r}", advice=f"give {kind} of at least {low:g}")
 
 
-@refuse_unknown
+@option_class
 @dataclass(frozen=True, slots=True)
 class SGD:
     """Inactive weights move by ``-lr * gradient`` inside the backward (BREAD-SGD).
@@ -35,7 +35,7 @@ class SGD:
         _number("SGD.lr", self.lr, 0)
 
 
-@refuse_unknown
+@option_class
 @dataclass(frozen=True, slots=True)
 class SignSGD:
     """Inactive weights move by ``-lr * sign(gradient)`` inside the backward."""
@@ -46,7 +46,7 @@ class SignSGD:
         _number("SignSGD.lr", self.lr, 0)
 
 
-@refuse_unknown
+@option_class
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """Inactive matrices learn a term ``alpha / rank * up @ down`` by Adam (BREAD-LoRA).
@@ -85,7 +85,7 @@ def _names(field: str, value: object) -> tuple[str, ...]:
     raise PlanError(f"{field} is {value!r}", advice="give a tuple of names")
 
 
-@refuse_unknown
+@option_class
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """Block coordinate descent (BAdam, arXiv 2404.02827), with the landscape of the active block

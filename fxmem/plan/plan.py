@@ -20,7 +20,7 @@ from fxmem.checks import (
     check_names,
     choice,
     mapping,
-    refuse_unknown,
+    option_class,
     tokens,
     without_none,
 )
@@ -37,7 +37,7 @@ def _is_masks(value: object) -> bool:
     return isinstance(value, Masks)
 
 
-@refuse_unknown
+@option_class
 @dataclass(frozen=True, slots=True)
 class Stream:
     """Stream forward and backward over chunks of the sequence.
@@ -48,12 +48,6 @@ class Stream:
             than the sequence means one chunk.
         loss_chunk: tokens per chunk in the region that holds the LM head and the loss; ``"auto"``
             as above.
-        memory: bytes that a training step may take, with weights, gradients and the states of
-            optimizers: an integer, text such as ``"24GB"``, or ``"auto"`` for what is free on the
-            device at the call. The fastest step within it is chosen: what the forward made is kept
-            for the backward where that saves the most time per byte. ``"least"`` keeps nothing that
-            costs memory. A step that cannot fit raises MemoryBudgetError before it begins. Not with
-            ``Plan.blocks``.
         offload: where the inputs of layers wait for the backward: ``"none"`` leaves them on the
             device, ``"cpu"`` moves them to pinned memory of the host, ``"disk"`` to an unlinked
             file in the temporary directory. With ``memory`` as many as it takes, with ``"least"``
@@ -71,6 +65,12 @@ class Stream:
             free them, take ``"none"``, which makes everything again. Not with ``Plan.blocks``; with
             ``lower="inductor"`` only among equal layers, of which one at least then holds in the
             first step and one does not, so that both forms are compiled.
+        memory: bytes that a training step may take, with weights, gradients and the states of
+            optimizers: an integer, text such as ``"24GB"``, or ``"auto"`` for what is free on the
+            device at the call. The fastest step within it is chosen: what the forward made is kept
+            for the backward where that saves the most time per byte. ``"least"`` keeps nothing that
+            costs memory. A step that cannot fit raises MemoryBudgetError before it begins. Not with
+            ``Plan.blocks``.
 
     Raises:
         PlanError: for an unknown option or an impossible value.
@@ -78,10 +78,10 @@ class Stream:
 
     chunk: int | Literal["auto"] = "auto"
     loss_chunk: int | Literal["auto"] = "auto"
-    memory: int | str = "least"
     offload: Literal["none", "cpu", "disk", "auto"] = "none"
     logits: Literal["drop", "keep"] = "drop"
     hold: Literal["auto", "none"] = "auto"
+    memory: int | str = "least"
 
     def __post_init__(self) -> None:
         tokens("Stream.chunk", self.chunk)
@@ -106,7 +106,7 @@ class Stream:
         return cls(**mapping(cls, data))
 
 
-@refuse_unknown
+@option_class
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What `fxmem.transform` and the ``"fxmem"`` backend do to a model.

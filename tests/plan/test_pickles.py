@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -37,3 +39,25 @@ MASKS = (
 )
 def test_pickles_of_the_first_version(text: str, value: object) -> None:
     assert pickle.loads(base64.b64decode(text)) == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Stream(chunk=7, memory="2GB", offload="disk"),
+        Blocks(inactive=SGD(lr=0.1), order="sampled", average=True),
+        Prune(keep=0.5, uniform=True, advanced={"lr": 0.5}),
+        Plan(stream=Stream(), lower="triton"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_pickle_of_fewer_fields_takes_their_defaults(value: Any) -> None:
+    assert pickle.loads(pickle.dumps(value)) == value
+    state = value.__getstate__()
+    for number in range(1, len(state)):
+        by_name = dict(list(state.items())[:number])
+        loaded = []
+        for older in (by_name, list(by_name.values())):
+            loaded.append(object.__new__(type(value)))
+            loaded[-1].__setstate__(older)
+        assert loaded[0] == loaded[1] == replace(type(value)(), **by_name)

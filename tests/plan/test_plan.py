@@ -71,7 +71,7 @@ def test_defaults() -> None:
 def test_toml_is_readable() -> None:
     assert Plan(stream=Stream(chunk=2048)).to_toml() == (
         'lower = "auto"\n\n[stream]\nchunk = 2048\nloss_chunk = "auto"\n'
-        'memory = "least"\noffload = "none"\nlogits = "drop"\nhold = "auto"\n'
+        'offload = "none"\nlogits = "drop"\nhold = "auto"\nmemory = "least"\n'
     )
 
 
@@ -162,7 +162,7 @@ def test_unknown_options_get_a_suggestion(make: Callable[[], object]) -> None:
         make()
     assert str(caught.value) == (
         "Stream has no option 'chunks' | did you mean 'chunk'? "
-        "known options: chunk, loss_chunk, memory, offload, logits, hold"
+        "known options: chunk, loss_chunk, offload, logits, hold, memory"
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
-from fxmem.checks import check_names, choice, mapping, refuse_unknown
+from fxmem.checks import check_names, choice, mapping, option_class
 from fxmem.errors import PlanError
 from fxmem.prune.units.settings import GateSettings, Init, ScoreSettings, Settings
 
@@ -47,7 +47,7 @@ def _moved(cls: type[_T]) -> type[_T]:
 
 
 @_moved
-@refuse_unknown
+@option_class
 @dataclass(frozen=True, slots=True)
 class Prune:
     """How `fxmem.search` finds which units to keep.
@@ -105,22 +105,19 @@ class Prune:
             round_to=self.round_to, seed=self.seed, uniform=self.uniform, **dict(self.advanced),
         )  # fmt: skip
 
-    def __setstate__(self, state: Any) -> None:
-        # A pickle of version 0.1.0 holds its thirty fields in order.
-        values = list(state.values()) if isinstance(state, Mapping) else list(state)
-        if len(values) == len(_FIRST):
-            old = dict(zip(_FIRST, values, strict=True))
-            own = _own(ScoreSettings)
-            plain = ScoreSettings()
-            differ = {k: old[k] for k in own if old[k] != getattr(plain, k)}
-            again = Prune(
-                keep=old["keep"], kinds=old["kinds"], estimator="score", steps=old["steps"],
-                init=old["init"], round_to=old["round_to"], seed=old["seed"], advanced=differ,
-            )  # fmt: skip
-            values = [getattr(again, f.name) for f in fields(self)]
-        values += [field.default for field in fields(self)[len(values) :]]
-        for field, value in zip(fields(self), values, strict=True):
-            object.__setattr__(self, field.name, value)
+    @classmethod
+    def _upgrade(cls, values: Sequence[Any]) -> dict[str, Any]:
+        """The fields of a pickle that holds them in order; one of 0.1.0 has its own thirty."""
+        if len(values) != len(_FIRST):
+            return dict(zip((field.name for field in fields(cls)), values, strict=False))
+        old = dict(zip(_FIRST, values, strict=True))
+        plain = ScoreSettings()
+        differ = {k: old[k] for k in _own(ScoreSettings) if old[k] != getattr(plain, k)}
+        again = Prune(
+            keep=old["keep"], kinds=old["kinds"], estimator="score", steps=old["steps"],
+            init=old["init"], round_to=old["round_to"], seed=old["seed"], advanced=differ,
+        )  # fmt: skip
+        return {field.name: getattr(again, field.name) for field in fields(cls)}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict of plain values."""
