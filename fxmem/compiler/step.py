@@ -23,10 +23,10 @@ from fxmem.frontend import parameter_free as pre_
 from fxmem.frontend.dropped_outputs import Dropped, dropped
 from fxmem.frontend.late_outputs import Late
 from fxmem.plan.plan import Plan
-from fxmem.roles.autograd import Run, Step, run_selected
+from fxmem.roles.autograd import RoleRun, Step, run_selected
 from fxmem.roles.roles import RoleSource, RoleTable
 from fxmem.roles.variants import Selection, select
-from fxmem.runtime.autograd import run_region
+from fxmem.runtime.autograd import Run, run_region
 from fxmem.runtime.loops import CallState
 from fxmem.runtime.offload import Leaving, home
 from fxmem.runtime.region_call import RegionCall
@@ -139,15 +139,17 @@ class CompiledGraph:
             shard = None if shards is None else shards[i]
             if shard is not None:
                 shard.before_forward()
+            seed = call.code.draw_seed(tensors[0].device)
+            away = call.movable if i in kept.away else ()
             if step is None:
-                outputs = run_region(
-                    call.code, state, chunk, tensors, call.shared, call.sole, kept.levels[i],
-                    call.movable if i in kept.away else (), shard,
+                run = Run(
+                    call.code, state, chunk, seed, call.shared, call.sole, kept.levels[i], away,
+                    shard,
                 )  # fmt: skip
+                outputs = run_region(run, tensors)
             else:
-                seed = call.code.draw_seed(tensors[0].device)
-                away = call.movable if i in kept.away else ()
-                run = Run(self.selected[i], step, state, chunk, seed, call.shared, away)
+                chosen = self.selected[i]
+                run = RoleRun.of(chosen, step, state, chunk, seed, call.shared, away)
                 outputs = run_selected(run, tensors)
             del tensors
             if shard is not None:

@@ -3,7 +3,7 @@
 A program is data. ``steps`` run in order over an environment of named tensors; every body is an
 ``fx.GraphModule`` that takes plain ints (sizes, ``lo``, ``hi``) and tensors and writes its results
 in place, so one body serves every length, batch size and chunk.
-:func:`fxmem.runtime.autograd.execute` runs it, ``str()`` prints it as readable Python.
+:func:`fxmem.runtime.loops.execute` runs it, ``str()`` prints it as readable Python.
 """
 
 from __future__ import annotations

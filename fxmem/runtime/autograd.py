@@ -1,4 +1,4 @@
-"""Running programs: the loops, and one autograd function per region.
+"""One autograd function per region.
 
 The autograd function's inputs are the region's tensors and its parameters, so every gradient is
 returned exactly once per backward and hooks, gradient accumulation, DDP and ``GradScaler`` behave
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,40 +26,92 @@ from fxmem.runtime.sharding import RegionShards
 from fxmem.runtime.shared_grads import Shared
 
 
+@dataclass(slots=True)
+class Run:
+    """One region of one call.
+
+    Attributes:
+        seed: of its random numbers.
+        shared: parameters of several regions whose gradients autograd gets.
+        sole: which outputs have one reader, another region, so that their gradient comes as that
+            region made it.
+        level: of what it keeps for the backward.
+        away: which tensors wait for it off the device, and with them what is kept besides; empty
+            for none.
+        shards: what is done around it where its parameters are sharded.
+    """
+
+    code: RegionCode
+    state: CallState
+    chunk: int
+    seed: Tensor | None
+    shared: Shared
+    sole: Sequence[bool]
+    level: int = 0
+    away: Sequence[bool] = ()
+    shards: RegionShards | None = None
+
+    def variant(self, code: RegionCode, wanted: Sequence[bool]) -> str:
+        """Of the programs of ``code``, where autograd wants the gradients of these inputs."""
+        return code.variant(wanted)
+
+    def remember(self, saved: Sequence[Tensor | None]) -> None:
+        """After the forward: what its backward will read."""
+        self.state.watch(saved)
+
+    def enter(self) -> None:
+        """Before the backward, which may still raise without having changed anything."""
+
+    def backward(
+        self, ctx: Any, saved: Sequence[Any], given: Sequence[Tensor | None], free: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients for these tangents, with what other regions handed on; None for inputs that
+        depend on no tangent. ``free``: tangents whose memory a result may take.
+        """
+        start = self.state.shared.take(self.shared)
+        there = [t is not None for t in given]
+        if not any(there):
+            return _joined([None] * ctx.count, start)
+        code = self.code.given(there)
+        held = saved[ctx.count :] if code is self.code else ()
+        variant = ctx.variant if held else self.variant(code, ctx.needs_input_grad[2:])
+        return code.backward(
+            self.state, self.chunk, saved[: ctx.count], self.seed,
+            [t for t in given if t is not None], start, variant,
+            [f for f, t in zip(free, there, strict=True) if t], held,
+        )  # fmt: skip
+
+    def hand_in(self, grads: list[Tensor | None]) -> None:
+        """Take gradients that autograd does not get out of ``grads``."""
+        if self.shards is not None:
+            self.shards.take(grads)
+
+
 class RegionFunction(torch.autograd.Function):
-    """``apply(code, state, chunk, seed, shared, sole, level, away, shards, *tensors)``: outputs."""
+    """``apply(run, anchor, *tensors) -> outputs``; an ``anchor`` makes autograd enter the region
+    where no tensor's gradient is autograd's.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        code: RegionCode,
-        state: CallState,
-        chunk: int,
-        seed: Tensor | None,
-        shared: Shared,
-        sole: Sequence[bool],
-        level: int,
-        away: Sequence[bool],
-        shards: RegionShards | None,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        grads, held = None, []  # type: list[Tensor | None] | None, list[Tensor]
-        variant = code.variant(ctx.needs_input_grad[-len(tensors) :])
-        if level and not variant:
-            variant = f"+{level}"
-            outputs, held = code.forward_held(state, chunk, tensors, seed, level)
+    def forward(ctx: Any, run: Run, anchor: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        code, state = run.code, run.state
+        grads: list[Tensor | None] | None = None
+        held: list[Tensor] = []
+        variant = run.variant(code, ctx.needs_input_grad[2:])
+        if run.level and not variant:
+            variant = f"+{run.level}"
+            outputs, held = code.forward_held(state, run.chunk, tensors, run.seed, run.level)
         else:
-            outputs, grads = code.forward(state, chunk, tensors, seed, learn=True, variant=variant)
+            outputs, grads = code.forward(
+                state, run.chunk, tensors, run.seed, learn=True, variant=variant
+            )
         kept = code.saved(grads is not None, variant)
         saved = [t if k else None for t, k in zip(tensors, kept, strict=True)]
-        movable = [*away, *(True for _ in held)] if away else []
-        save(ctx, [*saved, *held], movable, state.leaving)
-        ctx.count, ctx.variant = len(saved), variant
-        state.watch(saved)
-        ctx.code, ctx.state, ctx.chunk, ctx.seed, ctx.grads = code, state, chunk, seed, grads
-        ctx.shared, ctx.shards = shared, shards
-        state.shared.own(shared, ctx)
-        ctx.sole = [s for s, d in zip(sole, code.differentiable, strict=True) if d]
+        movable = [*run.away, *(True for _ in held)] if run.away else []
+        _save(ctx, [*saved, *held], movable, state.leaving)
+        run.remember(saved)
+        ctx.run, ctx.variant, ctx.grads, ctx.count = run, variant, grads, len(saved)
+        state.shared.own(run.shared, ctx)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
             *(o for o, d in zip(outputs, code.differentiable, strict=True) if not d)
@@ -68,54 +122,35 @@ class RegionFunction(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise DoubleBackwardError("backward with create_graph=True through a streamed region")
-        if ctx.shards is None:
-            out = _gradients(ctx, tangents)
-        else:
-            with ctx.shards.backward():
-                out = _gradients(ctx, tangents)
-                ctx.shards.take(out)
-        return (*(None,) * 9, *out)
+        run: Run = ctx.run
+        run.enter()
+        with run.shards.backward() if run.shards is not None else nullcontext():
+            out = _gradients(ctx, run, tangents)
+            run.hand_in(out)
+        return (None, None, *out)
 
 
-def _gradients(ctx: Any, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _gradients(ctx: Any, run: Run, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Of the region's tensors; those of shared parameters go to their owner."""
-    state, code = ctx.state, ctx.code
+    state, code = run.state, run.code
     saved = _saved(ctx, state)
     grads, ctx.grads = ctx.grads, None
-    given = [t for t, d in zip(tangents, code.differentiable, strict=True) if d]
+    pairs = zip(tangents, run.sole, code.differentiable, strict=True)
+    given, sole = zip(*((t, s) for t, s, d in pairs if d), strict=True)
     free = [t is not None and f and _storage(t) in state.fresh
-            for t, f in zip(given, ctx.sole, strict=True)]  # fmt: skip
+            for t, f in zip(given, sole, strict=True)]  # fmt: skip
     loss = given[code.loss] if sum(t is not None for t in given) == 1 else None
     if grads is not None and loss is not None:
-        out = joined(code.scale(grads, loss), state.shared.take(ctx.shared))
+        out = _joined(code.scale(grads, loss), state.shared.take(run.shared))
     else:
-        out = _backward(ctx, saved, given, free)
+        out = run.backward(ctx, saved, given, free)
     taken = [t for t, f in zip(given, free, strict=True) if not f]
     _tell_fresh(state, code, out, [*saved, *taken])
-    state.shared.hand_on(ctx.shared, out)
+    state.shared.hand_on(run.shared, out)
     return out
 
 
-def _backward(
-    ctx: Any, saved: Sequence[Any], given: Sequence[Tensor | None], free: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients for these tangents; None for inputs that depend on none of them."""
-    whole: RegionCode = ctx.code
-    owned = ctx.state.shared.take(ctx.shared)
-    there = [t is not None for t in given]
-    if not any(there):
-        return joined([None] * ctx.count, owned)
-    code = whole.given(there)
-    held = saved[ctx.count :] if code is whole else ()
-    variant = ctx.variant if held else code.variant(ctx.needs_input_grad[-ctx.count :])
-    return code.backward(
-        ctx.state, ctx.chunk, saved[: ctx.count], ctx.seed, [t for t in given if t is not None],
-        owned, variant,
-        free=[f for f, t in zip(free, there, strict=True) if t], held=held,
-    )  # fmt: skip
-
-
-def joined(grads: list[Tensor | None], more: Mapping[int, Tensor]) -> list[Tensor | None]:
+def _joined(grads: list[Tensor | None], more: Mapping[int, Tensor]) -> list[Tensor | None]:
     for i, part in more.items():
         own = grads[i]
         grads[i] = part if own is None else part.add_(own)
@@ -148,7 +183,7 @@ def _tell_fresh(
             state.fresh.discard(storage)
 
 
-def save(
+def _save(
     ctx: Any, tensors: Sequence[Tensor | None], movable: Sequence[bool], leaving: Leaving | None
 ) -> None:
     """Keep tensors for the backward, on their device or away from it; ``movable``: of the first."""
@@ -178,28 +213,12 @@ def _saved(ctx: Any, state: CallState) -> Sequence[Any]:
 
 
 def run_region(
-    code: RegionCode,
-    state: CallState,
-    chunk: int,
-    tensors: Sequence[Tensor],
-    shared: Shared | None = None,
-    sole: Sequence[bool] | None = None,
-    level: int = 0,
-    away: Sequence[bool] = (),
-    shards: RegionShards | None = None,
+    run: Run, tensors: Sequence[Tensor], anchor: Tensor | None = None
 ) -> Sequence[Tensor]:
-    """Outputs of a region, with autograd where any input wants a gradient.
-
-    ``sole``: which outputs have one reader, another region, so that their gradient comes as that
-    region made it. ``level``: of what it keeps for the backward. ``away``: which
-    tensors wait for it off the device, and with them what is kept besides; empty for none.
-    """
-    seed = code.draw_seed(tensors[0].device)
-    if torch.is_grad_enabled() and code.learns and any(t.requires_grad for t in tensors):
-        sole = sole or [False] * len(code.differentiable)
-        shared = shared or {}
-        return RegionFunction.apply(
-            code, state, chunk, seed, shared, sole, level, away, shards, *tensors
-        )
+    """Outputs of a region, with autograd where any input or ``anchor`` wants a gradient."""
+    wants = anchor is not None or any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled() and run.code.learns and wants:
+        outputs: Sequence[Tensor] = RegionFunction.apply(run, anchor, *tensors)
+        return outputs
     with torch.no_grad():
-        return code.forward(state, chunk, tensors, seed, learn=False)[0]
+        return run.code.forward(run.state, run.chunk, tensors, run.seed, learn=False)[0]
