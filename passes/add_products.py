@@ -16,10 +16,10 @@ from torch import fx
 
 from fxmem.program import body_ops as runtime
 from fxmem.rewriting.aliases import memory_read, sources, written_between
+from fxmem.rewriting.patterns import RESHAPES, is_op
 from fxmem.rewriting.pipeline import Edit, LocalPass
 
 aten = torch.ops.aten
-_SHAPES = frozenset({"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def adds_product(node: fx.Node, position: int) -> bool:
 def _product(value: object) -> tuple[fx.Node, list[fx.Node]] | None:
     """The matrix product behind ``value``, and the views between, if each has one reader."""
     chain = []
-    while isinstance(value, fx.Node) and str(value.target) in _SHAPES and len(value.users) == 1:
+    while isinstance(value, fx.Node) and is_op(value, *RESHAPES) and len(value.users) == 1:
         chain.append(value)
         value = value.args[0]
     if not isinstance(value, fx.Node) or value.target is not aten.mm.default:

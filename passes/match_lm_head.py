@@ -16,9 +16,19 @@ from fxmem.kernels import calls, token_nll
 from fxmem.kernels.registry import find
 from fxmem.passes.match_pointwise import Match
 from fxmem.program import body_ops as runtime
-from fxmem.rewriting.patterns import CAST, before, behind, info, is_op, item, readers_past, swap
+from fxmem.rewriting.patterns import (
+    CAST,
+    RESHAPES,
+    before,
+    behind,
+    info,
+    is_op,
+    item,
+    readers_past,
+    swap,
+)
 
-_SAME = ("aten.reshape.default", CAST)
+_SAME = (*RESHAPES, CAST)
 _LINEAR_NLL = find("linear_nll")
 
 

@@ -17,33 +17,15 @@ from fxmem.kernels import calls
 from fxmem.kernels.kernel import signature
 from fxmem.passes.match_pointwise import Match
 from fxmem.program import body_ops as runtime
-from fxmem.rewriting.patterns import before, info, is_op, item, mul, swap, uncast
+from fxmem.rewriting.patterns import before, info, is_op, item, mean_square, mul, swap, uncast
 
 _FORWARD = signature("r d, d, d -> r d, r, r", "d")
 _BACKWARD = signature("r d, r d, r, r, d -> r d, d, d", "d")
 
 
-def rsqrt_of(r: Any) -> tuple[fx.Node, float] | None:
-    """``(x, eps)`` where ``r`` is ``rsqrt(mean(x^2, -1) + eps)``."""
-    if not is_op(r, "aten.rsqrt.default"):
-        return None
-    total = r.args[0]
-    if not is_op(total, "aten.add.Tensor", "aten.add.Scalar") or isinstance(total.args[1], fx.Node):
-        return None
-    mean, eps = total.args[:2]
-    if not is_op(mean, "aten.mean.dim") or mean.args[2:3] != (True,):
-        return None
-    square = mean.args[0]
-    if not is_op(square, "aten.pow.Tensor_Scalar") or square.args[1] != 2:
-        return None
-    x = square.args[0]
-    rank = len(info(mean).shape)
-    return (x, float(eps)) if list(mean.args[1]) in ([-1], [rank - 1]) else None
-
-
 def is_rstd(node: Any) -> bool:
     """The reciprocal root of a norm, before or after the norm was replaced."""
-    if rsqrt_of(node) is not None:
+    if mean_square(node) is not None:
         return True
     made = node.args[0] if isinstance(node, fx.Node) and node.target is operator.getitem else None
     return isinstance(made, fx.Node) and made.target is calls.norm and node.args[1] == 1
@@ -60,23 +42,23 @@ def is_vector(weight: Any, like: Any) -> bool:
 def norm(node: fx.Node) -> Match | None:
     """``w * (x * rsqrt(mean(x^2) + eps))``, cast inside or at the end."""
     product = uncast(node)
-    normed = mul(product, lambda a: mul(uncast(a), lambda b: rsqrt_of(b) is not None) is not None)
+    normed = mul(product, lambda a: mul(uncast(a), mean_square) is not None)
     if normed is None:
         return None
     inner, weight = uncast(normed[0]), normed[1]
-    found = mul(inner, lambda a: rsqrt_of(a) is not None)
-    root = None if found is None else rsqrt_of(found[0])
+    found = mul(inner, mean_square)
+    root = None if found is None else mean_square(found[0])
     if found is None or root is None:
         return None
-    (r, wide), (source, eps) = found, root
+    r, wide = found
     x = uncast(wide)
-    if source is not wide or not is_vector(weight, node) or info(x) is None or info(node) is None:
+    if root.x is not wide or not is_vector(weight, node) or info(x) is None or info(node) is None:
         return None
     if info(x).dtype != info(node).dtype:
         return None
 
     def replace() -> None:
-        made = before(r, calls.norm, x, weight, eps)
+        made = before(r, calls.norm, x, weight, float(root.eps))
         y, rstd = item(r, made, 0), item(r, made, 1)
         swap(r, rstd)
         swap(node, y)

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fxmem._compat.data_sizes import by_data
 from fxmem.errors import CaptureError
 from fxmem.frontend.capture import fake_call, value_of
-from fxmem.frontend.origin import module_path, source_line
+from fxmem.frontend.origin import module_path, name_of, source_line
 from fxmem.rewriting.pipeline import Required, call_before, copy_graph
 
 _ARITHMETIC = frozenset(
@@ -82,7 +82,7 @@ def fix_numbers(gm: fx.GraphModule) -> None:
 def _fixed(node: fx.Node) -> float:
     if by_data(value_of(node)):
         user = next((u for u in node.users if u.op != "output"), node)
-        name = getattr(user.target, "__name__", user.target)
+        name = name_of(user.target)
         size = isinstance(value_of(node), torch.SymInt)
         raise CaptureError(
             "a size depends on the values of a tensor" if size

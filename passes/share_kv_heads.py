@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxmem.frontend.capture import value_of
+from fxmem.frontend.origin import name_of
 from fxmem.rewriting.pipeline import Edit, LocalPass
 
 
@@ -74,7 +75,4 @@ def _unrepeated(node: object) -> tuple[fx.Node, int] | None:
 
 
 def _is(node: object, *names: str) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return target in names
+    return isinstance(node, fx.Node) and name_of(node.target) in names

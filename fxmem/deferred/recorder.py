@@ -177,7 +177,7 @@ def _unchanged(nodes: Sequence[Node]) -> None:
     """
     for node in nodes:
         if any(version(t) != v for t, v in node.versions):
-            name = node.target if isinstance(node.target, str) else node.target.__name__
+            name = origin.name_of(node.target)
             raise ModifiedParameterError(
                 f"a tensor that {name} on the logits reads was changed in place before its result "
                 "was wanted", source=_line(),

@@ -20,7 +20,7 @@ from fxmem._compat.overrides import tree_leaves
 from fxmem.caches import Cache
 from fxmem.deferred.tape import Node, Unknown
 from fxmem.frontend.capture import Context
-from fxmem.frontend.origin import Line, stands_for
+from fxmem.frontend.origin import Line, name_of, stands_for
 
 _ARITHMETIC = frozenset(
     f"{i}{name}{end}" for name in ("add", "sub", "mul", "div", "truediv", "true_divide")
@@ -95,7 +95,7 @@ class _Writer:
 
     def operands(self, node: Node) -> list[str]:
         """Arguments by position; a number in arithmetic may be another one at the next step."""
-        name = node.target if isinstance(node.target, str) else node.target.__name__
+        name = name_of(node.target)
         values = [v.fake if isinstance(v, Node) else v for v in node.args]
         dtypes = list({v.dtype for v in values if isinstance(v, Tensor)})
         exact = dtypes in ([torch.float32], [torch.float64])  # narrower numbers would be rounded
@@ -175,7 +175,7 @@ def source(nodes: Sequence[Node], wanted: Sequence[Node]) -> Source:
                 lines.append(f"        {base}[{index}] = {new}")
             else:
                 lines.append(f"        {writer.names[node]} = {writer.call(node)}")
-            calls.append(node.target if isinstance(node.target, str) else node.target.__name__)
+            calls.append(name_of(node.target))
     result = "".join(f"{writer.value(n)}, " for n in wanted)
     names = ", ".join(f"x{i}" for i in range(len(writer.inputs)))
     text = "\n".join([f"def program({names}):", *lines, f"    return ({result})"])

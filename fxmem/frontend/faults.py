@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxmem._compat import errors as dynamo
 from fxmem._compat import hooks as _compat_hooks
 from fxmem.errors import CaptureError, FxmemError, HookError, InternalError
-from fxmem.frontend.origin import Line, is_own, module_path, path_of, place, stack_of
+from fxmem.frontend.origin import Line, is_own, module_path, name_of, path_of, place, stack_of
 
 LONGEST = 200
 """Characters of another library's text that go into a message."""
@@ -186,9 +186,8 @@ def node_of(error: BaseException) -> fx.Node | None:
 
 def _where(node: fx.Node) -> dict[str, str | None]:
     line = place(stack_of(node))
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return {
-        "op": target or str(node.target), "module": module_path(node),
+        "op": name_of(node.target), "module": module_path(node),
         "source": None if line is None else str(line),
     }  # fmt: skip
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from fxmem.errors import RoleError
 from fxmem.frontend.canonicalize import Canonicalize
 from fxmem.frontend.capture import call_node
-from fxmem.frontend.origin import module_path, source_line
+from fxmem.frontend.origin import module_path, name_of, source_line
 from fxmem.frontend.regions import Region
 
 _PRODUCTS: dict[Any, int] = {
@@ -91,7 +91,7 @@ class LowRank(Canonicalize):
         read = [a for a in node.all_input_nodes if a in self._weights]
         if not read:
             return out
-        name = _name(node)
+        name = str(node.args[1]) if node.target is getattr else name_of(node.target)
         if name in _FLIPS or name in _SAME:
             position, flipped = self._weights[read[0]]
             self._weights[node] = (position, flipped != (name in _FLIPS))
@@ -112,14 +112,6 @@ class LowRank(Canonicalize):
         up, down = (m.to(x.dtype) for m in self.adapters[position])
         first, second = (down, up) if transposed else (up.t(), down.t())
         return F.linear(F.linear(x, first) * self._scales[position], second)
-
-
-def _name(node: fx.Node) -> str:
-    if node.target is getattr:
-        return str(node.args[1])
-    if isinstance(node.target, str):
-        return node.target
-    return str(getattr(node.target, "__name__", node.target))
 
 
 __all__ = ["AdaptedRegion", "LowRank"]

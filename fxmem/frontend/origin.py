@@ -35,6 +35,11 @@ _BELOW = (
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n?\s*(.*)')
 
 
+def name_of(target: Any) -> str:
+    """The name of the function or method that a node of a captured graph calls."""
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
 def is_own(file: str) -> bool:
     """The file is one of fxmem's."""
     return file.startswith(_OWN)
@@ -122,6 +127,6 @@ def path_of(source: Any) -> str | None:
 
 
 __all__ = [
-    "Line", "calling_line", "is_own", "module_path", "path_of", "place", "source_line", "stack_of",
-    "stands_for",
+    "Line", "calling_line", "is_own", "module_path", "name_of", "path_of", "place", "source_line",
+    "stack_of", "stands_for",
 ]  # fmt: skip

@@ -245,14 +245,17 @@ class Report:
 
     @property
     def loops(self) -> list[LoopReport]:
+        """Of all regions, in the order of the model."""
         return [loop for region in self.regions for loop in region.loops]
 
     @property
     def buffers(self) -> list[BufferReport]:
+        """What all loops write."""
         return [buffer for loop in self.loops for buffer in loop.buffers]
 
     @property
     def barriers(self) -> list[BarrierReport]:
+        """Operators that run whole, with the reason of each."""
         return [barrier for region in self.regions for barrier in region.barriers]
 
     def to_dict(self) -> dict[str, Any]:

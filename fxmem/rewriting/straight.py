@@ -9,9 +9,10 @@ from typing import Any
 from torch import fx
 
 from fxmem.program.steps import Straight
+from fxmem.rewriting.patterns import RESHAPES
 from fxmem.rewriting.pipeline import copy_graph
 
-VIEWS = frozenset({"aten.t.default", "aten.reshape.default", "aten.view.default"})
+VIEWS = frozenset(("aten.t.default", *RESHAPES))
 """Views between a sum and what is returned for it."""
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 
 from fxmem.prune.units.masks import Masks
 from fxmem.prune.units.units import Coupling, Norm
+from fxmem.rewriting.patterns import CAST, behind, is_op, mean_square, mul
 
 LAYER_NORM = ("aten.native_layer_norm.default", "aten.layer_norm.default")
 FUSED = ("aten._fused_rms_norm.default", "aten.rms_norm.default")
-_CASTS = ("aten._to_copy.default", "aten.clone.default", "aten.alias.default")
+_CASTS = (CAST, "aten.clone.default", "aten.alias.default")
 
 
 @dataclass(frozen=True)
@@ -79,75 +80,38 @@ def _fused(node: fx.Node) -> _Found | None:
 
 def _unfused(mean: fx.Node) -> _Found | None:
     """``x -> x^2 -> mean -> + eps -> rsqrt -> * x -> * weight``, casts anywhere."""
-    square, dims = mean.args[0], mean.args[1]
-    rank = mean.args[0].meta["val"].dim()
-    if [d % rank for d in dims] != [rank - 1] or mean.args[2:3] != (True,):
-        return None
-    x = _squared(square)
-    add = _only(mean)
-    if x is None or add is None or not _is(add, "add") or add.kwargs or len(add.args) != 2:
-        return None
-    eps = [a for a in add.args if not isinstance(a, fx.Node)]
-    root = _only(add)
-    if len(eps) != 1 or type(eps[0]) is not float or root is None:
-        return None
-    if not (_is(root, "rsqrt") or (_is(root, "pow") and root.args[1] == -0.5)):
+    total = _only(mean)
+    root = _only(total) if total is not None else None
+    found = mean_square(root, *_CASTS)
+    if root is None or found is None or found.mean is not mean or type(found.eps) is not float:
         return None
     normed = _only(root)
-    if normed is None or _other(normed, root) is not x:
+    factors = mul(normed, lambda a: behind(a, *_CASTS) is root)
+    if normed is None or factors is None or behind(factors[1], *_CASTS) is not found.x:
         return None
     scaled = _only(normed)
-    if scaled is None or not _is(scaled, "mul"):
+    weighted = mul(scaled, lambda a: behind(a, *_CASTS) is normed)
+    if scaled is None or weighted is None or not isinstance(weighted[1], fx.Node):
         return None
-    weights = [a for a in scaled.args if isinstance(a, fx.Node) and _bare(a) is not normed]
-    return (add, eps[0], scaled, weights[0]) if len(weights) == 1 else None
-
-
-def _squared(node: fx.Node) -> fx.Node | None:
-    if (_is(node, "pow") and node.args[1] == 2) or _is(node, "square"):
-        return _bare(node.args[0])
-    if _is(node, "mul") and _bare(node.args[0]) is _bare(node.args[1]):
-        return _bare(node.args[0])
-    return None
-
-
-def _other(product: fx.Node, factor: fx.Node) -> fx.Node | None:
-    """What ``product`` multiplies ``factor`` with."""
-    if not _is(product, "mul") or not all(isinstance(a, fx.Node) for a in product.args):
-        return None
-    rest = [_bare(a) for a in product.args if _bare(a) is not factor]
-    return rest[0] if len(rest) == 1 else None
+    return found.total, found.eps, scaled, weighted[1]
 
 
 def _weight(node: fx.Node) -> tuple[fx.Node, bool]:
     """The parameter behind ``w`` or ``1 + w``."""
-    node = _bare(node)
-    if _is(node, "add") and not node.kwargs and 1 in node.args:
+    node = behind(node, *_CASTS)
+    if is_op(node, "aten.add.Tensor", "aten.add.Scalar") and not node.kwargs and 1 in node.args:
         rest = [a for a in node.args if isinstance(a, fx.Node)]
         if len(rest) == 1 and len(node.args) == 2:
-            return _bare(rest[0]), True
+            return behind(rest[0], *_CASTS), True
     return node, False
-
-
-def _is(node: fx.Node, name: str) -> bool:
-    return str(node.target).startswith(f"aten.{name}.")
-
-
-def _bare(node: fx.Node) -> fx.Node:
-    while str(node.target) in _CASTS:
-        node = node.args[0]
-    return node
 
 
 def _only(node: fx.Node) -> fx.Node | None:
     """The one node that takes ``node``'s value, past casts."""
-    while True:
-        found = users(node)
-        if len(found) != 1:
-            return None
-        if str(found[0].target) not in _CASTS:
-            return found[0]
-        node = found[0]
+    found = users(node)
+    while len(found) == 1 and is_op(found[0], *_CASTS):
+        found = users(found[0])
+    return found[0] if len(found) == 1 else None
 
 
 def users(node: fx.Node) -> list[fx.Node]:

@@ -46,6 +46,7 @@ class Masks:
 
     @classmethod
     def full(cls, coupling: Coupling) -> Masks:
+        """Every unit stays."""
         return cls.from_kept(coupling, {})
 
     @classmethod
@@ -137,6 +138,11 @@ class Masks:
         return Masks(self.model, tuple(named.get(e[0], e) for e in every))
 
     def kept(self, name: str) -> tuple[int, ...]:
+        """Indices of the units of a group that stay, ascending.
+
+        Raises:
+            MaskError: there is no such group.
+        """
         for n, _, kept in self.entries:
             if n == name:
                 return kept
@@ -218,10 +224,16 @@ class Masks:
         return Masks.from_kept(coupling, out)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, which :meth:`from_dict` reads."""
         return {"version": 1, "model": self.model, "entries": [list(e) for e in self.entries]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Masks:
+        """Read what :meth:`to_dict` gives.
+
+        Raises:
+            MaskError: it is not a table of masks, or of a version that is not known.
+        """
         try:
             if data["version"] != 1:
                 raise MaskError(f"masks of version {data['version']!r}, this fxmem reads 1")
@@ -233,6 +245,7 @@ class Masks:
             raise MaskError(f"not a table of masks: {error}") from error
 
     def to_json(self) -> str:
+        """One line of JSON, the same for equal masks."""
         return json.dumps(self.to_dict(), sort_keys=True)
 
     @classmethod

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import networkx as nx
 import torch
 
+from fxmem.errors import MaskError
+
 Path = tuple[tuple[str, int, int], ...]
 Member = tuple[str, int, Path]
 
@@ -96,8 +98,11 @@ class Coupling:
     """Parameters that are contracted in matrix products -> times each is used per token."""
 
     def group(self, name: str) -> UnitGroup:
-        from fxmem.errors import MaskError
+        """The group of that name.
 
+        Raises:
+            MaskError: there is none.
+        """
         for g in self.groups:
             if g.name == name:
                 return g
