@@ -16,7 +16,7 @@ without a rule is a barrier: it runs on whole operands, exact, and the report na
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -41,6 +41,7 @@ class TensorInfo:
 
     @property
     def rank(self) -> int:
+        """How many dimensions it has."""
         return len(self.shape)
 
 
@@ -63,12 +64,30 @@ class Call:
 
     @property
     def out(self) -> TensorInfo:
+        """The first output, of a call that has one."""
         out = self.outs[0]
         assert out is not None
         return out
 
     def arg(self, index: int, default: Any = None) -> Any:
+        """A positional argument, or the default where the call ends before it."""
         return self.args[index] if index < len(self.args) else default
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Of a call whose rows see rows of other operands, and may see no later ones (attention).
+
+    ``rows``: the operand whose rows look. ``keys``: operands that they look at. ``sums``: gradients
+    of those. ``mask``: the operand that hides keys where there is one. ``placed``: letters that
+    must be complete where later keys are hidden, since a chunk does not know their positions.
+    """
+
+    rows: int
+    keys: tuple[int, ...]
+    sums: tuple[int, ...] = ()
+    mask: int | None = None
+    placed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +104,7 @@ class Signature:
     chunk before it, or after it. Dimension 0 of a state counts chunks: the last output is the state
     that came in, and ``states`` are operands that are such outputs of other ops. ``initial``: the
     operand that it starts from, where that is not zeros; ``final``: the output that is the state at
-    the end.
+    the end. ``order``: what ``prefix`` and ``suffix`` are made of where a mask decides.
     """
 
     ins: tuple[Dims, ...]
@@ -101,6 +120,19 @@ class Signature:
     states: frozenset[int] = frozenset()
     initial: int | None = None
     final: int | None = None
+    order: Order | None = None
+
+    def hiding(self, later: bool) -> Signature:
+        """The same call where keys later than a row are hidden from it, or are not."""
+        order = self.order
+        assert order is not None
+        whole = self.whole - {*order.placed}
+        if not later:
+            return replace(self, whole=whole, prefix=frozenset(), suffix=frozenset())
+        return replace(
+            self, whole=whole | {*order.placed}, prefix=frozenset(order.keys),
+            suffix=frozenset(order.sums),
+        )  # fmt: skip
 
 
 Rule = Callable[[Call], Signature | None]
@@ -129,6 +161,7 @@ class AxisRule:
 
 
 def letters(prefix: str, count: int) -> Dims:
+    """One letter per dimension: ``d0``, ``d1`` and so on for the prefix ``d``."""
     return tuple((f"{prefix}{i}",) for i in range(count))
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fxmem._compat import inductor as _compat_inductor
 from fxmem._compat.inductor import Symbolic
-from fxmem.axes.sizes import Size
-from fxmem.backends.segment_form import Form, Lifted, canonical
+from fxmem.axes.sizes import Size, number
+from fxmem.backends.segment_form import Form, Lifted, canonical, evaluate
 from fxmem.backends.stats import STATS
 from fxmem.caches import Cache
 
@@ -58,10 +58,10 @@ class SegmentCall(torch.nn.Module):
     def _wanted(self, ints: tuple[int, ...]) -> list[tuple[int, ...]] | None:
         """Strides that were compiled for; None where sizes were assumed that these are not."""
         if ints not in self._known:
-            form, values = self._form, _values(ints)
+            form, values = self._form, _named("n", ints)
             holds = self._code.holds(ints, self._widths)
             self._known[ints] = [
-                tuple(_number(s, form.constants, values) for s in m.stride) for m in form.metas
+                tuple(evaluate(s, form.constants, values) for s in m.stride) for m in form.metas
             ] if holds else None  # fmt: skip
         return self._known[ints]
 
@@ -82,8 +82,8 @@ class Code:
 
     def holds(self, ints: Sequence[int], widths: Sequence[int]) -> bool:
         """Nothing else was assumed about these sizes."""
-        values = {**_values(ints), **_values(widths, "w")}
-        return all(bool(g.xreplace(values)) for g in self.guards)
+        values = {**_named("n", ints), **_named("w", widths)}
+        return all(number(g, values) for g in self.guards)
 
     def serves(self, form: Form) -> bool:
         """It computes what a segment of this form is."""
@@ -127,11 +127,10 @@ def _groups(seen: Sequence[Sequence[int]], new: Sequence[int]) -> tuple[int, ...
 def _compiled(form: Form, groups: tuple[int, ...]) -> Code:
     code = Code(form, groups, lambda held: ())
     count = len(form.names)
-    hints = {canonical(i): h for i, h in enumerate(form.hints)}
-    hints |= {f"w{i}": w for i, w in enumerate(code.widths(form.constants))}
+    hints = {**_named("n", form.hints), **_named("w", code.widths(form.constants))}
     own = Symbolic.of(hints)
     constants = [
-        sympy.Integer(c) if g < 0 else sympy.Symbol(f"w{g}", integer=True)
+        sympy.Integer(c) if g < 0 else sympy.Symbol(canonical(g, "w"), integer=True)
         for g, c in zip(groups, form.constants, strict=True)
     ]
 
@@ -152,15 +151,9 @@ def _compiled(form: Form, groups: tuple[int, ...]) -> Code:
     return code
 
 
-def _values(numbers: Sequence[int], letter: str = "n") -> dict[sympy.Symbol, sympy.Integer]:
-    return {
-        sympy.Symbol(f"{letter}{i}", integer=True): sympy.Integer(n) for i, n in enumerate(numbers)
-    }
-
-
-def _number(size: Lifted, constants: Sequence[int], values: Any) -> int:
-    at, rest = size
-    return (1 if at < 0 else constants[at]) * int(rest.xreplace(values))
+def _named(letter: str, numbers: Sequence[int]) -> dict[str, int]:
+    """The numbers by the names that :func:`~fxmem.backends.segment_form.canonical` gives them."""
+    return {canonical(i, letter): n for i, n in enumerate(numbers)}
 
 
 def _lies_as(x: Tensor, strides: tuple[int, ...]) -> bool:

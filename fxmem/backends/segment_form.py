@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmem._compat.inductor import Symbolic, statically_known_true
-from fxmem.axes.size_calls import fold
-from fxmem.axes.sizes import Size
+from fxmem.axes.sizes import Size, number
 from fxmem.backends.segments import Segment
 
 Lifted = tuple[int, Size]
@@ -151,9 +150,9 @@ def _reshape(x: Tensor, shape: Sequence[Any]) -> Tensor:
     return torch.ops.aten.reshape.default(x, shape)
 
 
-def canonical(i: int) -> str:
-    """The name of the i-th size of a form."""
-    return f"n{i}"
+def canonical(i: int, letter: str = "n") -> str:
+    """The name of the i-th size of a form, or with ``w`` of its i-th constant that varies."""
+    return f"{letter}{i}"
 
 
 def _lifted(value: Any) -> bool:
@@ -181,5 +180,4 @@ def _fill(value: Any, env: Mapping[fx.Node, Any], constants: Any) -> Any:
 def evaluate(size: Lifted, constants: Sequence[Any], names: Mapping[str, Any]) -> Any:
     """A lifted size with ints or symbolic ints for constants and names."""
     at, rest = size
-    plain = fold(rest, {s: names[str(s)] for s in rest.free_symbols})
-    return plain if at < 0 else constants[at] * plain
+    return number(rest, names) if at < 0 else constants[at] * number(rest, names)

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fxmem.axes.signature import ONE, AxisRule, Call, Dims, Signature, letters
+from fxmem.axes.signature import ONE, AxisRule, Call, Dims, Order, Signature, letters
 from fxmem.axes.sizes import T, has_axis, same
-
-ATTENTION = {"fxmem.attention.default": (3, 4), "fxmem.attention_backward.default": (6, 7)}
-"""Positions of (mask, causal) in the arguments of the canonical attention ops."""
-QUERY = {"fxmem.attention.default": 0, "fxmem.attention_backward.default": 1}
-"""Position of the queries, before keys and values."""
-QUERY_AXIS = 2
-"""Axis of the query tokens in q ``[B, H, Q, E]``."""
 
 
 def _mask_dims(call: Call, position: int) -> tuple[Dims, ...]:
@@ -32,34 +23,30 @@ OUT: Dims = (("b",), ("h",), ("q",), ("f",))
 LSE: Dims = (("b",), ("h",), ("q",))
 
 
-def attention(call: Call) -> Signature:
-    """Arguments q, k, v, mask, causal, scale. A causal query chunk reads keys up to its own last
-    row.
-    """
-    prefix = frozenset((1, 2)) if call.args[4] else frozenset[int]()
-    whole = frozenset("kefhg") | _placed(call, 0, call.args[4])
-    return Signature((Q, K, V, *_mask_dims(call, 3)), (OUT, LSE), whole, prefix=prefix)
+def _order(call: Call, rows: int, mask: int, sums: tuple[int, ...] = ()) -> Order:
+    """Of queries, operand ``rows``, before keys and values.
 
-
-def _placed(call: Call, at: int, causal: Any) -> frozenset[str]:
-    """Causality compares the positions of queries (operand ``at``) and of keys, and a chunk knows
-    those of its tokens alone: other queries, and queries of fewer keys, must be complete.
+    Causality compares the positions of queries and of keys, and a chunk knows those of its tokens
+    alone: other queries, and queries of fewer keys, must be complete.
     """
-    queries, keys = (t.shape[2] for t in call.tensors[at : at + 2])
+    queries, keys = (t.shape[2] for t in call.tensors[rows : rows + 2])
     tokens = not has_axis(queries) or (same(queries, T) and (keys - T).is_nonnegative)
-    return frozenset("q") if causal and not tokens else frozenset()
+    given = None if call.args[mask] is None else mask
+    return Order(rows, (rows + 1, rows + 2), sums, given, "" if tokens else "q")
+
+
+def attention(call: Call) -> Signature:
+    """Arguments q, k, v, mask, causal, scale."""
+    ins, order = (Q, K, V, *_mask_dims(call, 3)), _order(call, 0, 3)
+    found = Signature(ins, (OUT, LSE), frozenset("kefhg"), order=order)
+    return found.hiding(later=bool(call.args[4]))
 
 
 def attention_backward(call: Call) -> Signature:
     """Arguments dout, q, k, v, out, lse, mask, causal, scale; outputs dq (cut), dk, dv (sums)."""
-    causal = bool(call.args[7])
-    return Signature(
-        (OUT, Q, K, V, OUT, LSE, *_mask_dims(call, 6)),
-        (Q, K, V),
-        frozenset("kehg") | _placed(call, 1, call.args[7]),
-        prefix=frozenset((2, 3)) if causal else frozenset[int](),
-        suffix=frozenset((1, 2)) if causal else frozenset[int](),
-    )
+    ins, order = (OUT, Q, K, V, OUT, LSE, *_mask_dims(call, 6)), _order(call, 1, 6, (1, 2))
+    found = Signature(ins, (Q, K, V), frozenset("kehg"), order=order)
+    return found.hiding(later=bool(call.args[7]))
 
 
 def token_nll(call: Call) -> Signature:

@@ -15,19 +15,17 @@ from torch import fx
 from fxmem.axes.sizes import HI, LO, T
 from fxmem.kernels import attention, token_nll
 from fxmem.program import body_ops as runtime
-from fxmem.rules.fused import ATTENTION, QUERY, QUERY_AXIS
-from fxmem.streaming.labels import Label
+from fxmem.rewriting.aliases import sources, views
+from fxmem.rewriting.patterns import CAST, RESHAPES, behind, is_op
+from fxmem.streaming.labels import Label, Use
 from fxmem.streaming.loop_body import Body, Handler
 
-_VIEWS = frozenset(
-    {
-        "aten.view.default",
-        "aten._unsafe_view.default",
-        "aten.reshape.default",
-        "aten.detach.default",
-        "aten.alias.default",
-    }
-)
+_VIEWS = (*RESHAPES, "aten.detach.default", "aten.alias.default")
+_OWN = (
+    "aten.mm.default", "aten.addmm.default", "aten.add.Tensor", CAST, "aten.mul.Tensor",
+    "aten.div.Tensor",
+)  # fmt: skip
+"""What makes logits, in a storage of their own."""
 
 
 def _slice(body: Body, node: fx.Node) -> Any:
@@ -57,22 +55,20 @@ def _slice_backward(body: Body, node: fx.Node) -> Any:
     )
 
 
-def _spans(body: Body, node: fx.Node, keys: Any) -> Any:
-    mask_at, causal_at = ATTENTION[str(node.target)]
-    mask = node.args[mask_at]
+def _spans(body: Body, node: fx.Node, query: Use, keys: Any, causal: Any) -> Any:
+    mask = next((u for u in body.labels.uses[node] if u.mask), None)
     if mask is None:
-        if node.args[causal_at]:
-            return body.call(attention.causal_spans, *_rows(body, node))
+        if causal:
+            return body.call(attention.causal_spans, *_rows(body, query))
         return body.call(attention.full_spans, keys)
-    if mask in body.mask_of and node in body.labels.masked:
-        return body.masks[body.mask_of[mask]]
-    use = next(u for u in body.labels.uses[node] if u.operand is mask)
-    return body.call(attention.explicit_spans, body.operand(use))
+    if mask.operand in body.mask_of and node in body.labels.masked:
+        return body.masks[body.mask_of[mask.operand]]
+    return body.call(attention.explicit_spans, body.operand(mask))
 
 
-def _rows(body: Body, node: fx.Node) -> tuple[Any, Any]:
+def _rows(body: Body, query: Use) -> tuple[Any, Any]:
     """Bounds of the chunk's queries among all queries."""
-    cut = body.labels.uses[node][QUERY[str(node.target)]].cut
+    cut = query.cut
     assert cut is not None
     if cut.offset == 0 and cut.length == T:
         return body.ints(LO), body.ints(HI)
@@ -83,22 +79,24 @@ def _rows(body: Body, node: fx.Node) -> tuple[Any, Any]:
 def _attention(body: Body, node: fx.Node) -> Any:
     if not _streams(body, node):
         return None
+    query = body.labels.uses[node][0]
     q, k, v = (body.operand(u) for u in body.labels.uses[node][:3])
-    return body.call(attention.forward, q, k, v, _spans(body, node, k), node.args[5])
+    spans = _spans(body, node, query, k, node.args[4])
+    return body.call(attention.forward, q, k, v, spans, node.args[5])
 
 
 def _attention_backward(body: Body, node: fx.Node) -> Any:
     if not _streams(body, node):
         return None
+    query = body.labels.uses[node][1]
     dout, q, k, v, out, lse = (body.operand(u) for u in body.labels.uses[node][:6])
     sums = {n.args[1]: n for n in node.users if n in body.sums}
     dk, dv = (
         body.input(body.names[sums[i]]) if i in sums else body.call(runtime.zeros_like, x)
         for i, x in ((1, k), (2, v))
     )
-    dq = body.call(
-        attention.backward, dout, q, k, v, out, lse, dk, dv, _spans(body, node, k), node.args[8]
-    )
+    spans = _spans(body, node, query, k, node.args[7])
+    dq = body.call(attention.backward, dout, q, k, v, out, lse, dk, dv, spans, node.args[8])
     return (dq, None, None)
 
 
@@ -107,7 +105,7 @@ def _streams(body: Body, node: fx.Node) -> bool:
     label = body.labels.label[node]
     if not isinstance(label, tuple) or not isinstance(label[0], Label):
         return False
-    return label[0].cut is not None and label[0].cut.dim == QUERY_AXIS
+    return label[0].cut is not None and label[0].cut.dim == 2
 
 
 def _token_nll(body: Body, node: fx.Node) -> Any:
@@ -144,7 +142,7 @@ def _in_place_pair(body: Body, forward: fx.Node) -> fx.Node | None:
     (backward,) = readers
     alone = _readers(body, logits) == {forward, backward}
     made = logits
-    while alone and str(made.target) in _VIEWS:
+    while alone and is_op(made, *_VIEWS):
         (source,) = made.all_input_nodes[:1]
         alone, made = _readers(body, source) == {made}, source
     fits = (
@@ -161,31 +159,14 @@ def _readers(body: Body, value: fx.Node) -> set[fx.Node]:
 
 def _dies_here(body: Body, operand: fx.Node, node: fx.Node) -> bool:
     """The body made the storage of ``operand``, and nothing in it reads that after ``node``."""
-    here = body.order[node]
-    while True:
-        if operand not in body.order or operand in body.kept:
-            return False
-        if any(body.order.get(u, -1) > here for u in operand.users):
-            return False
-        if any(
-            str(u.target) in _VIEWS and not _viewed_before(body, u, here) for u in operand.users
-        ):
-            return False
-        if str(operand.target) not in _VIEWS:
-            return str(operand.target) in (
-                "aten.mm.default",
-                "aten.addmm.default",
-                "aten.add.Tensor",
-                "aten._to_copy.default",
-                "aten.mul.Tensor",
-                "aten.div.Tensor",
-            )
-        operand = operand.args[0]
-
-
-def _viewed_before(body: Body, view: fx.Node, here: int) -> bool:
-    later = any(body.order.get(u, -1) > here for u in view.users)
-    return not later and view not in body.kept
+    made = behind(operand, *_VIEWS)
+    memory = {made, *views(made)}
+    return (
+        is_op(made, *_OWN)
+        and sources(operand) <= body.order.keys()
+        and memory.isdisjoint(body.kept)
+        and all(body.order.get(u, -1) <= body.order[node] for n in memory for u in n.users)
+    )
 
 
 HANDLERS: dict[str, Handler] = {

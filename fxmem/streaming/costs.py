@@ -16,12 +16,11 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from fxmem._compat import graph as _compat
-from fxmem.axes.signature import Call, TensorInfo
+from fxmem.axes.signature import Call, Order, TensorInfo
 from fxmem.axes.sizes import Size, evaluate, evaluate_shape, with_chunks
 from fxmem.frontend.joint import Joint
-from fxmem.rules.fused import ATTENTION, QUERY
 from fxmem.rules.movement import ROWS as MOVEMENT
-from fxmem.streaming.labels import call_of
+from fxmem.streaming.labels import call_of, signature_of
 
 BACKWARD_PRODUCTS = 5
 """Products of queries x keys that attention's backward makes; its forward makes two."""
@@ -56,15 +55,16 @@ def cost_of(joint: Joint, nodes: Iterable[fx.Node], sizes: Mapping[str, int]) ->
     total = Cost()
     for node in nodes:
         if node.op == "call_function" and joint.info[node] is not None:
-            total += _of(node, call_of(node, joint), sizes)
+            total += _of(node, joint, sizes)
     return total
 
 
-def _of(node: fx.Node, call: Call, sizes: Mapping[str, int]) -> Cost:
-    if call.op in MOVEMENT or not isinstance(node.target, _compat.OpOverload):
+def _of(node: fx.Node, joint: Joint, sizes: Mapping[str, int]) -> Cost:
+    if str(node.target) in MOVEMENT or not isinstance(node.target, _compat.OpOverload):
         return Cost()
-    if call.op in ATTENTION:
-        return Cost(_attention(call, sizes))
+    call, signature = call_of(node, joint), signature_of(node, joint)
+    if signature is not None and signature.order is not None:
+        return Cost(_attention(call, signature.order, bool(signature.prefix), sizes))
     formula = flop_registry.get(node.target.overloadpacket)
     if formula is not None:
         args, kwargs, outs = _compat.tree_map_only(
@@ -74,14 +74,13 @@ def _of(node: fx.Node, call: Call, sizes: Mapping[str, int]) -> Cost:
     return Cost(0.0, float(sum(_bytes(t, sizes) for t in (*call.tensors, *call.outs) if t)))
 
 
-def _attention(call: Call, sizes: Mapping[str, int]) -> float:
+def _attention(call: Call, order: Order, hides: bool, sizes: Mapping[str, int]) -> float:
     """One with a mask is taken to be causal, which skips half of its products."""
-    at = QUERY[call.op]
-    query, key, value = (evaluate_shape(t.shape, sizes) for t in call.tensors[at : at + 3])
+    operands = [call.tensors[i] for i in (order.rows, *order.keys)]
+    query, key, value = (evaluate_shape(t.shape, sizes) for t in operands)
     batch, heads, queries, width = query
-    mask, causal = (call.args[i] for i in ATTENTION[call.op])
-    pairs = batch * heads * queries * key[2] / (1 if mask is None and not causal else 2)
-    products = BACKWARD_PRODUCTS if at else 2
+    pairs = batch * heads * queries * key[2] / (2 if hides or order.mask is not None else 1)
+    products = BACKWARD_PRODUCTS if order.sums else 2
     return pairs * products * (width + value[3])
 
 

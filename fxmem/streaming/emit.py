@@ -21,7 +21,7 @@ from fxmem.program import steps as ir
 from fxmem.program.body_op import BODY_OPS
 from fxmem.rewriting.pipeline import Pass, run_passes
 from fxmem.streaming.carried_forms import carried, ends, is_final
-from fxmem.streaming.labels import ATTENTION, Use, signature_of, tensor_operands
+from fxmem.streaming.labels import Use, signature_of, tensor_operands
 from fxmem.streaming.loop_body import Body, Handler, accumulator
 from fxmem.streaming.schedule import Loop, Schedule, producer
 
@@ -156,8 +156,7 @@ class Emitter:
         names = []
         for node in loop.nodes:
             if node in self.labels.masked:
-                operand = node.args[ATTENTION[str(node.target)][0]]
-                assert isinstance(operand, fx.Node)
+                (operand,) = (u.operand for u in self.labels.uses[node] if u.mask)
                 if operand not in self.masks:
                     self.masks[operand] = self._mask(operand)
                 name = self.masks[operand].name

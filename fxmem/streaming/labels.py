@@ -27,7 +27,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxmem.axes.signature import (
@@ -45,7 +44,6 @@ from fxmem.frontend.origin import module_path, source_line
 from fxmem.program.steps import Barrier
 from fxmem.rules import carries_state, lookup, no_fit
 from fxmem.rules.carried import ASCENDING, DESCENDING
-from fxmem.rules.fused import ATTENTION, QUERY
 from fxmem.streaming.carried_states import state_of
 from fxmem.streaming.cut_options import Option, options, shifted
 from fxmem.streaming.label import STATES, Kind, Label
@@ -53,11 +51,15 @@ from fxmem.streaming.label import STATES, Kind, Label
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How a node uses one tensor operand: whole (``cut`` is None) or its chunk under ``cut``."""
+    """How a node uses one tensor operand: whole (``cut`` is None) or its chunk under ``cut``.
+
+    ``prefix``: of the whole, only the rows up to the chunk's last. ``mask``: it hides rows.
+    """
 
     operand: fx.Node
     cut: Cut | None
     prefix: bool = False
+    mask: bool = False
 
 
 @dataclass(slots=True)
@@ -67,7 +69,8 @@ class Labels:
     label: dict[fx.Node, Any] = field(default_factory=dict)
     uses: dict[fx.Node, tuple[Use, ...]] = field(default_factory=dict)
     barriers: list[Barrier] = field(default_factory=list)
-    masked: list[fx.Node] = field(default_factory=list)
+    masked: set[fx.Node] = field(default_factory=set)
+    """Ops whose mask is made into a tile map."""
     held: frozenset[fx.Node] = frozenset()
     carries: bool = False
     """Some op has a carried letter: loops without a given direction ascend and descend in turn."""
@@ -136,14 +139,14 @@ def _visit(labels: Labels, node: fx.Node, causal: bool) -> None:
     several = isinstance(labels.joint.info[node], tuple)
     if row is not None and several:
         row = replace(row, cheap=False)
-    if call.op in ATTENTION:
-        call = _attention_call(labels, node, call, causal)
     signature = row.rule(call) if row is not None else None
     if signature is not None and len(signature.ins) != len(operands):
         signature = None
     wide = any(o is not None and _streams(labels, node, o) for o in call.outs)
     if signature is not None and signature.carried:
         signature = _carried(labels, node, signature)
+    if signature is not None and signature.order is not None:
+        signature = _ordered(labels, node, signature, operands, causal)
     outcome = _decide(labels, call, row, signature, operands, wide)
     if outcome is None:
         reason = "its axis is needed complete" if signature is not None else no_fit(row, call)
@@ -174,23 +177,23 @@ def _streams(labels: Labels, node: fx.Node, info: TensorInfo) -> bool:
     return is_wide(info.shape)
 
 
-def _attention_call(labels: Labels, node: fx.Node, call: Call, causal: bool) -> Call:
-    mask, flag = ATTENTION[call.op]
-    at = QUERY[call.op]
-    given, queries = node.args[mask], labels.joint.info[node.args[at]].shape[-2]
-    if given is None:
-        causal = bool(node.args[flag])
-    elif not same(queries, T):
-        # chunks of the batch, and of queries that are not the tokens, read it as it is
-        return call
-    elif labels.of(given).kind in (Kind.STRAIGHT, Kind.FLEX):
-        labels.masked.append(node)
-    else:
-        return call
+def _ordered(
+    labels: Labels, node: fx.Node, signature: Signature, operands: list[fx.Node], causal: bool
+) -> Signature:
+    """Whether later keys are hidden is what the call says, or what is known of masks where a tile
+    map of its own is made.
+    """
+    order, hides = signature.order, bool(signature.prefix)
+    assert order is not None
+    mask = None if order.mask is None else labels.of(operands[order.mask]).kind
+    # chunks of the batch, and of queries that are not the tokens, read the mask as it is
+    tokens = same(labels.joint.info[operands[order.rows]].shape[-2], T)
+    if mask in (Kind.STRAIGHT, Kind.FLEX) and tokens:
+        labels.masked.add(node)
+        hides = causal
     # a key's row tells its place in the stream only where neither it nor the queries are shifted
-    cuts = [labels.of(n).cut for n in node.args[at : at + 3]]
-    causal = causal and all(c is None or c.offset == 0 for c in cuts)
-    return replace(call, args=(*call.args[:flag], causal, *call.args[flag + 1 :]))
+    cuts = [labels.of(operands[i]).cut for i in (order.rows, *order.keys)]
+    return signature.hiding(later=hides and all(c is None or c.offset == 0 for c in cuts))
 
 
 def _decide(
@@ -259,7 +262,7 @@ def _apply(
     option: Option,
 ) -> tuple[Any, tuple[Use, ...]] | None:
     uses = [
-        Use(operand, cut, prefix=i in sig.prefix)
+        Use(operand, cut, i in sig.prefix, mask=sig.order is not None and i == sig.order.mask)
         for i, (operand, cut) in enumerate(zip(operands, option.cuts, strict=True))
     ]
     if not any(u.cut is not None for u in uses):
@@ -345,7 +348,7 @@ def describe(labels: Labels) -> Mapping[str, str]:
 
 
 __all__ = [
-    "ASCENDING", "ATTENTION", "Barrier", "DESCENDING", "Kind", "Label", "Labels", "STATES", "Use",
+    "ASCENDING", "Barrier", "DESCENDING", "Kind", "Label", "Labels", "STATES", "Use",
     "analyse", "call_of", "describe", "has_axis", "labels_direction", "signature_of",
-    "tensor_operands", "torch",
+    "tensor_operands",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from fxmem.axes.size_calls import fold
 from fxmem.axes.sizes import CHUNKS, HI, LO, STEP, Size, T
 from fxmem.frontend.capture import canonical
 from fxmem.program import body_ops as runtime
+from fxmem.rewriting.patterns import RESHAPES
 from fxmem.rules import lookup
 from fxmem.streaming.flex_slices import slices
 from fxmem.streaming.labels import Kind, Labels, Use, tensor_operands
@@ -26,12 +27,7 @@ from fxmem.streaming.labels import Kind, Labels, Use, tensor_operands
 Handler = Callable[["Body", fx.Node], fx.Node | None]
 """Emits one node in a way of its own, such as attention on a chunk."""
 
-_AS_RESHAPE = frozenset(
-    f"aten.{name}"
-    for name in (
-        "view.default", "_unsafe_view.default", "squeeze.default", "squeeze.dim", "squeeze.dims",
-    )
-)  # fmt: skip
+_AS_RESHAPE = (*RESHAPES, "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims")
 """Known by the shape of their result; in a chunk they may meet strides, or an axis of one row."""
 
 
@@ -62,7 +58,7 @@ class Ints:
                 self.memo[key] = self.graph.call_function(operator.floordiv, (self(LO), self(STEP)))
             return self.memo[key], 1
         start, stop = (self._clamped(edge - cut.offset, cut.length) for edge in (LO, HI))
-        key = sympy.Symbol(f"rows({cut.offset},{cut.length})")
+        key = _rows(cut)
         if key not in self.memo:
             self.memo[key] = self.graph.call_function(operator.sub, (stop, start))
         return start, self.memo[key]
@@ -149,8 +145,7 @@ class Body:
             else:
                 value = self.call(runtime.take, source, cut.dim, start, rows, *extra)
             info = self.joint.info[node]
-            count = sympy.Symbol(f"rows({cut.offset},{cut.length})")
-            value.meta["info"] = TensorInfo(cut.shape(info.shape, count), info.dtype)
+            value.meta["info"] = TensorInfo(_chunk_shape(info, cut), info.dtype)
             if self.labels.of(node).kind is Kind.PARTIAL and accumulator(info.dtype) != info.dtype:
                 value = self.call(torch.ops.aten._to_copy.default, value, dtype=info.dtype)
         self.chunks[node, cut] = value
@@ -208,11 +203,9 @@ class Body:
         row = lookup(node.target)
         info = self.joint.info[node]
         if row is not None and row.sizes is not None:
-            shape = info.shape if cut is None else cut.shape(info.shape, sympy.Symbol("_rows"))
             if cut is not None:
-                self.ints.memo[sympy.Symbol("_rows")] = self.ints.rows(cut)[1]
-                shape = tuple(shape)
-            sizes = [self._size(d, cut) for d in shape]
+                self.ints.memo[_rows(cut)] = self.ints.rows(cut)[1]
+            sizes = [self.ints(d) for d in _chunk_shape(info, cut)]
             args = (*args[: row.sizes], sizes, *args[row.sizes + 1 :])
         if row is not None and row.place is not None and cut is not None:
             where = [self.ints(v) for v in (cut.outer, cut.inner, cut.length)]
@@ -225,19 +218,8 @@ class Body:
             target, kwargs = runtime.contiguous, {}
         new = self.graph.call_function(target, tuple(args), dict(kwargs))
         if isinstance(info, TensorInfo):
-            rows = sympy.Symbol(f"rows({cut.offset},{cut.length})") if cut is not None else None
-            new.meta["info"] = (
-                info if cut is None else TensorInfo(cut.shape(info.shape, rows), info.dtype)
-            )
+            new.meta["info"] = TensorInfo(_chunk_shape(info, cut), info.dtype)
         return new
-
-    def _size(self, expr: Size, cut: Cut | None) -> Any:
-        rows = sympy.Symbol("_rows")
-        if cut is None or rows not in expr.free_symbols:
-            return self.ints(expr)
-        _, count = self.ints.rows(cut)
-        factor = sympy.expand(expr / rows)
-        return count if factor == 1 else self.call(operator.mul, self.ints(factor), count)
 
     def item(self, node: fx.Node) -> Any:
         """Element of a tuple made here; None where the maker has added it to its accumulator
@@ -251,6 +233,15 @@ class Body:
     def finish(self) -> fx.GraphModule:
         self.graph.lint()
         return fx.GraphModule(self.module, self.graph)
+
+
+def _rows(cut: Cut) -> sympy.Symbol:
+    """How many rows the chunk has."""
+    return sympy.Symbol(f"rows({cut.offset},{cut.length})")
+
+
+def _chunk_shape(info: TensorInfo, cut: Cut | None) -> tuple[Size, ...]:
+    return info.shape if cut is None else cut.shape(info.shape, _rows(cut))
 
 
 def _dense(kwargs: Any) -> bool:

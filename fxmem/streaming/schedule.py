@@ -24,7 +24,6 @@ from fxmem.rules.movement import ROWS as MOVEMENT
 from fxmem.streaming.flex_slices import can_slice
 from fxmem.streaming.labels import (
     ASCENDING,
-    ATTENTION,
     DESCENDING,
     STATES,
     Kind,
@@ -179,15 +178,15 @@ class _Needs:
             if state is not None and self.labels.of(state).stage < stage:
                 self.whole(state)  # the chunk is made again, from the state it began with
             for use in self.labels.uses.get(node, ()):
-                for n in self._operand(node, use, stage):
+                for n in self._operand(use, stage):
                     seen.add(n)
                     stack.append(producer(n))
         return {n for n in seen | expanded if n.op == "call_function"}
 
-    def _operand(self, node: fx.Node, use: Use, stage: int) -> list[fx.Node]:
+    def _operand(self, use: Use, stage: int) -> list[fx.Node]:
         label = self.labels.of(use.operand)
         if label.kind is Kind.FLEX:
-            if self._sliced(node, use):
+            if self._sliced(use):
                 self._flex(use.operand)
             else:
                 self.whole(use.operand)
@@ -207,11 +206,11 @@ class _Needs:
             return []
         return [use.operand]
 
-    def _sliced(self, node: fx.Node, use: Use) -> bool:
+    def _sliced(self, use: Use) -> bool:
         """The FLEX operand is made chunk by chunk where it is used, and not read from a whole."""
         shape = self.labels.joint.info[use.operand].shape
         cut = use.cut
-        if cut is None and _is_mask(node, use.operand):
+        if cut is None and use.mask:
             if not has_axis(shape[-2]):
                 return True
             cut = Cut(len(shape) - 2, shape[-2])
@@ -244,11 +243,6 @@ def producer(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and node.target is operator.getitem:
         node = node.args[0]
     return node
-
-
-def _is_mask(node: fx.Node, operand: fx.Node) -> bool:
-    position = ATTENTION.get(str(node.target))
-    return position is not None and node.args[position[0]] is operand
 
 
 def _streams(info: Any) -> bool:
