@@ -32,7 +32,7 @@ from benchmarks.report import write
 from benchmarks.setups import DEFAULT, SETUPS, why_not
 from benchmarks.turns import Turns
 from fxmem.demo.fetch import smollm2
-from fxmem.demo.models import SMOLLM2, TINY, resolve
+from fxmem.demo.models import RANDOM, SMOLLM2, TINY, resolve
 from fxmem.errors import FxmemError
 from fxmem.measure.subprocess_job import OK, run_isolated
 from fxmem.measure.training_run import largest_difference
@@ -229,7 +229,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add(
         "--model",
         default=plain.model,
-        help="tiny, tiny-mamba2, tiny-qwen3-next, smollm2, a folder or a hub id",
+        help=", ".join(RANDOM) + ", smollm2, a folder or a hub id",
     )
     add("--lengths", type=int, nargs="+", default=plain.lengths)
     add("--objectives", nargs="+", choices=tuple(OBJECTIVES), default=plain.objectives)

@@ -78,6 +78,9 @@ def _add_explain(commands: Any) -> None:
     add("--length", type=int, default=512, help="tokens per sequence (default 512)")
     add("--batch", type=int, default=1, help="sequences (default 1)")
     add("--chunk", type=_chunk, default="auto", help="tokens per chunk (default auto)")
+    add("--memory", default="least", help='bytes for a step, such as 24GB (default "least")')
+    add("--offload", choices=("none", "cpu", "disk", "auto"), default="none")
+    add("--picture", metavar="PNG", help="draw the step: bytes over time, and what layers keep")
     explain.set_defaults(run=_explain)
 
 
@@ -166,11 +169,15 @@ def _explain(options: argparse.Namespace) -> int:
     source = str(smollm2()) if options.model == SMOLLM2 else options.model
     model = random_model(source)
     vocabulary = model.config.get_text_config().vocab_size
-    fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=options.chunk)))
+    given = {name: getattr(options, name) for name in ("chunk", "memory", "offload")}
+    fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(**given)))
     ids = torch.randint(vocabulary, (options.batch, options.length))
     # Programs exist once a step has run: capture needs real arguments.
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    print(fxmem.explain(model))
+    report = fxmem.explain(model)
+    print(report)
+    if options.picture:
+        report.draw(options.picture)
     return 0
 
 

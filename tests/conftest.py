@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,13 +18,15 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 # Before transformers is imported: a test must never wait for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The processes of pytest-xdist share the cores, and so do those that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# The processes of pytest-xdist share the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 settings.register_profile("fxmem", derandomize=True, deadline=None)
 settings.load_profile("fxmem")
@@ -32,6 +36,21 @@ settings.load_profile("fxmem")
 def root() -> Path:
     """The repository's root folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache() -> Iterator[None]:
+    """What is measured of this machine is neither read from the user's cache nor left there, and
+    automatic chunks are as long on every machine.
+    """
+    from fxmem.measure.knee import NOMINAL
+
+    with (
+        tempfile.TemporaryDirectory() as path,
+        mock.patch.dict(os.environ, FXMEM_CACHE=path),
+        mock.patch("fxmem.streaming.chunk_size.knee", lambda *_: NOMINAL["cpu"]),
+    ):
+        yield
 
 
 @pytest.fixture(autouse=True)

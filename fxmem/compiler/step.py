@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter as Tally
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,8 @@ class CompiledGraph:
         self.sizes: dict[str, int] = {}
         self._weights: list[weakref.ref[Tensor]] = []
         self.holding: Retention = Holding(calls, chunker, plan.stream)
+        self.kept = Kept((0,) * len(calls))
+        self._trained: tuple[Mapping[str, int], Kept] = ({}, self.kept)
 
     def _plan_releases(self) -> None:
         crossing = [self.borders.leaves(i) for i in range(len(self.calls) + 1)]
@@ -108,8 +110,13 @@ class CompiledGraph:
         sizes = bind_sizes(self.capture, args)
         self.sizes = sizes
         table = self.roles.table() if self.roles is not None else None
-        whole, sharding = self.chunker.whole(sizes), current()
-        if whole and table is None:
+        self._weights = [weakref.ref(args[i]) for i, _ in self._parameters]
+        fresh = not any(args[i].is_leaf and args[i].grad is not None for i, _ in self._parameters)
+        small, sharding = self.chunker.whole(sizes) and table is None, current()
+        kept = self.kept = Kept(()) if small else self._keeps(table is not None, fresh)
+        if torch.is_grad_enabled():
+            self._trained = sizes, kept
+        if small or kept.whole:
             self.whole_calls += 1
             if sharding is not None:
                 raise NotStreamedError("the call is small against the weights")
@@ -121,11 +128,8 @@ class CompiledGraph:
                 env.update(zip(made.leaves, wrapped.parts(by_node[node]), strict=True))
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
         names = {id(args[i]): name for i, name in self._parameters}
-        self._weights = [weakref.ref(args[i]) for i, _ in self._parameters]
         state = CallState(sizes, names=names, sharding=sharding)
         step = self._step(table, env) if table is not None else None
-        fresh = not any(args[i].is_leaf and args[i].grad is not None for i, _ in self._parameters)
-        kept = self._keeps(step is not None, fresh)
         if kept.away:
             state.leaving = Leaving(home(kept.where, self.calls[0].code.device))
         shards = None if sharding is None else sharding.regions(
@@ -167,16 +171,22 @@ class CompiledGraph:
             return Kept((0,) * len(self.calls))
         return self.holding.moved() if roles else self.holding.to_run(self.sizes, fresh)
 
+    def expected(self, sizes: Mapping[str, int]) -> Kept:
+        """What a training call of these sizes keeps, as the latest one did if that had them."""
+        latest, kept = self._trained
+        return kept if latest == sizes and kept.levels else self.holding.kept(sizes)
+
     def weights(self) -> list[Tensor]:
         """The parameters of the latest call that are alive."""
         return [w for found in self._weights if (w := found()) is not None]
 
     def chunk(self, at: int) -> int:
         """Rows per chunk of a region in the latest call."""
-        if self.plan.stream is None or self.chunker.whole(self.sizes):
+        if self.plan.stream is None or self.chunker.whole(self.sizes) or self.kept.whole:
             return self.sizes.get("T", 1)
         updates = bool(self.selected) and bool(self.selected[at].updates)
-        return self.chunker(self.calls[at].code, self.sizes, updates=updates)
+        code, shrink = self.calls[at].code, self.kept.shrink
+        return self.chunker(code, self.sizes, updates=updates, shrink=shrink)
 
     def _step(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> Step:
         """Select the variant of every region for this call."""

@@ -51,8 +51,18 @@ def tiny_qwen3_next_config() -> Any:
     )  # fmt: skip
 
 
+def tiny_moe_config() -> Any:
+    """Mixtral with four layers and eight experts, of which a token takes two."""
+    return require("transformers").MixtralConfig(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, vocab_size=8192,
+        max_position_embeddings=32768, use_cache=False,
+    )  # fmt: skip
+
+
 RANDOM: dict[str, Callable[[], Any]] = {
-    TINY: tiny_config, "tiny-mamba2": tiny_mamba2_config, "tiny-qwen3-next": tiny_qwen3_next_config
+    TINY: tiny_config, "tiny-mamba2": tiny_mamba2_config, "tiny-moe": tiny_moe_config,
+    "tiny-qwen3-next": tiny_qwen3_next_config,
 }  # fmt: skip
 """Models with random weights, by name."""
 

@@ -25,12 +25,13 @@ from fxmem.checks import byte_size
 from fxmem.compiler.step import CompiledGraph
 from fxmem.errors import FxmemWarning, MemoryBudgetError
 from fxmem.memory.device import available, optimizer_bytes, rates
-from fxmem.memory.predict import Step, predict
+from fxmem.memory.predict import Step, has_loss, predict_whole
 from fxmem.plan.plan import Stream
 from fxmem.runtime.offload import SMALLEST
 from fxmem.runtime.region_call import RegionCall
 from fxmem.runtime.region_code import RegionCode
 from fxmem.runtime.retention import Kept
+from fxmem.runtime.sharding import current
 from fxmem.streaming.costs import cost_of
 from fxmem.streaming.keep_levels import made_again
 from fxmem.streaming.schedule import backward_nodes
@@ -39,6 +40,8 @@ MARGIN, SLACK = 1.02, 1 << 20
 """Measured peaks are at most this times predicted ones, and these bytes."""
 GAP, SECONDS = 1e-3, 5.0
 """A choice is taken that is this near to the best, or the best after this time."""
+SHRINK = (1, 2, 4, 8)
+"""Where no choice fits, automatic chunks become shorter by these factors in turn."""
 SCALE = 2**20
 """The solver counts in MiB: numbers of very different sizes upset it."""
 
@@ -70,6 +73,7 @@ class Budget:
         self.device = graph.calls[0].code.device if graph.calls else torch.device("cpu")
         self.where = _where(stream, self.device)
         self._known: dict[tuple[Any, ...], Kept] = {}
+        self._plain: dict[tuple[Any, ...], dict[int, int]] = {}
 
     def to_run(self, sizes: Mapping[str, int], fresh: bool) -> Kept:
         """As :meth:`kept`."""
@@ -117,30 +121,63 @@ class Budget:
         Raises:
             MemoryBudgetError: no choice fits.
         """
-        if self.graph.chunker.whole(sizes):
-            kept = Kept((0,) * len(self.graph.calls))
-            return self._fits(kept, sizes, predict(self.graph, sizes).peak_bytes, room)
+        if self._plain_fits(sizes, room):
+            return Kept((0,) * len(self.graph.calls), whole=True)
+        for shrink in SHRINK:
+            kept, peak = self._fastest(sizes, room, fresh, shrink)
+            if needed(peak) <= room:
+                break
+        return self._fits(kept, sizes, peak, room)
+
+    def _plain_fits(self, sizes: Mapping[str, int], room: int) -> bool:
+        """Plain autograd takes no more than ``room`` bytes; then nothing is faster.
+
+        A replay takes a second or more, so one that fits answers for shorter lengths, and one that
+        does not for longer ones.
+        """
+        graph, stream = self.graph, self.stream
+        auto = (stream.chunk, stream.loss_chunk) == ("auto", "auto")
+        if not auto or any(graph.borders.nodes) or current() or not has_loss(graph):
+            return False
+        rest = tuple((k, v) for k, v in sorted(sizes.items()) if k != "T")
+        known, length = self._plain.setdefault(rest, {}), sizes["T"]
+        if any(t >= length and peak <= room for t, peak in known.items()):
+            return True
+        if any(t <= length and peak > room for t, peak in known.items()):
+            return False
+        known[length] = needed(predict_whole(graph, sizes).peak_bytes)
+        return known[length] <= room
+
+    def _fastest(
+        self, sizes: Mapping[str, int], room: int, fresh: bool, shrink: int
+    ) -> tuple[Kept, int]:
+        """With the predicted peak; the least where nothing fits."""
         made: dict[tuple[Any, ...], list[Option]] = {}
         options = []
         for i, call in enumerate(self.graph.calls):
             key = (id(call.code), *call.movable)  # alive as long as the graph
             if key not in made:
-                made[key] = self._options(i, sizes)
+                made[key] = self._options(i, sizes, shrink)
             options.append(made[key])
-        lowest = _kept([o[0] for o in options], self.where)
+        lowest = self._kept([o[0] for o in options], shrink)
         marks = Step(self.graph, sizes, lowest, fresh=fresh).marks()
         limit = int((room - SLACK) / MARGIN)
         while True:
             chosen = _solve(options, marks, limit)
-            kept = _kept(chosen or [min(o, key=lambda v: v.between) for o in options], self.where)
+            least = [min(o, key=lambda v: v.between) for o in options]
+            kept = self._kept(chosen or least, shrink)
             peak = Step(self.graph, sizes, kept, fresh=fresh).predict().peak_bytes
-            over = int(peak * MARGIN) + SLACK - room
+            over = needed(peak) - room
             if over <= 0 or chosen is None:
-                return self._fits(kept, sizes, peak, room)
+                return kept, peak
             limit -= over + (1 << 16)
 
+    def _kept(self, chosen: Sequence[Option], shrink: int) -> Kept:
+        away = frozenset(i for i, o in enumerate(chosen) if o.away)
+        return Kept(tuple(o.level for o in chosen), away, self.where or "disk", shrink)
+
     def _fits(self, kept: Kept, sizes: Mapping[str, int], peak: int, room: int) -> Kept:
-        peak = int(peak * MARGIN) + SLACK
+        peak = needed(peak)
         if peak <= room:
             return kept
         there = 0
@@ -151,7 +188,7 @@ class Budget:
             f"{_text(there)} of them weights and states, and the budget is {_text(there + room)}"
         )
 
-    def _options(self, at: int, sizes: Mapping[str, int]) -> list[Option]:
+    def _options(self, at: int, sizes: Mapping[str, int], shrink: int) -> list[Option]:
         """What it can keep, the least first; no program is built for it.
 
         A forward takes at most the bytes of what it keeps besides, and a backward that makes less
@@ -162,7 +199,7 @@ class Budget:
         if not code.learns or code.is_loss:
             return [Option(0, False, 0.0, 0)]
         out: list[Option] = []
-        own = with_chunks(sizes, self.graph.chunker(code, sizes))
+        own = with_chunks(sizes, self.graph.chunker(code, sizes, shrink=shrink))
         compute = cost_of(code.joint, code.joint.graph.nodes, sizes).seconds(device.compute)
         least = 0
         for level in range(1 if code.hands_on else 0, len(code.levels)):
@@ -194,9 +231,9 @@ def _where(stream: Stream, device: torch.device) -> str | None:
     return None if stream.offload == "none" else stream.offload
 
 
-def _kept(chosen: Sequence[Option], where: str | None) -> Kept:
-    away = frozenset(i for i, o in enumerate(chosen) if o.away)
-    return Kept(tuple(o.level for o in chosen), away, where or "disk")
+def needed(peak: int) -> int:
+    """Bytes to be sure of a step with this predicted peak."""
+    return int(peak * MARGIN) + SLACK
 
 
 def kept_bytes(code: RegionCode, sizes: Mapping[str, int], level: int) -> list[int]:

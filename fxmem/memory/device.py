@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from fxmem.measure.remembered import remembered
 from fxmem.runtime.offload import Disk
 from fxmem.streaming.costs import Rates
 
@@ -39,17 +40,23 @@ class DeviceRates:
 
 @functools.cache
 def rates(device: torch.device) -> DeviceRates:
-    """Measured in about a second on a CPU, once per process; nominal on a GPU, whose ratio of
+    """Measured in about a second on a CPU, once per machine; nominal on a GPU, whose ratio of
     operations to bytes is all that a choice depends on."""
     if device.type != "cpu":
         return DeviceRates(GPU, {"cpu": LINK, "disk": 1e9})
+    flops, moved, disk = remembered("rates", device, "float32", _measure)
+    return DeviceRates(Rates(flops, moved), {"disk": disk})
+
+
+def _measure() -> tuple[float, float, float]:
+    """Operations per second, and bytes per second in memory and to and from the disk."""
     a = torch.rand(384, 768)
     b = torch.rand(768, 2048)
     flops = 2 * 384 * 768 * 2048 / _fastest(lambda: a @ b)
     wide = torch.rand(1 << 23)
     out = torch.empty_like(wide)
     moved = 3 * wide.nbytes / _fastest(lambda: torch.add(wide, wide, out=out))
-    return DeviceRates(Rates(flops, moved), {"disk": _disk_rate()})
+    return flops, moved, _disk_rate()
 
 
 def _fastest(run: Any, times: int = 5) -> float:
@@ -61,7 +68,6 @@ def _fastest(run: Any, times: int = 5) -> float:
     return best
 
 
-@functools.cache
 def _disk_rate() -> float:
     """Of writing 16 MiB and reading them, in a file like that of offloaded tensors."""
     disk, tensor = Disk(), torch.zeros(1 << 22)

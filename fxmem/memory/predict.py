@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
@@ -20,6 +21,7 @@ from fxmem._compat.memory import StorageWatch
 from fxmem.axes.sizes import evaluate
 from fxmem.compiler.step import CompiledGraph
 from fxmem.frontend.capture import canonical, value_of
+from fxmem.frontend.late_outputs import Late
 from fxmem.frontend.parameter_free import Leaf
 from fxmem.runtime.offload import SMALLEST
 from fxmem.runtime.profile import Output, Profile, body_bytes, inside_op, profile
@@ -27,7 +29,16 @@ from fxmem.runtime.region_call import RegionCall
 from fxmem.runtime.region_code import RegionCode
 from fxmem.runtime.retention import Kept
 
-__all__ = ["Prediction", "Saved", "Step", "Use", "body_bytes", "predict"]
+__all__ = [
+    "Prediction",
+    "Saved",
+    "Step",
+    "Use",
+    "body_bytes",
+    "has_loss",
+    "predict",
+    "predict_whole",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +115,20 @@ class Saved:
 def predict(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
     """Memory of a step of ``graph`` at ``sizes``: symbol name -> int, such as ``{"T": 4096}``."""
     if graph.chunker.whole(sizes):
-        return _predict_whole(graph, sizes)
-    return Step(graph, dict(sizes)).predict()
+        return predict_whole(graph, sizes)
+    kept = graph.expected(sizes)
+    return predict_whole(graph, sizes) if kept.whole else Step(graph, sizes, kept).predict()
 
 
-def _predict_whole(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
-    """A call that is too small to stream: the captured graph and autograd, over fake tensors."""
+def has_loss(graph: CompiledGraph) -> bool:
+    """The call makes one number to differentiate, and nothing that is made later."""
+    outputs = graph.capture.outputs
+    values = [value_of(o) for o in outputs if isinstance(o, fx.Node)]
+    return any(map(_is_loss, values)) and not any(isinstance(o, Late) for o in outputs)
+
+
+def predict_whole(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
+    """A call that runs as captured, under plain autograd, over fake tensors."""
     capture, watch = graph.capture, StorageWatch(inside_op)
     timeline: list[tuple[str, int]] = []
     with _compat.FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
@@ -157,7 +176,7 @@ class Step:
         fresh: bool = True,
     ) -> None:  # fmt: skip
         self.graph, self.sizes, self.fresh = graph, dict(sizes), fresh
-        self.kept = graph.holding.kept(sizes) if kept is None else kept
+        self.kept = graph.expected(sizes) if kept is None else kept
         self.moving: list[Any] = []
         self.ledger = Ledger()
         self.env: dict[Leaf, Any] = {}
@@ -184,7 +203,7 @@ class Step:
         kind = "loss" if code.learns and code.early else "forward"
         level = self.kept.levels[index]
         held = f"+{level}" if level else ""
-        rows = self.graph.chunker(code, self.sizes)
+        rows = self.graph.chunker(code, self.sizes, shrink=self.kept.shrink)
         return Use(code, rows, kind + held, "backward" + held, code.learns)
 
     def forward(self) -> list[tuple[int, Saved]]:

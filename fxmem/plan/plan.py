@@ -44,8 +44,9 @@ class Stream:
 
     Attributes:
         chunk: tokens per chunk in the body of the model. ``"auto"`` chooses from the memory
-            estimate and never makes a short sequence slower than not streaming it. A chunk longer
-            than the sequence means one chunk.
+            estimate, up to the length beyond which this device is no faster (measured once and
+            kept in the cache folder), and leaves short sequences whole. A chunk longer than the
+            sequence means one chunk.
         loss_chunk: tokens per chunk in the region that holds the LM head and the loss; ``"auto"``
             as above.
         offload: where the inputs of layers wait for the backward: ``"none"`` leaves them on the

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import platform
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from fxmem.errors import FxmemError, PlanError
-from fxmem.files import cache_folder, folder, write_text
+from fxmem.errors import PlanError
 from fxmem.memory.device import LINK, available, rates
 from fxmem.streaming.costs import Rates
 
@@ -82,41 +77,12 @@ def device_of(name: str, dtype: torch.dtype) -> Device:
         PlanError: a device that is not in the table.
     """
     if name == "cpu":
-        found, transfer = _measured()
-        return Device(name, "cpu", available(torch.device("cpu")), found, "disk", transfer)
+        cpu = torch.device(name)
+        own = rates(cpu)
+        return Device(name, name, available(cpu), own.compute, "disk", own.transfer["disk"])
     gpu = GPUS.get(name.lower())
     if gpu is None:
         raise PlanError(f"device is {name!r}", advice=f"one of cpu, {', '.join(GPUS)}")
     flops = gpu.half if dtype.itemsize < 4 else gpu.single
     found = Rates(flops * REACHED, gpu.traffic * REACHED)
     return Device(name.lower(), "cuda", gpu.memory - RESERVED, found, "cpu", LINK)
-
-
-def _measured() -> tuple[Rates, float]:
-    """Rates of this machine's CPU and disk, measured once and then read from the user's cache."""
-    key = f"{platform.node()}, {platform.processor()}, {torch.get_num_threads()} threads"
-    file = cache_folder() / "rates.json"
-    known = _read(file)
-    if key not in known:
-        measured = rates(torch.device("cpu"))
-        known[key] = [measured.compute.flops, measured.compute.bytes, measured.transfer["disk"]]
-        with suppress(FxmemError):  # a home that cannot be written to costs the next plan a second
-            write_text(folder(file.parent) / file.name, json.dumps(known, indent=1))
-    flops, traffic, disk = known[key]
-    return Rates(flops, traffic), disk
-
-
-def _read(file: Path) -> dict[str, list[float]]:
-    """What is there and well formed."""
-    with suppress(OSError, ValueError):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {k: v for k, v in dict(found).items() if _fine(v)}
-    return {}
-
-
-def _fine(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 3
-        and all(isinstance(x, float) and 0 < x < float("inf") for x in value)
-    )

@@ -33,7 +33,7 @@ class Streamed:
         # its own copy: chunk sizes are those of the device
         self.graph = copy.copy(graph)
         self.graph.chunker = copy.copy(graph.chunker)
-        self.graph.chunker.fixed = replace(graph.chunker.fixed, device=device.kind)
+        self.graph.chunker.fixed = replace(graph.chunker.fixed, device=torch.device(device.kind))
         self._costs: dict[tuple[Any, ...], Cost] = {}
 
     def least(self, sizes: Mapping[str, int], *, offload: bool = False) -> Kept:

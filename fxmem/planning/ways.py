@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from fxmem.memory.budget import MARGIN, SLACK
+from fxmem.memory.budget import needed
 from fxmem.plan.plan import Plan, Stream
 from fxmem.planning.answer import PARTS
 from fxmem.planning.curve import SAMPLES, Curve
@@ -60,7 +60,7 @@ class Way:
     def needs(self, length: int) -> int:
         """The memory that it takes to be sure of a step of this length."""
         peak = self.step(length)[0].peak
-        return self.base + (int(peak * MARGIN) + SLACK if self.streams else peak)
+        return self.base + (needed(peak) if self.streams else peak)
 
     def away(self, length: int) -> int:
         """Bytes that wait elsewhere meanwhile."""
@@ -145,6 +145,9 @@ def _streamed(
             kept = streamed.least(sizes)
         else:
             kept = streamed.within(sizes, room, offload=offload)
+            if kept.whole:
+                all_kept = streamed.seconds(sizes, None)
+                return kept, plain(tokens)[0], all_kept, ["memory for plain autograd: as it is"]
         steps, away = streamed.step(sizes, kept)
         return kept, steps, streamed.seconds(sizes, kept, away), streamed.keeps(kept)
 

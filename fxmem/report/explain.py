@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -111,7 +110,8 @@ def _report(
     latest = next((g for g in reversed(graphs) if g.sizes), None)
     if latest is not None:
         report.sizes = dict(latest.sizes)
-        report.whole = latest.chunker.whole(latest.sizes) and not latest.selected
+        small = latest.chunker.whole(latest.sizes)
+        report.whole = (small or latest.kept.whole) and not latest.selected
     if latest is not None:
         how = predict_roles if latest.selected else predict
         report.predicted = how(latest, latest.sizes)
@@ -146,7 +146,8 @@ def _region(uses: list[tuple[CompiledGraph, RegionCall]]) -> RegionReport:
     if kind == "tokens" and any(p.masks or _reads_all(p) for p in code.programs.values()):
         kind = "mixing"
     length = graph.sizes.get("T", 0)
-    chunk = min(length, graph.chunker(code, graph.sizes)) if graph.sizes else 0
+    at = next(i for i, c in enumerate(graph.calls) if c is call)
+    chunk = min(length, graph.chunk(at)) if graph.sizes else 0
     loops = [
         LoopReport(
             label, "descending" if loop.descending else "ascending",
@@ -167,16 +168,21 @@ def _keeps(uses: list[tuple[CompiledGraph, RegionCall]]) -> list[KeepReport]:
     code, sizes = call.code, graph.sizes
     if not code.learns or code.early or not sizes or graph.chunker.whole(sizes):
         return []
-    kept = graph.holding.moved() if graph.selected else graph.holding.kept(sizes)
-    own = {i: c for i, c in enumerate(graph.calls) if c.code is code}
-    counts = Counter((kept.levels[i], i in kept.away) for i in own)
-    with_rows = with_chunks(sizes, graph.chunker(code, sizes))
+    kept = graph.holding.moved() if graph.selected else graph.expected(sizes)
+    if kept.whole:
+        return []
+    at: dict[tuple[int, bool], list[int]] = {}
+    for i, one in enumerate(graph.calls):
+        if one.code is code:
+            at.setdefault((kept.levels[i], i in kept.away), []).append(i)
+    with_rows = with_chunks(sizes, graph.chunker(code, sizes, shrink=kept.shrink))
     found = []
-    for (level, away), count in sorted(counts.items()):
+    for (level, away), positions in sorted(at.items()):
         again = made_again(code.joint, code.level(level))
         size = sum(kept_bytes(code, with_rows, level)) + sum(saved_bytes(call, with_rows, again))
         seconds = cost_of(code.joint, again, sizes).seconds(rates(code.device).compute)
-        found.append(KeepReport(level, count, size, seconds, kept.where if away else "device"))
+        where = kept.where if away else "device"
+        found.append(KeepReport(level, tuple(positions), size, seconds, where))
     return found
 
 

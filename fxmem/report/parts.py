@@ -62,17 +62,21 @@ class KeepReport:
 
     Attributes:
         level: of :mod:`fxmem.streaming.keep_levels`.
-        uses: layers that keep this.
+        positions: of the regions of the call that keep this, in its order.
         bytes: of one of them, with the inputs of the region that its backward reads.
         again: seconds that its backward spends on making the rest again, by the device's rates.
         where: ``"device"``, ``"cpu"`` or ``"disk"``.
     """
 
     level: int
-    uses: int
+    positions: tuple[int, ...]
     bytes: int
     again: float
     where: str
+
+    @property
+    def uses(self) -> int:
+        return len(self.positions)
 
 
 @dataclass(slots=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxmem.memory.block_formula import Estimate
 from fxmem.memory.predict import Prediction
+from fxmem.optional import UsageError
 from fxmem.report.block_epoch import BlockEpoch
 from fxmem.report.parts import BarrierReport, BufferReport, CompileReport, KernelReport, Seconds
 from fxmem.report.role_steps import RegionStep
+from fxmem.report.step_picture import draw
 from fxmem.streaming.keep_levels import NAMES as LEVELS
 
 if TYPE_CHECKING:
@@ -75,7 +78,7 @@ def _head(report: Report) -> str:
     sizes = ", ".join(f"{k} = {v}" for k, v in sorted(report.sizes.items()))
     rows = [("sizes", sizes or "not run yet")]
     if report.whole:
-        rows.append(("streaming", "none in this call: it is small against the weights"))
+        rows.append(("streaming", "none in this call: it is small, or the budget is large"))
     if report.predicted is not None:
         p = report.predicted
         rows.append(("predicted peak", f"{mib(p.peak_bytes)} above the parameters"))
@@ -261,6 +264,20 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    def draw(self, path: str | Path) -> None:
+        """Write a picture of the latest call: bytes over a step, and what its regions keep.
+
+        Raises:
+            UsageError: no call has run yet, or it was too small to stream.
+            MissingExtraError: matplotlib is not installed.
+            FileError: it cannot be written.
+        """
+        if self.predicted is None or self.whole:
+            raise UsageError(
+                "there is no streamed step to draw", advice="run a step, then call explain again"
+            )
+        draw(self, Path(path))
 
     def __str__(self) -> str:
         return render(self)

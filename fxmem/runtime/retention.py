@@ -36,11 +36,15 @@ class Kept:
         levels: per region, the level of what it keeps (:mod:`fxmem.streaming.keep_levels`).
         away: regions whose saved tensors wait off the device (:mod:`fxmem.runtime.offload`).
         where: they wait: ``"cpu"`` or ``"disk"``.
+        shrink: automatic chunks are shorter by this factor.
+        whole: it keeps what plain autograd keeps, and runs as captured.
     """
 
     levels: tuple[int, ...]
     away: frozenset[int] = frozenset()
     where: str = "disk"
+    shrink: int = 1
+    whole: bool = False
 
 
 class Retention(Protocol):

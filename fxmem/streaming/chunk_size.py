@@ -1,8 +1,8 @@
 """How many tokens a chunk has, and whether a call is worth streaming at all.
 
 The working set of a chunk grows with its rows; weights, their gradients and the saved states do
-not. Automatic chunks are as large as a sixteenth of those fixed bytes allows, between a floor under
-which matrix products starve and a cap beyond which larger chunks only cost memory. A call whose
+not. Automatic chunks are as large as a sixteenth of those fixed bytes allows, between a floor and
+the knee beyond which larger chunks only cost memory (:mod:`fxmem.measure.knee`). A call whose
 activations are small against the weights runs as it is: streaming it would only cost the
 recomputation.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from sympy import expand
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from fxmem.axes.sizes import (
 )
 from fxmem.frontend.capture import canonical_shape
 from fxmem.frontend.joint import Joint
+from fxmem.measure.knee import knee
 from fxmem.plan.plan import Stream
 from fxmem.rules import lookup
 from fxmem.rules.movement import ROWS as MOVEMENT
@@ -41,15 +43,13 @@ FLOOR_BYTES = 24 << 20
 FIXED_SHARE = 16
 """A chunk's working set is at most this part of weights, gradients and saved states."""
 FLOOR_TOKENS = 128
-CAP_TOKENS = {"cpu": 384}
-CAP_TOKENS_DEVICE = 2048
-UPDATE_TOKENS = {"cpu": 1024}
-UPDATE_TOKENS_DEVICE = 4096
-"""Up to which a layer whose backward changes weights is one chunk."""
+UPDATE_KNEES = 8 / 3
+"""Chunks of the usual size up to which a layer whose backward changes weights is one chunk."""
 WHOLE_SHARE = 4
 """A call whose activations are under this part of weights and gradients is not streamed."""
 
 
+_DEFAULT = (torch.device("cpu"), torch.float32)
 LAYER_VALUES = 4.0
 LOSS_VALUES = 1.9
 """Room for the working set of a chunk: of a layer by its widest value, of a loss as measured."""
@@ -140,7 +140,8 @@ class Fixed:
 
     weights: int
     saved: Size
-    device: str
+    device: torch.device
+    dtype: torch.dtype
 
 
 class Chunker:
@@ -171,13 +172,15 @@ class Chunker:
                     saved = saved + byte_count(shape, value.dtype)
         distinct = {id(w): w for w in weights}
         count = sum(w.numel() * w.element_size() for w in distinct.values())
-        device = next((w.device.type for w in weights), "cpu")
-        fixed = Fixed(count, expand(saved), device)
+        kind = next(((w.device, w.dtype) for w in weights if w.is_floating_point()), _DEFAULT)
+        fixed = Fixed(count, expand(saved), *kind)
         return cls(stream, fixed, [call.code.footprint for call in calls], body_bytes)
 
-    def __call__(self, code: Any, sizes: Mapping[str, int], *, updates: bool = False) -> int:
+    def __call__(
+        self, code: Any, sizes: Mapping[str, int], *, updates: bool = False, shrink: int = 1
+    ) -> int:
         """``updates``: the region's backward changes weights, which in one chunk it does one
-        gradient at a time.
+        gradient at a time. ``shrink`` divides an automatic chunk, where a budget asks for it.
         """
         wanted = self.stream.loss_chunk if code.is_loss else self.stream.chunk
         if wanted != "auto":
@@ -186,11 +189,11 @@ class Chunker:
         saved = evaluate(self.fixed.saved, sizes)
         budget = max(FLOOR_BYTES, (2 * self.fixed.weights + saved) / FIXED_SHARE)
         tokens = budget / max(1.0, self._working(code, sizes))
-        cap = CAP_TOKENS.get(self.fixed.device, CAP_TOKENS_DEVICE)
-        whole = UPDATE_TOKENS.get(self.fixed.device, UPDATE_TOKENS_DEVICE)
-        if updates and not code.is_loss and length(sizes) * batch <= min(tokens, whole):
+        cap = knee(self.fixed.device, self.fixed.dtype)
+        whole = min(tokens, UPDATE_KNEES * cap)
+        if updates and not code.is_loss and length(sizes) * batch <= whole:
             return length(sizes)
-        tokens = min(cap, max(FLOOR_TOKENS, tokens))
+        tokens = min(cap, max(FLOOR_TOKENS, tokens)) / shrink
         if code.is_loss and tokens >= 64:  # its products see the rows of all sequences together
             return max(1, int(tokens // 64) * 64 // batch)
         rows = max(1, int(tokens) // batch)

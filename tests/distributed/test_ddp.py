@@ -14,23 +14,26 @@ from double import everything_in_double, largest_difference
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "order"),
+    ("name", "options", "order", "stream"),
     [
-        ("llama", {"gradient_as_bucket_view": True}, "after"),
+        ("llama", {"gradient_as_bucket_view": True}, "after", {}),
         *(
             pytest.param(*given, marks=pytest.mark.distributed)
             for given in (
-                ("mixtral", {}, "before"),
-                ("llama", {"find_unused_parameters": True}, "before"),
-                ("llama", {"static_graph": True}, "after"),
+                ("mixtral", {}, "before", {}),
+                ("llama", {"find_unused_parameters": True}, "before", {}),
+                ("llama", {"static_graph": True}, "after", {}),
+                ("llama", {}, "before", {"memory": "1GB", "offload": "disk"}),
+                ("qwen2", {}, "after", {"offload": "disk"}),
             )
         ),
     ],
 )
 def test_two_ranks_equal_one_process(
-    tmp_path: Path, name: str, options: dict[str, bool], order: str
+    tmp_path: Path, name: str, options: dict[str, bool], order: str, stream: dict[str, str]
 ) -> None:
-    mp.spawn(run_rank, (str(tmp_path / "store"), str(tmp_path), name, options, order), nprocs=2)
+    given = (str(tmp_path / "store"), str(tmp_path), name, options, order, stream)
+    mp.spawn(run_rank, given, nprocs=2)
     with everything_in_double():
         plain = tiny.model(name).double()
         for rank in (0, 1):

@@ -42,9 +42,17 @@ def test_two_steps_on_two_ranks(name: str, way: str, order: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("chunk", [1, 7, 63, 64, 100])
-def test_any_chunk_size_communicates_alike(chunk: int) -> None:
-    for (want, plain), (got, streamed) in on_ranks(chunks_of_a_step, chunk):
+@pytest.mark.parametrize(
+    ("chunk", "options"),
+    [
+        (1, {}), (7, {}), (63, {}), (64, {}), (100, {}),
+        (7, {"memory": "1GB"}), (9, {"offload": "disk"}),
+        (9, {"memory": "1GB", "offload": "disk"}),
+    ],
+)  # fmt: skip
+def test_any_chunk_size_communicates_alike(chunk: int, options: dict[str, str]) -> None:
+    """And whatever is kept, here or elsewhere."""
+    for (want, plain), (got, streamed) in on_ranks(chunks_of_a_step, chunk, options):
         assert difference(got, want) < 1e-10
         assert streamed == plain
 

@@ -131,7 +131,7 @@ def used() -> Iterator[list[CompiledGraph]]:
         return call(self, *args)
 
     with (
-        mock.patch.object(chunks, "CAP_TOKENS", {"cpu": 8}),
+        mock.patch.object(chunks, "knee", lambda *_: 8),
         mock.patch.object(chunks, "WHOLE_SHARE", 1 << 40),
         mock.patch.object(CompiledGraph, "__call__", recorded),
     ):

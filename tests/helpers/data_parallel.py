@@ -21,14 +21,16 @@ def inputs(rank: int) -> dict[str, Tensor]:
     return tiny.batch(2, LENGTHS[rank], padding=("left", "mixed")[rank])
 
 
-def run_rank(rank: int, file: str, out: str, name: str, options: Any, order: str) -> None:
+def run_rank(
+    rank: int, file: str, out: str, name: str, options: Any, order: str, stream: Any
+) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=2
     )
     with everything_in_double():
         model = tiny.model(name).double()
-        plan = fxmem.Plan(stream=fxmem.Stream(chunk=9))
+        plan = fxmem.Plan(stream=fxmem.Stream(chunk=9, **stream))
         if order == "before":
             fxmem.transform(model, plan)
         net: Any = nn.parallel.DistributedDataParallel(model, **options)

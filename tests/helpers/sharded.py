@@ -65,8 +65,8 @@ WAYS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 
 
-def stream(model: nn.Module, chunk: int) -> None:
-    fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=chunk)))
+def stream(model: nn.Module, chunk: int, **options: Any) -> None:
+    fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=chunk, **options)))
 
 
 KINDS = {

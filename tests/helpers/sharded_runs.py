@@ -22,15 +22,17 @@ import fxmem
 Way = Callable[[nn.Module], None]
 
 
-def both(name: str, shard: Way, chunk: int = 9, order: str = "after") -> tuple[Any, Any]:
+def both(
+    name: str, shard: Way, chunk: int = 9, order: str = "after", **options: Any
+) -> tuple[Any, Any]:
     """A plain and a streamed model, sharded alike."""
     plain, model = tiny.model(name).double(), tiny.model(name).double()
     shard(plain)
     if order == "before":
-        stream(model, chunk)
+        stream(model, chunk, **options)
     shard(model)
     if order == "after":
-        stream(model, chunk)
+        stream(model, chunk, **options)
     return plain, model
 
 
@@ -49,8 +51,8 @@ def two_steps(rank: int, name: str, way: str, order: str) -> Any:
     return found, ran(model)
 
 
-def chunks_of_a_step(rank: int, chunk: int) -> Any:
-    plain, model = both("llama", by_layer, chunk)
+def chunks_of_a_step(rank: int, chunk: int, options: dict[str, Any]) -> Any:
+    plain, model = both("llama", by_layer, chunk, **options)
     found = []
     for net in (plain, model):
         with counted() as collectives:

@@ -17,8 +17,9 @@ from torch import nn
 import fxmem
 from fxmem import Plan, Stream, api
 from fxmem.compiler.step import CompiledGraph
-from fxmem.memory.budget import Budget, Option, _solve
-from fxmem.memory.predict import Step, predict
+from fxmem.memory import budget as budget_module
+from fxmem.memory.budget import Budget, Option, _solve, needed
+from fxmem.memory.predict import Step, predict, predict_whole
 from fxmem.runtime import offload
 from fxmem.runtime.retention import Kept
 
@@ -159,6 +160,60 @@ def test_a_budget_that_cannot_be_met(model: nn.Module) -> None:
         net(**tiny.batch(1, 600))
     assert all(p.grad is None for p in net.parameters())
     tiny.step(net, tiny.batch(1, 16))
+
+
+def test_a_large_budget_runs_plain_autograd(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(graph: CompiledGraph, sizes: dict[str, int]) -> Any:
+        asked.append(sizes["T"])
+        return predict_whole(graph, sizes)
+
+    monkeypatch.setattr(budget_module, "predict_whole", counted)
+    with everything_in_double():
+        net = copy.deepcopy(model).double()
+        _, want = tiny.step(net, tiny.batch(1, 600))
+        streamed(net, chunk="auto", loss_chunk="auto", memory="1GB")
+        got = tiny.step(net, tiny.batch(1, 600))[1]
+        assert largest_difference(got, want)[0] <= 1e-10
+        report = fxmem.explain(net)
+        assert report.whole and "budget" in str(report)
+        taken = peak(net, tiny.batch(1, 600)) - weights(net)
+        assert report.predicted_peak_bytes
+        assert taken <= 1.02 * report.predicted_peak_bytes + 2**20
+        for length in (300, 599, 700, 650):
+            tiny.step(net, tiny.batch(1, length))
+        assert asked == [600, 700]
+        net.zero_grad()
+        graph = graph_of(net)
+        graph.holding = Budget(graph, Stream(memory=weights(net) + taken - 2**21))
+        got = tiny.step(net, tiny.batch(1, 600))[1]
+        assert largest_difference(got, want)[0] <= 1e-10
+        assert not fxmem.explain(net).whole
+        assert peak(net, tiny.batch(1, 600)) <= weights(net) + taken - 2**21
+
+
+def test_chunks_become_shorter_where_nothing_else_fits() -> None:
+    with everything_in_double():
+        net = tiny.model(num_hidden_layers=2, hidden_size=64, vocab_size=4096).double()
+        inputs = tiny.batch(1, 600)
+        loss, want = tiny.step(net, inputs)
+        streamed(net, chunk="auto", loss_chunk="auto", memory="25MB")
+        tiny.step(net, inputs)
+        graph, sizes = graph_of(net), {"T": 600}
+        net.zero_grad()
+        budget = graph.holding
+        assert isinstance(budget, Budget)
+        longest, short = (needed(budget._fastest(sizes, 0, True, s)[1]) for s in (1, 4))
+        assert short + 2**21 < longest
+        graph.holding = Budget(graph, Stream(memory=weights(net) + short + 2**20))
+        got_loss, got = tiny.step(net, inputs)
+        assert graph.kept.shrink in (2, 4)
+        assert fxmem.explain(net).regions[1].chunk < 384
+        assert largest_difference(got, want)[0] <= 1e-10
+        assert abs(got_loss - loss) <= 1e-10 * abs(loss)
 
 
 def test_offload_takes_the_inputs_of_layers(

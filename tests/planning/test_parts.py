@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,14 +12,12 @@ from torch import Tensor, nn
 
 from fxmem.demo.models import enable_checkpointing
 from fxmem.measure import peak_bytes
-from fxmem.memory.device import DeviceRates
 from fxmem.planning import devices
 from fxmem.planning.curve import CLOSE, SAMPLES, Curve, longest
 from fxmem.planning.modes import mode_of
 from fxmem.planning.moments import Steps
 from fxmem.planning.replay import plain_step
 from fxmem.planning.weightless import without_weights
-from fxmem.streaming.costs import Rates
 
 
 class Output:
@@ -148,26 +143,6 @@ def test_blocks_train_one_layer_and_lora_its_adapters() -> None:
     }  # fmt: skip
     assert blocks.state == 2 * 4 * (16 * 16 + 16)
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_rates_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[torch.device] = []
-
-    def measured(device: torch.device) -> DeviceRates:
-        asked.append(device)
-        return DeviceRates(Rates(1e9, 2e9), {"disk": 3e9})
-
-    monkeypatch.setenv("FXMEM_CACHE", str(tmp_path))
-    monkeypatch.setattr(devices, "rates", measured)
-    first = devices.device_of("cpu", torch.float32)
-    assert devices.device_of("cpu", torch.float32).rates == first.rates == Rates(1e9, 2e9)
-    assert len(asked) == 1
-    file = tmp_path / "rates.json"
-    known = json.loads(file.read_text())
-    for broken in ("{", "[]", json.dumps(dict.fromkeys(known, [1.0, -1.0, "x"]))):
-        file.write_text(broken)
-        assert devices.device_of("cpu", torch.float32).transfer == 3e9
-    assert len(asked) == 4
 
 
 def test_a_gpu_is_in_the_table() -> None:

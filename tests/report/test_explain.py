@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxmem
+from fxmem.errors import FileError
+from fxmem.optional import UsageError
 from fxmem.report.parts import BarrierReport, RegionReport
 from fxmem.report.text import Report
 
@@ -56,6 +59,19 @@ def test_report_is_plain_data(model: LlamaForCausalLM) -> None:
     data = json.loads(json.dumps(fxmem.explain(model).to_dict()))
     assert data["regions"][0]["loops"][0]["direction"] in ("ascending", "descending")
     assert data["captures"] == 1
+
+
+def test_the_picture_of_a_step(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    report = fxmem.explain(model)
+    positions = [at for r in report.regions for k in r.keeps for at in k.positions]
+    assert sorted(positions) == list(range(len(positions)))  # the loss is the last one
+    report.draw(tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+    with pytest.raises(UsageError, match="no streamed step"):
+        Report("Empty").draw(tmp_path / "empty.png")
+    with pytest.raises(FileError, match="nowhere"):
+        report.draw(tmp_path / "nowhere" / "step.png")
+    assert [f.name for f in tmp_path.iterdir()] == ["step.png"]
 
 
 def test_not_transformed() -> None:

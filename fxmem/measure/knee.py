@@ -1,0 +1,113 @@
+"""How many rows a chunk needs until longer ones are hardly faster: measured once per device.
+
+Short chunks starve matrix products, read and write the gradients of weights more often, and launch
+more kernels; long ones leave the caches. Where this turns depends on the device and the type, and
+little on the width of the model (``python -m benchmarks.chunks`` measures both).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from fxmem.measure.remembered import remembered
+
+ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+WITHIN = 1.05
+"""The knee is the fewest rows whose time per row is within this of the best."""
+NOMINAL = {"cpu": 384}
+NOMINAL_DEVICE = 2048
+"""Where nothing can be measured."""
+WIDTH, INNER = 512, 2048
+PATIENCE = 0.5
+"""Seconds for one chunk, after which longer ones are not tried."""
+
+
+def knee(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows per chunk for this device and type of weights."""
+    return _knee(device, dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _knee(device: torch.device, dtype: torch.dtype, threads: int) -> int:
+    nominal = NOMINAL.get(device.type, NOMINAL_DEVICE)
+    if device.type == "meta" or not torch.get_device_module(device).is_available():
+        return nominal
+    detail = str(dtype).removeprefix("torch.")
+    return int(remembered("rows", device, detail, lambda: [measure(device, dtype)])[0])
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> int:
+    """Time a small layer, forward and backward, in chunks of growing length."""
+    found: list[int] = []
+
+    def work() -> None:
+        with suppress(RuntimeError):  # no product of this type
+            found.append(of_curve(_curve(device, dtype)))
+
+    # modes of PyTorch, such as fake tensors or a watch of storages, belong to the caller's thread
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found[0] if found else NOMINAL.get(device.type, NOMINAL_DEVICE)
+
+
+def of_curve(curve: dict[int, float]) -> int:
+    """The knee of seconds per row by rows."""
+    best = min(curve.values())
+    return min(rows for rows, seconds in curve.items() if seconds <= WITHIN * best)
+
+
+@torch.no_grad()
+def _curve(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
+    """Seconds per row; rounds take turns, so that other load meets all lengths."""
+    weights = [torch.ones(WIDTH, INNER, device=device, dtype=dtype) / WIDTH for _ in range(4)]
+    longest = ROWS[-1]
+    states = torch.ones(longest, WIDTH, device=device, dtype=dtype)
+    curve: dict[int, float] = {}
+    lengths = list(ROWS)
+    for _ in range(4):
+        for rows in list(lengths):
+            spent = _seconds(states[:rows], weights)
+            curve[rows] = min(curve.get(rows, float("inf")), spent / rows)
+            if spent > PATIENCE:
+                lengths = lengths[: lengths.index(rows)]
+                break
+    return curve
+
+
+def _seconds(states: Tensor, weights: list[Tensor]) -> float:
+    _wait(states.device)
+    start = time.perf_counter()
+    _layer(states, *weights)
+    _wait(states.device)
+    return time.perf_counter() - start
+
+
+def _layer(x: Tensor, up: Tensor, down: Tensor, up_grad: Tensor, down_grad: Tensor) -> None:
+    """A layer and its backward, with as many small operators as a decoder layer's has."""
+    scale = x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    normed = x * scale
+    wide = normed @ up
+    gate = wide.sigmoid()
+    active = wide * gate
+    out = active @ down.T + x
+    d_active = out @ down
+    down_grad.addmm_(out.T, active)
+    d_wide = d_active * (gate + active * (1 - gate))
+    up_grad.addmm_(normed.T, d_wide)
+    d_normed = d_wide @ up.T
+    (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True)).mul_(scale).add_(out)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+__all__ = ["knee"]

@@ -1,0 +1,70 @@
+"""Rows per chunk and rates are measured once per machine, out of the way of the caller's modes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from fxmem._compat.graph import FakeTensorMode
+from fxmem._compat.memory import StorageWatch
+from fxmem.measure import knee
+from fxmem.measure.remembered import remembered
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knee, "ROWS", (8, 16, 32))
+
+
+@given(st.dictionaries(st.integers(1, 4096), st.floats(1e-9, 1.0), min_size=1))
+def test_the_knee_is_the_least_that_is_nearly_the_best(curve: dict[int, float]) -> None:
+    rows, best = knee.of_curve(curve), min(curve.values())
+    assert curve[rows] <= knee.WITHIN * best
+    assert all(curve[r] > knee.WITHIN * best for r in curve if r < rows)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_it_is_measured_aside(dtype: torch.dtype) -> None:
+    with FakeTensorMode(), StorageWatch() as watch, torch.inference_mode():
+        assert knee.measure(CPU, dtype) in (8, 16, 32)
+    assert watch.peak == 0
+
+
+@pytest.mark.usefixtures("short")
+def test_what_cannot_be_measured_has_a_nominal_answer() -> None:
+    assert knee.measure(CPU, torch.float8_e4m3fn) == knee.NOMINAL["cpu"]
+    assert knee.knee(torch.device("meta"), torch.float32) == knee.NOMINAL_DEVICE
+
+
+def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def measured() -> list[float]:
+        asked.append(1)
+        return [1.0, 2.0]
+
+    def ask(detail: str = "float32") -> list[float]:
+        return remembered("speed", CPU, detail, measured)
+
+    monkeypatch.setenv("FXMEM_CACHE", str(tmp_path / "new"))
+    assert ask() == ask() == [1.0, 2.0]
+    assert len(asked) == 1
+    ask("bfloat16")
+    file = tmp_path / "new" / "measured.json"
+    known = json.loads(file.read_text())
+    assert len(known) == len(asked) == 2
+    for broken in ("{", "[]", json.dumps(dict.fromkeys(known, [1.0, -1.0, "x"]))):
+        file.write_text(broken)
+        assert ask() == [1.0, 2.0]
+    assert len(asked) == 5
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FXMEM_CACHE", str(tmp_path / "file"))
+    assert ask() == [1.0, 2.0]
