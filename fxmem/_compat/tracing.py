@@ -59,6 +59,14 @@ def traced(fn: Callable[..., Any], *args: Any, written_out: Sequence[str] = ()) 
         return make_fx(fn, decomposition_table=table)(*args)
 
 
+def decompositions(written_out: Sequence[str]) -> Any:
+    """What an exported graph is decomposed by: `torch.export`'s table, and ``written_out``."""
+    table = torch.export.default_decompositions()
+    for op, function in get_decompositions([operator_named(n) for n in written_out]).items():
+        table[op] = function
+    return table
+
+
 def operator_named(name: str) -> OpOverload:
     """The operator of a name such as ``aten.mm.default``."""
     namespace, packet, overload = name.split(".")

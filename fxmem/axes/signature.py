@@ -104,7 +104,9 @@ class Signature:
     chunk before it, or after it. Dimension 0 of a state counts chunks: the last output is the state
     that came in, and ``states`` are operands that are such outputs of other ops. ``initial``: the
     operand that it starts from, where that is not zeros; ``final``: the output that is the state at
-    the end. ``order``: what ``prefix`` and ``suffix`` are made of where a mask decides.
+    the end. ``order``: what ``prefix`` and ``suffix`` are made of where a mask decides. ``counts``:
+    letters of ``whole`` that are there only because an argument of the call counts them; positions
+    along them do not meet.
     """
 
     ins: tuple[Dims, ...]
@@ -121,6 +123,7 @@ class Signature:
     initial: int | None = None
     final: int | None = None
     order: Order | None = None
+    counts: frozenset[str] = frozenset()
 
     def hiding(self, later: bool) -> Signature:
         """The same call where keys later than a row are hidden from it, or are not."""
@@ -147,7 +150,8 @@ class AxisRule:
     where the chunk lies, ``[dim, outer, inner, start, length]``, in ops whose elements depend on
     their position; empty for the whole. ``cheap``: the op may be recomputed wherever
     a slice of it is needed (pointwise, views, factories). ``linear``: index of the tensor operand
-    in which the op is linear row by row, so that zero rows stay zero. ``step``: what runs on a
+    in which the op is linear row by row, so that zero rows stay zero. ``product``: the two tensor
+    operands that the op multiplies: its result is affine in each of them. ``step``: what runs on a
     chunk in place of an op whose signature has a letter ``carried``: ``step(state, *arguments) ->
     (*outputs but states, next state)``.
     """
@@ -157,6 +161,7 @@ class AxisRule:
     cheap: bool = False
     linear: int | None = None
     place: int | None = None
+    product: tuple[int, int] | None = None
     step: Callable[..., tuple[Any, ...]] | None = None
 
 

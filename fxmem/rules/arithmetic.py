@@ -13,6 +13,7 @@ from fxmem.axes.signature import (
     Dims,
     Rule,
     Signature,
+    TensorInfo,
     broadcast,
     einsum,
     letters,
@@ -126,6 +127,44 @@ def rms_norm_backward(call: Call) -> Signature:
     return Signature((dims, dims, stats, *weights), outs, frozenset(x for (x,) in tail))
 
 
+def batch_norm(training: int | None = None) -> Rule:
+    """``x [N, C, *L]`` by numbers per channel; argument ``training`` says whether they are those of
+    the call, which has no row: it writes them down.
+    """
+
+    def rule(call: Call) -> Signature | None:
+        x = call.tensors[0]
+        if x.rank < 2 or (training is not None and call.args[training]):
+            return None
+        return _per_channel(call, ("n", "c", *(f"l{i}" for i in range(x.rank - 2))))
+
+    return rule
+
+
+def batch_norm_backward(call: Call) -> Signature | None:
+    """Arguments grad, x, weight, means, variances, saved ones, training, eps, wanted."""
+    x = call.tensors[1]
+    if x.rank < 2 or call.args[7]:
+        return None
+    return _per_channel(call, ("n", "c", *(f"l{i}" for i in range(x.rank - 2))))
+
+
+def _per_channel(call: Call, axes: tuple[str, ...]) -> Signature:
+    """Dims of values, and of numbers per channel, which may be absent: an axis of no element."""
+
+    def dims(t: TensorInfo | None) -> Dims | None:
+        if t is None:
+            return None
+        if t.rank > 1:
+            return tuple((a,) for a in axes)
+        return ((("none",) if t.shape[0] == 0 else ("c",)),)
+
+    ins = tuple(d for t in call.tensors if (d := dims(t)) is not None)
+    outs = tuple(map(dims, call.outs))
+    absent = any(("none",) in d for d in (*ins, *outs) if d)
+    return Signature(ins, outs, frozenset(("none",) if absent else ()))
+
+
 def distances(call: Call) -> Signature:
     """Of every row of the first to every row of the second."""
     lead = letters("d", call.out.rank - 2)
@@ -150,12 +189,12 @@ _softmax_backward = AxisRule(softmax(2, 2), linear=0)
 ROWS: dict[str, AxisRule] = {
     "aten.log_sigmoid_forward.default": AxisRule(log_sigmoid),
     "aten.log_sigmoid_backward.default": AxisRule(log_sigmoid, linear=0),
-    "aten.mm.default": AxisRule(einsum("m k, k n -> m n"), linear=0),
-    "aten.bmm.default": AxisRule(einsum("b m k, b k n -> b m n"), linear=0),
-    "aten.addmm.default": AxisRule(addmm),
-    "aten.baddbmm.default": AxisRule(baddbmm),
-    "aten.mv.default": AxisRule(einsum("m k, k -> m"), linear=0),
-    "aten.dot.default": AxisRule(einsum("k, k ->"), linear=0),
+    "aten.mm.default": AxisRule(einsum("m k, k n -> m n"), linear=0, product=(0, 1)),
+    "aten.bmm.default": AxisRule(einsum("b m k, b k n -> b m n"), linear=0, product=(0, 1)),
+    "aten.addmm.default": AxisRule(addmm, product=(1, 2)),
+    "aten.baddbmm.default": AxisRule(baddbmm, product=(1, 2)),
+    "aten.mv.default": AxisRule(einsum("m k, k -> m"), linear=0, product=(0, 1)),
+    "aten.dot.default": AxisRule(einsum("k, k ->"), linear=0, product=(0, 1)),
     "aten.sum.dim_IntList": _sum,
     "aten.sum.default": AxisRule(reduction(index=9, keepdim=9, sums=True), linear=0),
     "aten.mean.dim": _whole,
@@ -198,6 +237,9 @@ ROWS: dict[str, AxisRule] = {
     "aten._cdist_backward.default": AxisRule(distances_backward, linear=0),
     "aten.native_layer_norm.default": AxisRule(layer_norm),
     "aten.native_layer_norm_backward.default": AxisRule(layer_norm_backward, linear=0),
+    "aten.native_batch_norm.default": AxisRule(batch_norm(5)),
+    "aten._native_batch_norm_legit_no_training.default": AxisRule(batch_norm()),
+    "aten.native_batch_norm_backward.default": AxisRule(batch_norm_backward, linear=0),
     "aten._fused_rms_norm.default": AxisRule(layer_norm),
     "aten._fused_rms_norm_backward.default": AxisRule(rms_norm_backward, linear=0),
 }

@@ -90,7 +90,7 @@ ROWS: dict[str, AxisRule] = {
     "fxmem.attention_backward.default": AxisRule(attention_backward, linear=0),
     "fxmem.token_nll.default": AxisRule(token_nll),
     "fxmem.token_nll_backward.default": AxisRule(token_nll_backward, linear=0),
-    "fxmem.expert_linear.default": AxisRule(expert_linear, linear=0),
+    "fxmem.expert_linear.default": AxisRule(expert_linear, linear=0, product=(0, 1)),
     "fxmem.expert_weight_grad.default": AxisRule(expert_weight_grad, linear=0),
     "fxmem.dropout.default": AxisRule(dropout, linear=0, place=4),
     "fxmem.uniform.default": AxisRule(uniform, sizes=1, place=3, cheap=True),

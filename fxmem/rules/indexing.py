@@ -47,25 +47,27 @@ def _independent(
 
 
 def index_tensor(call: Call) -> Signature | None:
-    """``x[i, j, ...]`` with leading tensor indices; indexed axes of ``x`` must be complete."""
+    """``x[:, i, j, ...]`` with tensor indices side by side; indexed axes must be complete."""
     source, positions = call.tensors[0], list(call.args[1])
-    if any(p is None for p in positions) or any(t.dtype.itemsize == 1 for t in call.tensors[1:]):
+    at = [i for i, p in enumerate(positions) if p is not None]
+    if any(t.dtype.itemsize == 1 for t in call.tensors[1:]) or at[-1] - at[0] >= len(at):
         return None
-    n = len(positions)
+    n, before = len(at), at[0]
     rank = call.out.rank - (source.rank - n)
     out = letters("i", rank)
-    tail = letters("r", source.rank - n)
+    rest = letters("r", source.rank - n)
     indices = []
     for t in call.tensors[1:]:
         pad = rank - t.rank
         indices.append(
             tuple(
-                ONE if t.shape[k] == 1 and call.out.shape[pad + k] != 1 else out[pad + k]
+                ONE if t.shape[k] == 1 and call.out.shape[before + pad + k] != 1 else out[pad + k]
                 for k in range(t.rank)
             )
         )
-    first = letters("x", n)
-    return Signature(((*first, *tail), *indices), ((*out, *tail),), frozenset(x for (x,) in first))
+    gone = letters("x", n)
+    ins = ((*rest[:before], *gone, *rest[before:]), *indices)
+    return Signature(ins, ((*rest[:before], *out, *rest[before:]),), frozenset(x for (x,) in gone))
 
 
 def index_select(call: Call) -> Signature:
@@ -87,6 +89,8 @@ def indexed_write(call: Call) -> Signature:
 
 def index_put(call: Call) -> Signature | None:
     """``x[i, j, ...] = values``: indexed axes and what names their entries must be complete."""
+    if any(p is None for p in call.args[1]):
+        return None
     if (read := index_tensor(Call(call.op, call.args[:2], {}, _indexed(call)))) is None:
         return None
     (entries,) = read.outs

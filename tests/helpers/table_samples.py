@@ -185,6 +185,8 @@ def _calls() -> dict[str, list[tuple[Any, ...]]]:
             (x, [i(2, 5), i(4, 5)]),
             (f(8, 6), [i(8, 2, 4)]),
             (x, [i(2, 3, 1), i(4, 1, 2)]),
+            (x, [None, i(4, 5)]),
+            (f(2, 4, 3, 5), [None, i(4, 2, 1), i(3, 1, 3)]),
         ],
         "searchsorted.Tensor": [(f(4, 6).sort(-1).values, f(4, 3)), (f(6).sort().values, f(3))],
         "index_select.default": [(x, 1, i(4, 6))], "topk.default": [(x, 3), (x, 2, 1)],
@@ -252,15 +254,27 @@ def _windows() -> dict[str, list[tuple[Any, ...]]]:
     pooled, index = torch.ops.aten.max_pool2d_with_indices(image, [2, 2], [2, 2])
     back = [True, True, True]
     complex_image = torch.complex(image, image + 1)
+    scale, moments = (f(3), f(3)), (f(3), f(3).abs() + 0.1)
     return {
+        "native_batch_norm.default": [(image, *scale, *moments, False, 0.1, 1e-5)],
+        "_native_batch_norm_legit_no_training.default": [
+            (image, *scale, *moments, 0.1, 1e-5), (f(5, 3), None, None, *moments, 0.1, 1e-5),
+        ],
+        "native_batch_norm_backward.default": [
+            (f(2, 3, 4, 6), image, scale[0], *moments, f(0), f(0), False, 1e-5, back),
+        ],
         "convolution.default": [
             (x, one, None, *rest, 1), (x, one, f(4), *rest, 1), (x, grouped, None, *rest, 3),
             (x, three, None, [1], [1], [1], False, [0], 1),
+            (x, grouped, f(6), *rest, 3), (x, f(6, 1, 3), f(6), *rest, 6),
+            (x, f(12, 1, 1), None, *rest, 6), (x, f(6, 4, 2), f(4), [2], [0], [1], True, [0], 1),
+            (x, f(6, 2, 2), None, [2], [0], [1], True, [0], 3),
         ],
         "convolution_backward.default": [
             (f(2, 4, 5), x, one, [4], *rest, 1, back),
             (f(2, 4, 5), x, one, [4], *rest, 1, [True, True, False]),
             (f(2, 6, 3), x, grouped, [6], *rest, 3, back),
+            (f(2, 6, 3), x, f(6, 1, 3), [6], *rest, 6, back),
         ],
         "avg_pool2d.default": [(image, [2, 2])],
         "avg_pool2d_backward.default": [
@@ -272,6 +286,8 @@ def _windows() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "_adaptive_avg_pool2d.default": [(image, [2, 3])],
         "_adaptive_avg_pool2d_backward.default": [(f(2, 3, 2, 3), image)],
+        "upsample_nearest2d.vec": [(image, [7, 9], None), (image, None, [2.0, 2.0])],
+        "upsample_bilinear2d.vec": [(image, [7, 9], False, None)],
         "_fft_r2c.default": [(image, [3], 0, True)],
         "_fft_c2c.default": [(complex_image, [2], 0, True)],
         "_fft_c2r.default": [(complex_image, [3], 0, 10)],

@@ -1,8 +1,8 @@
-"""Encoders, encoder-decoders and models of your own: ids first, logits returned; others are refused
-by name."""
+"""Encoders, encoder-decoders and models of your own: ids first, logits returned; Falcon, Mamba."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxmem
 from fxmem.errors import CaptureError
 from fxmem.prune.coupling.calls import logits
+from fxmem.prune.units.masks import consumer_keeps
 
 
 class Block(nn.Module):
@@ -120,15 +121,70 @@ def test_encoders_and_encoder_decoders_become_smaller(name: str, tmp_path: Path)
     assert cut < 0.8
 
 
-class Pairs(Own):
+class Silent(Own):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
-        return [super().forward(idx)]
+        return str(super().forward(idx))
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "no embedding"), (Pairs(False), "no logits")],
+def test_a_model_that_returns_nothing_is_refused_by_name() -> None:
+    with pytest.raises(CaptureError, match="Silent returns no logits and no other tensor"):
+        fxmem.coupling(Silent(False))
+
+
+FALCON: dict[str, Any] = dict(
+    vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_hidden_size=48
 )
-def test_others_are_refused_by_name(model: nn.Module, message: str) -> None:
-    with pytest.raises(CaptureError, match=f"{type(model).__name__} .*{message}.*token ids"):
-        fxmem.coupling(model)
+STATE: dict[str, Any] = dict(
+    vocab_size=60, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=2
+)
+OTHERS: dict[str, Any] = {
+    # one K/V head in the same matrix as the queries, picked by lists of positions
+    "falcon": (lambda: T.FalconForCausalLM(T.FalconConfig(**FALCON)), [4, 48]),
+    "falcon of today": (
+        lambda: T.FalconForCausalLM(
+            T.FalconConfig(num_kv_heads=2, new_decoder_architecture=True, **FALCON)
+        ),
+        [2, 48],
+    ),
+    # weights that are multiplied without a call of their module, units of hardly any effect
+    "mamba": (lambda: T.MambaForCausalLM(T.MambaConfig(**STATE)), [32, 2]),
+}
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_units_that_were_lost_or_wrong(name: str, double: bool) -> None:
+    make, sizes = OTHERS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    model = model.double() if double else model
+    units = fxmem.coupling(model)
+    inner = [g for g in units.groups if g.kind != "width"]
+    assert [g.size for g in inner] == sizes
+    ids = torch.arange(22).view(2, 11) + 3
+    for group in inner:
+        masks = fxmem.Masks.from_kept(units, {group.name: tuple(range(1, group.size, 2))})
+        small = fxmem.materialize(model, masks, units)
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for (at, axis), keep in consumer_keeps(units, masks).items():
+                twin.get_parameter(at).movedim(axis, -1)[..., ~keep] = 0
+            with fxmem.masked(model, masks, units):
+                want = logits(model, ids)
+            for got in (logits(small, ids), logits(twin, ids)):
+                assert (got - want).abs().max() < (1e-10 if double else 1e-6)
+
+
+def test_what_stays_whole_is_said() -> None:
+    class Summed(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(self.norm(x))
+            return x + self.down(h) + h.sum(-1, keepdim=True)
+
+    model = Own(False)
+    model.blocks = nn.ModuleList(Summed(24, 4) for _ in range(2))
+    units = fxmem.coupling(model)
+    assert "blocks.*.up.weight" in units.left_out and not units.groups
+    said = pytest.warns(fxmem.FxmemWarning, match=r"blocks\.\*.* stay whole.*sum")
+    with said, pytest.raises(fxmem.PlanError, match="without batches"):
+        fxmem.search(model, [], fxmem.Prune())

@@ -253,3 +253,24 @@ def test_linear_rows_map_zero_to_zero(index: int) -> None:
 
     for out in sample.run(map_tensors(sample.args, cleared)):
         assert out is None or not out.any()
+
+
+PRODUCTS = [n for n, s in enumerate(SAMPLES) if s.row.product is not None]
+
+
+@pytest.mark.parametrize("index", PRODUCTS, ids=[IDS[n] for n in PRODUCTS])
+def test_products_are_affine_in_each_operand(index: int) -> None:
+    sample = SAMPLES[index]
+
+    def scaled(at: int, factor: float) -> Tensor:
+        number = iter(range(len(sample.call.tensors)))
+        args = map_tensors(sample.args, lambda x: x * factor if next(number) == at else x)
+        (out,) = sample.run(args)
+        assert out is not None
+        return out
+
+    assert sample.row.product is not None
+    for at in sample.row.product:
+        none, one, three = (scaled(at, factor) for factor in (0.0, 1.0, 3.0))
+        assert torch.allclose(three - none, 3 * (one - none), rtol=1e-12, atol=1e-12)
+        assert not torch.equal(one, none)

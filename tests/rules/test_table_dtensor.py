@@ -34,6 +34,14 @@ DIFFERENT = {
     ("aten.logsumexp.default", "d1"): "DTensor counts output axes as if keepdim were false",
 }
 
+DIFFERENT |= {
+    (f"aten.{op}.default", letter): "DTensor gathers"
+    for op in (
+        "native_batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm_backward",
+    )
+    for letter in ("n", "l0", "l1")
+}  # fmt: skip
+
 # DTensor's convolution, for images in parallel, splits the batch and the last axis alone.
 UNKNOWN = {("aten.convolution.default", x) for x in "co"}
 UNKNOWN |= {("aten.convolution_backward.default", x) for x in "co"}

@@ -7,6 +7,7 @@ a split, slice or join into a direct sum. What cannot be said this way fixes the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 
@@ -92,6 +93,10 @@ def bind(atom: Atom, axis: Axis) -> None:
 def unify(a: Axis, b: Axis, op: str) -> None:
     """Tie two axes of equal length position by position; ``op`` is named where that fails."""
     a, b = resolve(a), resolve(b)
+    if length(a) != length(b):
+        for axis in (a, b):
+            fix(axis, f"{op} ties axes of {length(a)} and {length(b)}")
+        return
     if len(a) == 1 and len(b) == 1:
         _unify_products(a[0], b[0], op)
         return
@@ -136,7 +141,8 @@ def _unify_products(x: Segment, y: Segment, op: str) -> None:
             continue
         big, small, rest = (a, b, left) if a.size > b.size else (b, a, right)
         if big.size % small.size or big.ref is not None:
-            fix(((a,), (b,)), f"{op} regroups sizes {a.size} and {b.size}")
+            # what is further out is not tied either
+            fix((x, y), f"{op} regroups sizes {a.size} and {b.size}")
             return
         outer = Atom(big.size // small.size)
         bind(big, ((outer, small),))
@@ -154,6 +160,19 @@ def _merge(a: Atom, b: Atom, op: str) -> None:
         fix(((a,),), reason)
     if ref_a is not None and ref_b is not None:
         unify(ref_a, ref_b, op)
+
+
+def nested(parts: Sequence[Axis]) -> Axis:
+    """The axis that counts through ``parts`` as loops do, the first outermost."""
+    head, *rest = map(resolve, parts)
+    inner: list[Atom] = []
+    for axis in rest:
+        if len(axis) == 1:
+            inner.extend(axis[0])
+        else:  # a sum stays closed unless it is outermost
+            inner.append(Atom(length(axis)))
+            inner[-1].ref = axis
+    return tuple((*segment, *inner) for segment in head)
 
 
 def pick(axis: Axis, sizes: tuple[int, ...]) -> list[Axis]:

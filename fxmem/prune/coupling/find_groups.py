@@ -4,54 +4,55 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from fxmem._compat.tracing import decompositions
 from fxmem.errors import CaptureError
 from fxmem.frontend.experts import streamable
-from fxmem.prune.coupling.calls import logits
+from fxmem.prune.coupling.calls import Inputs, inputs, results
 from fxmem.prune.coupling.channel_labels import Atom, fix, fresh, leaves, path, resolve, root, width
 from fxmem.prune.coupling.label_channels import Walk
 from fxmem.prune.coupling.residual_stream import streams
 from fxmem.prune.coupling.routers import choices
 from fxmem.prune.units.units import Coupling, Member, Norm, UnitGroup, cost_of
+from fxmem.rules import WRITTEN_OUT
 
 
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+class _Called(nn.Module):
+    """The model as a function of the tensors of one call."""
+
+    def __init__(self, model: nn.Module, given: Inputs) -> None:
         super().__init__()
         self.model = model
+        self.given = given
 
-    def forward(self, input_ids: Tensor) -> Any:
-        return logits(self.model, input_ids)
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(results(self.model, self.given.with_tensors(tensors)))
 
 
-def coupling(model: nn.Module, example: Tensor | None = None) -> Coupling:
-    """Unit groups of a model that reads token ids; ``example``: ids ``[batch, length]``.
+def coupling(
+    model: nn.Module, example: Any = None, kwargs: Mapping[str, Any] | None = None
+) -> Coupling:
+    """Unit groups of a model; see `fxmem.prune.shrink.materialize.coupling`.
 
     Raises:
-        CaptureError: where the forward cannot be exported, or the model reads no token ids.
+        CaptureError: where the forward cannot be exported, or what it reads is not known.
     """
-    if not any(isinstance(m, nn.Embedding) for m in model.modules()):
-        raise CaptureError(
-            f"{type(model).__name__} has no embedding of tokens",
-            advice="models that read token ids and return logits can be pruned",
-        )
-    device = next(model.parameters()).device
-    ids = torch.zeros(3, 11, dtype=torch.long, device=device) if example is None else example
-    was = model.training
+    given = inputs(model, example, kwargs)
+    was = [(m, m.training) for m in model.modules()]
     try:
         with streamable(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.eval()
-            program = torch.export.export(_Logits(model), (ids,), strict=False)
+            program = torch.export.export(_Called(model, given), tuple(given.tensors), strict=False)
             try:
-                program = program.run_decompositions()
+                program = program.run_decompositions(decompositions(WRITTEN_OUT))
             except (RuntimeError, ValueError):
                 # a decomposition may give other strides than the op, and a later view then fails
                 program = program.run_decompositions({})
@@ -62,101 +63,177 @@ def coupling(model: nn.Module, example: Tensor | None = None) -> Coupling:
             f"{type(model).__name__} cannot be exported", reason=str(error).split("\n")[0]
         ) from error
     finally:
-        model.train(was)
+        for module, mode in was:
+            module.training = mode
     return _groups(model, program)
 
 
+@dataclass
+class _Leaves:
+    """What is cut: axes and shapes of parameters and buffers by name."""
+
+    parameters: dict[str, list[Any]]
+    buffers: dict[str, list[Any]]
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Leaves:
+        """Of buffers those that are saved: the others are made by the model's own code."""
+        saved = model.state_dict(keep_vars=True).keys()
+        tables: list[dict[str, Tensor]] = [
+            dict(model.named_parameters()),
+            {n: b for n, b in model.named_buffers() if n in saved and b.is_floating_point()},
+        ]
+        shapes = {n: tuple(t.shape) for table in tables for n, t in table.items()}
+        axes = [{n: [fresh(k) for k in shapes[n]] for n in table} for table in tables]
+        return cls(axes[0], axes[1], shapes)
+
+
 def _groups(model: nn.Module, program: Any) -> Coupling:
-    canonical = {id(p): n for n, p in model.named_parameters()}
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    labels = {n: [fresh(k) for k in shape] for n, shape in shapes.items()}
-    every = dict(model.named_parameters(remove_duplicate=False))
-    names = program.graph_signature.inputs_to_parameters
-    buffers = program.graph_signature.inputs_to_buffers
-    walk = Walk(model, choices(program.graph))
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            if node.name in names:
-                name = canonical[id(every[names[node.name].removeprefix("model.")])]
-                walk.parameter(node, name, labels[name])
-            else:
-                buffer = buffers.get(node.name, "").removeprefix("model.")
-                walk.source(node, f"the buffer {buffer}" if buffer else "an input of the model")
-        elif node.op == "call_function":
-            walk.call(node)
-        elif node.op == "output":
-            for out in node.args[0]:
-                for axis in walk.axes.get(out) or []:
-                    _fix_output(axis)
-        else:
-            walk.source(node, f"{node.op} {node.name}")
+    found = _Leaves.of(model)
+    walk = _walked(model, program, found)
     walk.mark_heads()
     for axis, _ in walk.chosen:
         if [len(s) for s in resolve(axis)] != [1]:
             fix(axis, "experts in parts")
+    for axes in (*found.parameters.values(), *found.buffers.values()):
+        for segment in (s for axis in axes for s in resolve(axis)):
+            for atom in segment:
+                if atom.ref is not None:
+                    fix(((atom,),), "cut into parts below a product")
     widths = streams(walk.averaged, walk.looked_up, walk, program.graph)
-    uses = Counter(name for name in walk.products)
     return replace(
-        _collect(walk, labels, shapes, widths),
+        _collect(walk, found, widths),
         item_sizes=tuple((n, p.element_size()) for n, p in model.named_parameters()),
-        products=tuple(uses.items()),
+        products=tuple(walk.products.items()),
     )
 
 
-def _fix_output(axis: Any) -> None:
-    for atom in leaves(axis):
-        atom.fixed = atom.fixed or "an output of the model (vocabulary)"
+def _walked(model: nn.Module, program: Any, found: _Leaves) -> Walk:
+    signature = program.graph_signature
+    parameters = _canonical(signature.inputs_to_parameters, model.named_parameters)
+    buffers = _canonical(signature.inputs_to_buffers, model.named_buffers)
+    lifted = signature.inputs_to_lifted_tensor_constants
+    constants = {
+        n: program.constants[lifted[n.name]]
+        for n in program.graph.nodes
+        if n.op == "placeholder" and n.name in lifted
+    }
+    walk = Walk(model, choices(program.graph), constants)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in parameters:
+            name = parameters[node.name]
+            walk.leaf(node, found.parameters[name], name)
+        elif node.op == "placeholder" and buffers.get(node.name) in found.buffers:
+            walk.leaf(node, found.buffers[buffers[node.name]])
+        elif node.op == "placeholder":
+            kind = "a constant tensor" if node in constants else "an input of the model"
+            buffer = buffers.get(node.name)
+            walk.source(node, f"the buffer {buffer}" if buffer else kind)
+        elif node.op == "call_function":
+            walk.call(node)
+        elif node.op == "output":
+            _fix_outputs(node, walk)
+        else:
+            walk.source(node, f"{node.op} {node.name}")
+    return walk
 
 
-def _collect(
-    walk: Walk, labels: dict[str, list[Any]], shapes: dict[str, Any],
-    widths: dict[Atom, tuple[Norm, ...]],
-) -> Coupling:  # fmt: skip
+def _canonical(names: Mapping[str, str], named: Any) -> dict[str, str]:
+    """Placeholder -> the first name in the model of the tensor that it stands for."""
+    first = {id(t): n for n, t in named()}
+    every = dict(named(remove_duplicate=False))
+    return {k: first[id(every[n.removeprefix("model.")])] for k, n in names.items()}
+
+
+def _fix_outputs(node: fx.Node, walk: Walk) -> None:
+    for out in node.args[0]:
+        axes = walk.axes.get(out)
+        for atom in (a for axis in axes or [] for a in leaves(axis)):
+            atom.fixed = atom.fixed or "an output of the model (vocabulary)"
+
+
+@dataclass
+class _Held:
+    """Where free atoms are: members by atom, of parameters and of buffers, and factors of sizes."""
+
+    members: dict[Atom, list[Member]]
+    buffers: dict[Atom, list[Member]]
+    factors: dict[Atom, set[int]]
+    blocked: list[tuple[str, int, str]]
+
+    @classmethod
+    def of(cls, found: _Leaves) -> _Held:
+        held = cls({}, {}, {}, [])
+        for name, axes in found.parameters.items():
+            for i, axis in enumerate(axes):
+                if why := held.add(held.members, name, i, axis, found.shapes[name][i]):
+                    held.blocked.append((name, i, why))
+        for name, axes in found.buffers.items():
+            for i, axis in enumerate(axes):
+                held.add(held.buffers, name, i, axis, found.shapes[name][i])
+        return held
+
+    def add(
+        self, table: dict[Atom, list[Member]], name: str, i: int, axis: Any, size: int
+    ) -> str | None:
+        """Note the atoms of one axis; why some of it cannot be cut."""
+        why = None
+        for segment in resolve(axis):
+            for j, atom in enumerate(segment):
+                if atom.ref is not None or atom.fixed:
+                    why = why or atom.fixed
+                    continue
+                places = table.setdefault(atom, [])
+                places += [(name, i, p) for p in path(axis, atom) if (name, i, p) not in places]
+                sizes = self.factors.setdefault(atom, {1})
+                for k in range(j, len(segment)):
+                    sizes.add(width(segment[j : k + 1]) // atom.size)
+                sizes.add(size // atom.size)
+        return why
+
+
+def _collect(walk: Walk, found: _Leaves, widths: dict[Atom, tuple[Norm, ...]]) -> Coupling:
     contracted = {(n, root(a)) for n, a in walk.contracted}
     consumers = {(n, leaf) for n, a in contracted for leaf in leaves(((a,),))}
-    found: dict[Atom, list[Member]] = {}
-    blocked: list[tuple[str, int, str]] = []
-    factors: dict[Atom, set[int]] = {}
-    for name, axes in labels.items():
-        for i, axis in enumerate(axes):
-            why = None
-            for segment in resolve(axis):
-                for j, atom in enumerate(segment):
-                    if atom.ref is not None or atom.fixed:
-                        why = why or atom.fixed or "cut into parts below a product"
-                        continue
-                    found.setdefault(atom, [])
-                    for p in path(axis, atom):
-                        if (name, i, p) not in found[atom]:
-                            found[atom].append((name, i, p))
-                    sizes = factors.setdefault(atom, {1})
-                    for k in range(j, len(segment)):
-                        sizes.add(width(segment[j : k + 1]) // atom.size)
-                    sizes.add(shapes[name][i] // atom.size)
-            if why:
-                blocked.append((name, i, why))
+    shapes = {n: found.shapes[n] for n in found.parameters}
+    held = _Held.of(found)
     names = _Names()
     experts = _Experts(walk)
     groups: list[UnitGroup] = []
-    for atom, members in found.items():
-        kind = "kv_groups" if atom.attention else "mlp_channels"
-        kind = "width" if atom in widths else kind
+    for atom, members in held.members.items():
+        kind = _kind(walk, atom, members, widths)
         inner = any(step == "inner" for _, _, p in members for step, _, _ in p)
         consumer = tuple(m for m in members if (m[0], atom) in consumers)
         if atom in experts.chosen:
             kind, consumer = "experts", experts.consumer(members)
         if inner or not consumer or atom.size < 2 or len(consumer) == len(members):
             why = "position inside a head" if inner else "no consumer contracts it"
-            blocked += [(n, i, why) for n, i, _ in members]
+            held.blocked += [(n, i, why) for n, i, _ in members]
             continue
         name, layer = names(members, kind)
         group = UnitGroup(
             name, kind, layer, atom.size, cost_of(tuple(members), shapes, atom.size),
-            tuple(members), consumer, tuple(sorted(factors[atom])), widths.get(atom, ()),
+            tuple(members), consumer, tuple(sorted(held.factors[atom])), widths.get(atom, ()),
+            least=int(kind == "channels"), buffers=tuple(held.buffers.get(atom, ())),
+            unowned=tuple(sorted({n for n, _, _ in consumer} & walk.unowned)),
         )  # fmt: skip
         groups.append(experts.complete(group, atom) if kind == "experts" else group)
     groups.sort(key=lambda g: g.kind == "width")
-    return Coupling(tuple(groups), tuple(dict.fromkeys(blocked)), tuple(shapes.items()))
+    return Coupling(
+        tuple(groups), tuple(dict.fromkeys(held.blocked)), tuple(shapes.items()),
+        buffers=tuple((n, found.shapes[n]) for n in found.buffers),
+    )  # fmt: skip
+
+
+def _kind(
+    walk: Walk, atom: Atom, members: list[Member], widths: dict[Atom, tuple[Norm, ...]]
+) -> str:
+    if atom in widths:
+        return "width"
+    if atom.attention:
+        return "kv_groups"
+    return "channels" if any(n in walk.windows for n, _, _ in members) else "mlp_channels"
 
 
 class _Names:

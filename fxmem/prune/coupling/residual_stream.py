@@ -13,13 +13,11 @@ from torch import fx
 
 from fxmem.prune.coupling.channel_labels import Atom, Axis, fix, leaves, resolve, root
 from fxmem.prune.coupling.match_norms import FUSED, Average, odd_use
+from fxmem.prune.coupling.products import KEEPS_ZERO
 from fxmem.prune.units.units import Norm
 from fxmem.rules import lookup
 
-_UNARY = {
-    "relu", "gelu", "silu", "tanh", "sin", "erf", "abs", "neg", "sign", "sqrt", "square",
-    "embedding", "index", "index_select", "gather", "div",
-}  # fmt: skip
+_UNARY = KEEPS_ZERO | {"embedding", "index", "index_select", "gather"}
 """Zero where the first operand is."""
 _SUMS = {"add", "sub", "cat", "stack", "index_add", "scatter_add"}
 

@@ -19,7 +19,7 @@ from fxmem.prune.search.space import Space, standardise
 from fxmem.prune.shrink.gated_submodel import GatedSubmodel, on
 from fxmem.prune.shrink.materialize import coupling
 from fxmem.prune.shrink.submodels import Instances
-from fxmem.prune.units.kinds import chosen
+from fxmem.prune.units.kinds import chosen, say_what_stays
 from fxmem.prune.units.masks import Masks
 from fxmem.prune.units.options import Prune
 from fxmem.prune.units.units import Coupling
@@ -69,6 +69,8 @@ def search(
     options = options or Prune()
     coupled = coupled or coupling(model)
     groups = chosen(coupled, options.kinds)
+    if not options.kinds:
+        say_what_stays(coupled)
     if options.estimator == "gates":
         factory = _gated(model, coupled, [g.name for g in groups], device, prepare)
     elif prepare is None:

@@ -20,7 +20,7 @@ from fxmem.prune.units.units import Group
 
 FINE = 64
 """Groups with more units than this are searched in blocks; heads and experts one by one."""
-CHANNELS = ("mlp_channels", "width")
+CHANNELS = ("mlp_channels", "channels", "width")
 """Kinds whose counts are rounded in groups of any size."""
 
 
@@ -167,8 +167,8 @@ class Space:
             at = int((forced & ~kept).nonzero()[0])
             group = self.groups[int(self.owner[at])]
             raise BudgetError(
-                f"keep={options.keep:g} leaves fewer than {least(group)} experts in {group.name}, "
-                "as many as a token chooses",
+                f"keep={options.keep:g} leaves fewer than {least(group)} {group.kind} in "
+                f"{group.name}, as many as must stay: experts that a token chooses, or one channel",
                 advice="a larger keep, or fewer experts per token in the dense model",
             )
         return kept

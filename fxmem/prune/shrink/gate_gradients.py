@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.errors import PlanError, UnsupportedOpError
+from fxmem.prune.shrink.masked import takes_mask
 from fxmem.prune.units.units import Group, Path, unit_of
 
 GATE = "fxmem_gate_of_"
@@ -186,14 +187,9 @@ def _read(model: nn.Module, group: Group) -> Iterator[_Place]:
     for name, axis, path in group.consumer:
         module, _, leaf = name.rpartition(".")
         home = model.get_submodule(module)
-        called = getattr(home, leaf).dim() == 2 and not list(home.children())
-        yield (
-            "input" if called and not getattr(group, "least", 0) else "weight",
-            home,
-            leaf,
-            axis,
-            path,
-        )
+        routed = bool(getattr(group, "router", ()))
+        called = takes_mask(home, leaf, name, getattr(group, "unowned", ())) and not routed
+        yield "input" if called else "weight", home, leaf, axis, path
 
 
 def _written(model: nn.Module, group: Group) -> Iterator[_Place]:

@@ -8,12 +8,12 @@ batched matrices (experts), whose contracted axis is masked instead.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
 from fxmem.errors import MaskError
-from fxmem.prune.shrink.masked import multiply
+from fxmem.prune.shrink.masked import multiply, takes_mask
 from fxmem.prune.units.masks import Masks, axis_keeps, consumer_keeps
 from fxmem.prune.units.units import Coupling
 
@@ -47,17 +47,20 @@ def gates(coupling: Coupling, built: Masks, inside: Masks) -> Gates:
 
 @contextlib.contextmanager
 def gated(
-    skeleton: nn.Module, values: Mapping[str, Tensor], closed: Gates
+    skeleton: nn.Module, values: Mapping[str, Tensor], closed: Gates, unowned: Collection[str]
 ) -> Iterator[dict[str, Tensor]]:
-    """Inside the context `skeleton` runs with closed gates; gives its parameters to run with."""
+    """Inside the context `skeleton` runs with closed gates; gives its parameters to run with.
+
+    ``unowned``: weights that a gate must stand on themselves, see `masked.unowned`.
+    """
     new = dict(values)
     with contextlib.ExitStack() as stack:
         for (name, axis), keep in closed.items():
             if bool(keep.all()):
                 continue
-            path, _, _ = name.rpartition(".")
+            path, _, leaf = name.rpartition(".")
             owner = skeleton.get_submodule(path)
-            if values[name].dim() == 2 and not list(owner.children()):
+            if takes_mask(owner, leaf, name, unowned):
                 stack.callback(owner.register_forward_pre_hook(multiply(keep)).remove)
             else:
                 shape = [1] * values[name].dim()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fxmem.prune.units.masks import Masks, axis_keeps
+from fxmem.prune.units.masks import Masks, axis_keeps, buffer_keeps
 from fxmem.prune.units.units import Coupling, Member, cost_of
 
 _NAME = "_fxmem_made"
@@ -36,10 +37,9 @@ def record(small: nn.Module, plan: Coupling, masks: Masks) -> None:
 def reduced(plan: Coupling, masks: Masks) -> Coupling:
     """The coupling of the model that ``masks`` leave: same groups, fewer units."""
     keeps = axis_keeps(plan, masks)
-    shapes = {n: list(s) for n, s in plan.shapes}
-    for (name, axis), keep in keeps.items():
-        shapes[name][axis] = int(keep.sum())
-    new_shapes = {n: tuple(s) for n, s in shapes.items()}
+    of_buffers = buffer_keeps(plan, masks)
+    new_shapes, new_buffers = _shrunk(plan.shapes, keeps), _shrunk(plan.buffers, of_buffers)
+    keeps |= of_buffers
 
     def moved(member: Member) -> Member:
         name, axis, path = member
@@ -63,9 +63,22 @@ def reduced(plan: Coupling, masks: Masks) -> Coupling:
                 g, size=size, cost=cost, members=members,
                 consumer=tuple(moved(m) for m in g.consumer),
                 router=tuple(moved(m) for m in g.router),
+                buffers=tuple(moved(m) for m in g.buffers),
             )
         )  # fmt: skip
-    return replace(plan, groups=tuple(groups), shapes=tuple(new_shapes.items()))
+    return replace(
+        plan, groups=tuple(groups), shapes=tuple(new_shapes.items()),
+        buffers=tuple(new_buffers.items()),
+    )  # fmt: skip
+
+
+def _shrunk(
+    known: tuple[tuple[str, tuple[int, ...]], ...], keeps: Mapping[tuple[str, int], Tensor]
+) -> dict[str, tuple[int, ...]]:
+    shapes = {n: list(s) for n, s in known}
+    for (name, axis), keep in keeps.items():
+        shapes[name][axis] = int(keep.sum())
+    return {n: tuple(s) for n, s in shapes.items()}
 
 
 __all__ = ["origin", "record", "reduced"]

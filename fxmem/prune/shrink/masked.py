@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ def masked(model: nn.Module, masks: Masks, coupling: Coupling | None = None) -> 
     """Inside the context ``model`` runs with removed units multiplied by zero.
 
     The zero meets a unit at the input of its consumer, by a forward pre-hook where a module call
-    owns the consumer's matrix. Batched matrices (experts) have no such call: there the weight is
-    masked along its contracted axis, ``W (m * x) = (W diag m) x``, out of place, so that
-    gradients reach ``W``.
+    is the product with the consumer's matrix. Elsewhere (experts, convolutions, weights that other
+    modules read) the weight is masked along its contracted axis, ``W (m * x) = (W diag m) x``, out
+    of place, so that gradients reach ``W``.
 
     Channels of the width are zero from where they are written: embeddings, output projections and
     biases give zeros there, and RMSNorm averages over all channels, zeros included. Gradients equal
@@ -36,21 +36,49 @@ def masked(model: nn.Module, masks: Masks, coupling: Coupling | None = None) -> 
     """
     plan = couple(model) if coupling is None else coupling
     with contextlib.ExitStack() as stack:
+        homes = _homes(model)
         for (name, axis), keep in consumer_keeps(plan, masks).items():
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
-            weight = getattr(owner, leaf)
-            if weight.dim() == 2 and not list(owner.children()):
+            if takes_mask(owner, leaf, name, unowned(plan)):
                 handle = owner.register_forward_pre_hook(multiply(keep))
                 stack.callback(handle.remove)
-            else:
-                _swap(stack, owner, leaf, weight, keep, axis)
+                continue
+            # One whose mask along another axis is there already is no parameter any more.
+            places = homes.get(id(getattr(owner, leaf)), [(owner, leaf)])
+            for home, leaf in places:
+                _swap(stack, home, leaf, getattr(home, leaf), keep, axis)
         _silence_writers(stack, model, plan, masks)
         if routers := router_keeps(plan, masks):
             stack.enter_context(
                 _Unchosen([(model.get_parameter(n), keep) for n, keep in routers.items()])
             )
         yield model
+
+
+def unowned(coupling: Coupling) -> frozenset[str]:
+    """Consumers that something else than a call of their module multiplies."""
+    return frozenset(n for g in coupling.groups for n in g.unowned)
+
+
+def takes_mask(owner: nn.Module, leaf: str, name: str, elsewhere: Collection[str]) -> bool:
+    """Whether a mask on the input of a module's calls is one on what its weight is multiplied by.
+
+    Args:
+        owner: the module. leaf, name: the weight's name in it, and in the model.
+        elsewhere: weights for which it is not (`unowned`).
+    """
+    weight: Tensor = getattr(owner, leaf)
+    return weight.dim() == 2 and not list(owner.children()) and name not in elsewhere
+
+
+def _homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Modules that hold each parameter, and its name there, by identity."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, p in module._parameters.items():
+            homes.setdefault(id(p), []).append((module, leaf))
+    return homes
 
 
 def _silence_writers(
@@ -60,10 +88,7 @@ def _silence_writers(
     groups = [g for g in plan.groups if g.kind == "width"]
     written = {(n, i) for g in groups for n, i, _ in g.members}
     read = {(n, i) for g in groups for n, i, _ in g.consumer}
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for leaf, p in module._parameters.items():
-            owners.setdefault(id(p), []).append((module, leaf))
+    owners = _homes(model)
     masked = dict(model.named_parameters())
     for (name, axis), keep in axis_keeps(plan, masks).items():
         if (name, axis) not in written:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxmem.frontend.experts import settle
+from fxmem.prune.coupling.calls import same_inputs
 from fxmem.prune.coupling.find_groups import coupling as trace
 from fxmem.prune.coupling.match_norms import rescale, set_epsilons
 from fxmem.prune.shrink.empty_layers import padded, silence
@@ -15,22 +16,30 @@ from fxmem.prune.shrink.made import origin, reduced
 from fxmem.prune.shrink.repair import repair as mend
 from fxmem.prune.shrink.saving import mark
 from fxmem.prune.shrink.size_attributes import apply, attributes, remember
-from fxmem.prune.shrink.slicing import shell, slices
+from fxmem.prune.shrink.slicing import buffer_slices, shell, slices
 from fxmem.prune.units.masks import Masks
 from fxmem.prune.units.units import Coupling
 
 
-def coupling(model: nn.Module, example: object = None) -> Coupling:
-    """Unit groups of a model that reads token ids and returns logits; ``example``: ids
-    ``[batch, length]``.
+def coupling(
+    model: nn.Module, example: Any = None, kwargs: Mapping[str, Any] | None = None
+) -> Coupling:
+    """Unit groups of a model.
 
     A model that fxmem made smaller keeps the groups of the dense one, those of no or one unit too.
 
+    Args:
+        model: any module, in whichever mode; its forward in evaluation mode is what is read.
+        example: what it is called with: a tensor, or a tuple of all positional arguments. A model
+            that reads token ids needs none. It is kept beside the model for `materialize`.
+        kwargs: keyword arguments of the call.
+
     Raises:
-        CaptureError: where the forward cannot be exported.
+        CaptureError: where the forward cannot be exported, or there is no example and the model
+            reads no token ids.
     """
     made = origin(model)
-    return trace(model, example) if made is None else reduced(*made)  # type: ignore[arg-type]
+    return trace(model, example, kwargs) if made is None else reduced(*made)
 
 
 def materialize(
@@ -74,12 +83,14 @@ def cut_out(
     masks = masks.on(coupling)
     found = attributes(model, coupling, masks)
     masks, bare = padded(model, coupling, masks)
-    small = shell(model, slices(coupling, masks), share=share)
+    parts, buffers = slices(coupling, masks), buffer_slices(coupling, masks)
+    small = shell(model, parts, buffers, share=share)
     silence(dict(small.named_parameters()), coupling, masks, bare)
     rescale(dict(small.named_parameters()), coupling, masks)
     set_epsilons(small, coupling, masks)
     apply(small, found, masks)
     mark(small, *((coupling, masks) if made is None else (made[0], masks.after(made[1]))))
     remember(small, reduced(coupling, masks), found, model)
+    same_inputs(small, model)
     settle(small)
     return small

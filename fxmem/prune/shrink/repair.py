@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fxmem.errors import PlanError
 from fxmem.prune.shrink.gate_gradients import arguments, loss_of
-from fxmem.prune.shrink.masked import masked
+from fxmem.prune.shrink.masked import masked, takes_mask, unowned
 from fxmem.prune.shrink.size_attributes import evaluating
 from fxmem.prune.units.masks import Masks, consumer_keeps
 from fxmem.prune.units.units import Coupling, UnitGroup
@@ -139,7 +139,7 @@ def _consumers(model: nn.Module, plan: Coupling, masks: Masks, silent: set[str])
     for (name, axis), keep in consumer_keeps(plan, masks).items():
         path, _, leaf = name.rpartition(".")
         home = model.get_submodule(path)
-        called = getattr(home, leaf).dim() == 2 and not list(home.children())
+        called = takes_mask(home, leaf, name, unowned(plan))
         if called and name not in silent and bool(keep.any()) and not bool(keep.all()):
             found.append(_Consumer(path, leaf, axis, keep))
     return found

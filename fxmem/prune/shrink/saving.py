@@ -82,7 +82,13 @@ def save_pretrained(
 
     Raises:
         FileError: the folder cannot be written to.
+        PlanError: a model that is not of transformers.
     """
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise PlanError(
+            f"{type(model).__name__} is no model of transformers, so it has no config to write",
+            advice="keep it with torch.save(model, file), as any other module",
+        )
     where = files.folder(Path(folder))
     made = origin(model)
     plan, masks = made if made is not None else _whole(model)

@@ -18,8 +18,8 @@ from torch import nn
 
 from fxmem._compat.graph import call_impl
 from fxmem.frontend.experts import streamable
-from fxmem.prune.coupling.calls import logits
-from fxmem.prune.shrink.size_attributes import agrees, evaluating, token_ids
+from fxmem.prune.coupling.calls import results, trials
+from fxmem.prune.shrink.size_attributes import agrees, evaluating
 from fxmem.prune.units.masks import BLOCKS, Masks
 from fxmem.prune.units.units import Coupling, UnitGroup
 
@@ -170,15 +170,15 @@ def _same(
 
 def _equal(small: nn.Module, config: Any) -> bool:
     """Whether the stock class gives the logits of ``small`` with its weights."""
-    inputs = token_ids(small)
-    device = inputs[0].device
+    inputs = trials(small)
+    device = inputs[0].tensors[0].device
     try:
         with MetaParameters():
             stock = type(small)(copy.deepcopy(config)).eval()
         stock.load_state_dict(small.state_dict(), assign=True)
         stock.to(device)
         with torch.no_grad(), evaluating(small), streamable(small), streamable(stock):
-            wanted = [logits(small, x, call_impl(small)) for x in inputs]
+            wanted = [results(small, x, call_impl(small)) for x in inputs]
             return agrees(stock, inputs, wanted, next(iter(BLOCKS)))
     except Exception:  # a class that the config does not make this model
         return False

@@ -23,9 +23,10 @@ from fxmem.plan.carry import left_behind
 from fxmem.prune.coupling.match_norms import epsilons, rescale
 from fxmem.prune.shrink.empty_layers import padded, silence
 from fxmem.prune.shrink.gates import gated, gates
+from fxmem.prune.shrink.masked import unowned
 from fxmem.prune.shrink.materialize import coupling as couple
 from fxmem.prune.shrink.size_attributes import Attributes, apply, attributes, cuts_width
-from fxmem.prune.shrink.slicing import cut, slices
+from fxmem.prune.shrink.slicing import buffer_slices, cut, slices
 from fxmem.prune.units.masks import Masks
 from fxmem.prune.units.units import Coupling
 
@@ -48,6 +49,7 @@ class Instances:
         self.coupling = coupling
         self.device = torch.device(device) if device else next(model.parameters()).device
         self.found: Attributes = attributes(model, coupling)
+        self.unowned = unowned(coupling)
         self.cut_axes = {(n, i) for g in coupling.groups for n, i, _ in g.members}
         self.instantiations = 0
         self.narrow = False
@@ -94,6 +96,8 @@ class Instances:
         silent = {name for g in bare for name, _, _ in g.consumer}
         parts = slices(self.coupling, masks)
         values: dict[str, Tensor] = dict(self.buffers)
+        for name, kept in buffer_slices(self.coupling, masks).items():
+            values[name] = cut(self.buffers[name], kept)
         for name, p in model.named_parameters():
             t = cut(p.detach(), parts[name]) if name in parts else p.detach()
             t = t.to(self.device, copy=name in silent)
@@ -122,7 +126,7 @@ class Instances:
                 if inside is None:
                     return self.run(values, dict(batch))
                 closed = gates(self.coupling, masks, inside)
-                with gated(self.skeleton, values, closed) as own:
+                with gated(self.skeleton, values, closed, self.unowned) as own:
                     return self._forward(own, dict(batch))
 
         return call

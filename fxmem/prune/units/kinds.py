@@ -7,10 +7,11 @@ with its last channel. A layer is all blocks of one decoder layer. A search has 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from fxmem.errors import PlanError
+from fxmem.errors import FxmemWarning, PlanError
 from fxmem.prune.units.masks import BLOCKS
 from fxmem.prune.units.units import Coupling
 
@@ -19,14 +20,16 @@ WHOLE = {**{block: (kind,) for kind, block in BLOCKS.items()}, "layers": tuple(B
 
 
 def chosen(coupled: Coupling, kinds: Sequence[str]) -> list[Any]:
-    """Groups of the wanted kinds; without any, the heads and channels of every layer.
+    """Groups of the wanted kinds; without any, the heads and channels of every layer, and those of
+    convolutions.
 
     Raises:
         PlanError: a kind the model does not have, or two that would remove the same weights.
     """
     inside = [g for g in coupled.groups if g.layer >= 0]
     if not kinds:
-        return [g for g in inside if g.kind != "experts"]
+        units = [g for g in coupled.groups if g.kind not in ("experts", "width")]
+        return [g for g in units if g.layer >= 0 or g.kind == "channels"] or units
     found = dict.fromkeys(g.kind for g in coupled.groups)
     blocks = [b for b, parts in WHOLE.items() if any(g.kind in parts for g in inside)]
     for kind in kinds:
@@ -40,6 +43,19 @@ def chosen(coupled: Coupling, kinds: Sequence[str]) -> list[Any]:
         for second in list(covers)[i + 1 :]:
             _separate(first, covers[first], second, covers[second])
     return [g for g in coupled.groups if any(g in groups for groups in covers.values())]
+
+
+def say_what_stays(coupled: Coupling) -> None:
+    """Warn of matrices in layers that no search can make smaller."""
+    found = {role: why for role, why in coupled.left_out.items() if "*" in role}
+    if found:
+        role, why = next(iter(found.items()))
+        more = f", and {len(found) - 1} other kinds of matrices" if len(found) > 1 else ""
+        warnings.warn(
+            f"{role}{more} stay whole: no unit of them can be removed exactly ({why}); "
+            "print(fxmem.coupling(model)) lists all reasons",
+            FxmemWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def _covered(coupled: Coupling, kind: str) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from fxmem.errors import MaskError
-from fxmem.prune.units.units import Coupling, UnitGroup, positions
+from fxmem.prune.units.units import Coupling, Member, UnitGroup, positions
 
-KINDS = ("kv_groups", "mlp_channels", "experts", "width")
+KINDS = ("kv_groups", "mlp_channels", "channels", "experts", "width")
 BLOCKS = {"kv_groups": "attention_blocks", "mlp_channels": "mlp_blocks"}
 """Kinds whose groups may lose every unit -> the kind of block that a whole group is."""
 
@@ -27,7 +27,8 @@ def fingerprint(coupling: Coupling) -> str:
     Experts and the width are left out: the shapes fix them, and masks of before there were such
     units still fit.
     """
-    groups = [(g.name, g.size, g.members) for g in coupling.groups if g.kind in BLOCKS]
+    fixed = ("experts", "width")
+    groups = [(g.name, g.size, g.members) for g in coupling.groups if g.kind not in fixed]
     text = repr((coupling.shapes, groups))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -117,6 +118,11 @@ class Masks:
         for g in coupling.groups:
             left, _ = counts.get(g.name, (g.size, g.size))
             if left < g.least:
+                if not g.router:
+                    raise MaskError(
+                        f"{left} units are kept where {g.least} must be", module=g.name,
+                        advice="keep one at least: a convolution without channels does not run",
+                    )  # fmt: skip
                 raise MaskError(
                     f"{left} experts are kept where every token chooses {g.least}",
                     module=g.name,
@@ -172,8 +178,8 @@ class Masks:
         ``prunable``: of the parameters that units hold (units of the width, which all share, only
         if some are removed); ``parameters``: of all, a tied one counted
         once; ``bytes``: of their storage; ``macs``: of the multiply-adds of matrix products with
-        parameters, per token (attention scores and values not counted; of experts as many as one
-        token chooses, so that removing experts saves their router's rows only).
+        parameters (attention scores and values not counted; of experts as many as one token
+        chooses, so that removing experts saves their router's rows only).
         """
         masks = self.on(coupling)
         before = {n: list(s) for n, s in coupling.shapes}
@@ -185,7 +191,7 @@ class Masks:
         ]
         held = {n for g in counted for n, _, _ in g.members}
 
-        def removed(weight: Mapping[str, int]) -> float:
+        def removed(weight: Mapping[str, float]) -> float:
             whole = sum(w * prod(before[n]) for n, w in weight.items())
             return 1 - sum(w * prod(after[n]) for n, w in weight.items()) / whole if whole else 0.0
 
@@ -195,9 +201,9 @@ class Masks:
             "bytes": removed(dict(coupling.item_sizes)),
         }
         for g in coupling.groups:
-            for name, axis, _ in g.members if g.least else ():
+            for name, axis, _ in g.members if g.router else ():
                 if (name, axis) not in {(n, i) for n, i, _ in g.router}:
-                    before[name][axis] = after[name][axis] = g.least
+                    before[name][axis] = after[name][axis] = 1  # each row chooses one
         return {**found, "macs": removed(dict(coupling.products))}
 
     def rounded(self, coupling: Coupling, multiple: Mapping[str, int] | int) -> Masks:
@@ -295,14 +301,26 @@ def _per_unit(group: UnitGroup, mask: Tensor) -> Tensor:
 
 def axis_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor]:
     """``(parameter, axis)`` -> boolean positions that stay, for every sliced axis."""
+    return _keeps(coupling, masks, [(g, g.members) for g in coupling.groups], coupling.shapes)
+
+
+def buffer_keeps(coupling: Coupling, masks: Masks) -> dict[tuple[str, int], Tensor]:
+    """As :func:`axis_keeps`, of the buffers that lose positions with the parameters."""
+    return _keeps(coupling, masks, [(g, g.buffers) for g in coupling.groups], coupling.buffers)
+
+
+def _keeps(
+    coupling: Coupling, masks: Masks, places: Sequence[tuple[UnitGroup, tuple[Member, ...]]],
+    known: tuple[tuple[str, tuple[int, ...]], ...],
+) -> dict[tuple[str, int], Tensor]:  # fmt: skip
     masks = masks.on(coupling)
-    shapes = dict(coupling.shapes)
+    shapes = dict(known)
     out: dict[tuple[str, int], Tensor] = {}
-    for g in coupling.groups:
+    for g, members in places:
         kept = masks.kept(g.name)
         if len(kept) == g.size:
             continue
-        for name, axis, path in g.members:
+        for name, axis, path in members:
             keep = positions(shapes[name][axis], path, g.size, kept)
             key = (name, axis)
             out[key] = out[key] & keep if key in out else keep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -55,9 +56,9 @@ class UnitGroup:
 
     Attributes:
         name: module path and kind, ``"model.layers.3.mlp.mlp_channels"``.
-        kind: ``"kv_groups"`` (key/value heads with their query heads), ``"mlp_channels"`` or
-            ``"experts"`` (whole experts of one mixture) or ``"width"`` (channels of the residual
-            stream).
+        kind: ``"kv_groups"`` (key/value heads with their query heads), ``"mlp_channels"``,
+            ``"channels"`` (of convolutions), ``"experts"`` (whole experts of one mixture) or
+            ``"width"`` (channels of the residual stream).
         layer: first number in the module path, -1 if none.
         size: number of units. cost: parameters removed with one unit.
         members: ``(parameter, axis, path)`` slices; see :func:`positions`.
@@ -65,8 +66,11 @@ class UnitGroup:
             the weights that give their output.
         sizes: sizes that follow the unit count, as factors per unit (``size * factor``).
         norms: norms that average over the units, of a ``"width"`` group only.
-        least: units that must stay: as many experts as one token chooses.
+        least: units that must stay: as many experts as one token chooses, one channel.
         router: members whose product gives the scores that experts are chosen by.
+        buffers: slices of saved buffers, as members.
+        unowned: consumers that are multiplied elsewhere than by a call of their module with its
+            own input.
     """
 
     name: str
@@ -80,6 +84,8 @@ class UnitGroup:
     norms: tuple[Norm, ...] = ()
     least: int = 0
     router: tuple[Member, ...] = ()
+    buffers: tuple[Member, ...] = ()
+    unowned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:  # read back from JSON they are plain tuples
         object.__setattr__(self, "norms", tuple(Norm(*n) for n in self.norms))
@@ -94,8 +100,10 @@ class Coupling:
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     item_sizes: tuple[tuple[str, int], ...] = ()
     """Bytes per element of every parameter."""
-    products: tuple[tuple[str, int], ...] = ()
-    """Parameters that are contracted in matrix products -> times each is used per token."""
+    products: tuple[tuple[str, float], ...] = ()
+    """Parameters in products -> rows that each is multiplied with, in the call that was read."""
+    buffers: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Shapes of the buffers that may be cut."""
 
     def group(self, name: str) -> UnitGroup:
         """The group of that name.
@@ -107,6 +115,21 @@ class Coupling:
             if g.name == name:
                 return g
         raise MaskError(f"the model has no unit group {name!r}")
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Matrices without a unit other than channels of the residual stream -> why.
+
+        Those of all layers are one entry, with ``*`` for their numbers.
+        """
+        cut = {n for g in self.groups if g.kind != "width" for n, _, _ in g.members}
+        whole = {n for n, shape in self.shapes if len(shape) > 1 and n not in cut}
+        reasons: dict[str, dict[str, None]] = {}
+        for name, _, why in self.blocked:
+            if name in whole:
+                role = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
+                reasons.setdefault(role, {})[re.sub(r"\d+", "*", why)] = None
+        return {role: "; ".join(found) for role, found in reasons.items()}
 
     @property
     def graph(self) -> Any:
