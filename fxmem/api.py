@@ -26,6 +26,7 @@ from fxmem.compiler.evaluation import Evaluation
 from fxmem.compiler.training_step import check_called
 from fxmem.deferred.tensor import settle
 from fxmem.distributed import fsdp2
+from fxmem.distributed.sequence import Group
 from fxmem.dynamo_backend import Backend, backend, fxmem_backend, recorder_of
 from fxmem.errors import (
     FxmemError,
@@ -55,7 +56,7 @@ RECAPTURES = 64
 _TRANSFORMED: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
 
 
-def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
+def transform(model: nn.Module, plan: Plan | None = None, *, mesh: Any = None) -> nn.Module:
     """Make training steps of ``model`` follow ``plan`` (default: streaming with automatic chunks);
     returns the same module, changed in place.
 
@@ -64,6 +65,7 @@ def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     follow the plan as well, except for ``plan.blocks``. With ``plan.prune`` the result is a new,
     smaller model and the given one stays as it is. Of a DistributedDataParallel the model inside is
     transformed; parameters that ``fully_shard`` has spread, before or after, stay where they are.
+    ``mesh``: the ``torch.distributed.DeviceMesh`` with the dimension of ``Stream(sequence=...)``.
 
     Raises:
         PlanError: the plan cannot work with this model.
@@ -76,8 +78,9 @@ def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
         plan = replace(plan, prune=None)
         if plan.stream is None and plan.blocks is None:
             return model
+    group = _group(plan, mesh)
     if isinstance(model, nn.parallel.DistributedDataParallel) and plan.blocks is None:
-        transform(model.module, plan)
+        transform(model.module, plan, mesh=mesh)
         return model
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise PlanError(
@@ -86,13 +89,25 @@ def transform(model: nn.Module, plan: Plan | None = None) -> nn.Module:
         )
     check_called(model)
     state = BlockState(model, plan.blocks) if plan.blocks is not None else None
-    install(model, plan)
-    carry.attach(model, plan, install)
+    install(model, plan).group = group
+    carry.attach(model, plan, install, group)
     detach(model)
     if state is not None:
         attach(model, state)
         use_roles(model, state.table)
     return model
+
+
+def _group(plan: Plan, mesh: Any) -> Group | None:
+    name = None if plan.stream is None else plan.stream.sequence
+    if name is not None:
+        return Group.of(mesh, name)
+    if mesh is not None:
+        raise PlanError(
+            "mesh is given, and the plan names none of its dimensions",
+            advice="name the one that a sequence is to be divided over: Stream(sequence=...)",
+        )
+    return None
 
 
 def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Backend:
@@ -182,7 +197,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
 
     def found(error: Exception, args: Any, kwargs: Any) -> bool:
         """A part of the model runs as it is from now on, and the call may succeed."""
-        alone = not engine.sharded and engine.roles is None
+        alone = not engine.sharded and engine.roles is None and engine.group is None
         return alone and opaque.found(error, lambda: plain(*args, **kwargs), named(args, kwargs))
 
     def evaluates(args: Any, kwargs: Any) -> Any:

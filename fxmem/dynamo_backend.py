@@ -20,6 +20,7 @@ from fxmem.compiler.compile import compile_graph
 from fxmem.compiler.step import CompiledGraph
 from fxmem.deferred.recorder import Recorder
 from fxmem.distributed.fsdp2 import ShardedModel
+from fxmem.distributed.sequence import Group
 from fxmem.errors import (
     CaptureError,
     FxmemError,
@@ -58,6 +59,7 @@ class Backend:
         self.flags = Flags()
         self.graphs: list[CompiledGraph] = []
         self.sharded: ShardedModel | None = None
+        self.group: Group | None = None
         self.states = False
         self.opaque: Callable[[], Opaque | None] = lambda: None
 
@@ -98,7 +100,7 @@ class Backend:
         late = None if self.recorder is None else self.recorder.output
         graph = compile_graph(
             gm, example_inputs, self.plan, self.roles, late=late, one=self.one, states=self.states,
-            learns=learns, told=self.told,
+            learns=learns, told=self.told, group=self.group,
         )  # fmt: skip
         stream = self.plan.stream
         if stream is not None and (stream.memory, stream.offload) != ("least", "none"):
@@ -142,6 +144,11 @@ def _raiser(error: Exception, cause: BaseException | None = None) -> Callable[..
 def backend(plan: Plan | None = None) -> Backend:
     """The backend callable for ``plan`` (default: streaming with automatic chunks)."""
     plan = Plan(stream=Stream()) if plan is None else plan
+    if plan.stream is not None and plan.stream.sequence is not None:
+        raise PlanError(
+            "a torch.compile backend knows no mesh, which Stream.sequence needs",
+            advice="use fxmem.transform(model, plan, mesh=mesh)",
+        )
     told: set[str] = set()
     return Backend(plan, recorder=recorder_of(plan, told), idle=True, told=told)
 

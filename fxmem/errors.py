@@ -170,6 +170,15 @@ class DivergedError(FxmemError):
     default_advice = "give every rank the same model, batches and options, in the same order"
 
 
+class LostRankError(FxmemError):
+    """A rank that streams the same sequence does not answer."""
+
+    default_advice = (
+        "see what ended or stopped the other process, then start all of them again, from a "
+        "checkpoint; ranks of a sequence call forward and backward alike"
+    )
+
+
 class RoleError(FxmemError):
     """A parameter has a role that the compiled step cannot honour."""
 

@@ -54,7 +54,7 @@ def _read_before_written(loop: Loop, read: str, written: str) -> bool:
         return False
     write = writes[0]
     buffer, _, dim, start = write.args
-    low = nodes[len(loop.ints)]
+    low = nodes[len(loop.ints) + (loop.bounds.index("at") if "at" in loop.bounds else 0)]
     if buffer is not given[written] or start is not low:
         return False
     if any(t.target is not runtime.take or t.args[1:3] != (dim, low) or len(t.args) != 4

@@ -36,6 +36,7 @@ def test_every_failure_has_a_class() -> None:
         "FxmemError",
         "HookError",
         "InternalError",
+        "LostRankError",
         "MaskError",
         "ModifiedParameterError",
         "MutationError",

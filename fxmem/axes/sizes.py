@@ -19,6 +19,8 @@ from fxmem.axes.size_calls import fold
 T = sympy.Symbol("T", integer=True, positive=True)
 LO = sympy.Symbol("lo", integer=True, nonnegative=True)
 HI = sympy.Symbol("hi", integer=True, positive=True)
+AT = sympy.Symbol("at", integer=True, nonnegative=True)
+"""First row of a chunk among those of this rank, where ranks have parts of the axis."""
 STEP = sympy.Symbol("step", integer=True, positive=True)
 """Rows of a full chunk."""
 CHUNKS = sympy.Symbol("chunks", integer=True, positive=True)

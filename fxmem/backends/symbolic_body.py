@@ -58,7 +58,8 @@ def propagate(
 ) -> tuple[dict[fx.Node, Any], Symbolic]:  # fmt: skip
     """Every value of the body on fake tensors with symbolic sizes."""
     hints = {name: _TYPICAL.get(name, 2 + i) for i, name in enumerate(loop.ints)}
-    sizes = Symbolic.of({**hints, "lo": _TYPICAL["lo"], "rows": _TYPICAL["rows"]})
+    at = {"at": 1536} if "at" in loop.bounds else {}
+    sizes = Symbolic.of({**hints, "lo": _TYPICAL["lo"], "rows": _TYPICAL["rows"], **at})
     given: dict[str, Any] = {**sizes.ints, "hi": sizes.ints["lo"] + sizes.ints["rows"]}
     for name, shape, x, how in zip(loop.tensors, shapes, tensors, layouts, strict=True):
         given[name] = sizes.tensor(shape, strides(shape, how), x.dtype, x.device)

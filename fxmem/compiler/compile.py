@@ -19,6 +19,8 @@ from fxmem.backends.lowering import Lowering
 from fxmem.compiler.borders import Borders
 from fxmem.compiler.region_codes import _region_call
 from fxmem.compiler.step import CompiledGraph, LateOutput
+from fxmem.compiler.together import Together
+from fxmem.distributed.sequence import Group
 from fxmem.frontend import capture as cap
 from fxmem.frontend import parameter_free as pre_
 from fxmem.frontend import regions
@@ -42,7 +44,9 @@ from fxmem.rewriting.pipeline import Pass, copy_graph, run_passes
 from fxmem.roles.roles import RoleSource
 from fxmem.runtime.counters import COUNTER
 from fxmem.runtime.profile import profile
+from fxmem.runtime.region_call import RegionCall
 from fxmem.streaming.chunk_size import Chunker
+from fxmem.streaming.exchanges import rows_of
 from fxmem.streaming.token_mixing import mixes
 
 GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
@@ -57,13 +61,14 @@ def compile_graph(
     plain: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
     roles: RoleSource | None = None, *, late: LateOutput | None = None, one: bool = False,
     states: bool = False, learns: bool = True, told: set[str] | None = None,
+    group: Group | None = None,
 ) -> CompiledGraph:  # fmt: skip
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`.
 
     ``late``: makes what is returned for a wide output that is not computed here, from what its
     region reads and the sizes of the call. ``one``: everything is one region. ``states``: the
     caller asked for states of the model. ``learns``: there will be a backward. ``told``:
-    operators that a warning has named.
+    operators that a warning has named. ``group``: ranks that stream the sequence together.
     """
     start = time.perf_counter()
     doing("cutting the model into regions")
@@ -88,10 +93,15 @@ def compile_graph(
     borders.check(roles is not None)
     lowering = Lowering.of(plan)
     told = set() if told is None else told
-    calls = []
+    calls: list[RegionCall] = []
+    spread: dict[pre_.Leaf, int] = {}
     for i, part in enumerate(parts):
         doing(f"tracing region {i + 1} of {len(parts)}")
-        calls.append(_region_call(part, pre, lowering, told))
+        call = _region_call(part, pre, lowering, told, None if group is None else spread)
+        joint = call.code.joint
+        cuts = [rows_of(joint.info[o].shape) for o in joint.outputs]
+        spread.update((leaf, c.dim) for leaf, c in zip(call.outputs, cuts, strict=True) if c)
+        calls.append(call)
     COUNTER.captures += 1
     COUNTER.capture_seconds += time.perf_counter() - start
     weights = [
@@ -99,7 +109,10 @@ def compile_graph(
         if n in capture.parameters and isinstance(v, Tensor) and not is_stand_in(v)
     ]  # fmt: skip
     chunker = Chunker.of(plan.stream or Stream(), weights, calls, _body_bytes)
-    return CompiledGraph(capture, pre, calls, plan, chunker, plain, borders, roles, late, one)
+    together = None if group is None else Together(group, plan, capture, pre, calls, spread)
+    return CompiledGraph(
+        capture, pre, calls, plan, chunker, plain, borders, roles, late, one, together
+    )
 
 
 def _body_bytes(code: Any, kind: str, sizes: Mapping[str, int], rows: int) -> int:

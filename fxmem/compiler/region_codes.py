@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from fxmem.backends.lowering import Lowering
 from fxmem.frontend import parameter_free as pre_
@@ -35,14 +35,19 @@ JOINT_PASSES: tuple[Pass[Joint], ...] = (
 
 
 def _region_call(
-    region: regions.Region, pre: pre_.Preamble, lowering: Lowering, told: set[str]
-) -> RegionCall:
+    region: regions.Region, pre: pre_.Preamble, lowering: Lowering, told: set[str],
+    spread: Collection[pre_.Leaf] | None = None,
+) -> RegionCall:  # fmt: skip
+    """``spread``: values of which ranks have rows; None: there are no other ranks."""
+    own = None if spread is None else tuple(leaf in spread for leaf in region.leaves)
+
     def make(name: str) -> RegionCode:
         return RegionCode(
-            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name, lowering, told
-        )
+            region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name, lowering, told,
+            own=own,
+        )  # fmt: skip
 
-    code = _CODES.take(f"{revision()} {lowering} {region.key()}", region, make)
+    code = _CODES.take(f"{revision()} {lowering} {own} {region.key()}", region, make)
     outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
     return RegionCall(code, region.leaves, outputs, modules=region.modules)
 

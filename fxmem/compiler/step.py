@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter as Tally
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from fxmem._compat import wrapped
 from fxmem.compiler.borders import Borders
 from fxmem.compiler.region_codes import _adapted
 from fxmem.compiler.tied_weights import _link_shared
+from fxmem.compiler.together import Together
+from fxmem.distributed.sequence import Call
 from fxmem.errors import InternalError
 from fxmem.frontend import capture as cap
 from fxmem.frontend import faults
@@ -55,8 +58,9 @@ class CompiledGraph:
         roles: RoleSource | None = None,
         late: LateOutput | None = None,
         part: bool = False,
+        together: Together | None = None,
     ) -> None:
-        self.late, self.part = late, part
+        self.late, self.part, self.together = late, part, together
         self.roles, self.borders = roles, borders
         self.selected: list[Selection] = []
         self.table: RoleTable | None = None
@@ -128,16 +132,19 @@ class CompiledGraph:
                 env.update(zip(made.leaves, wrapped.parts(by_node[node]), strict=True))
         env.update(pre_.execute(self.pre, [by_node[n] for n in self.pre.inputs]))
         names = {id(args[i]): name for i, name in self._parameters}
-        state = CallState(sizes, names=names, sharding=sharding)
+        ranks = None if self.together is None else self.together.call(sizes)
+        state = CallState(sizes, names=names, sharding=sharding, ranks=ranks)
         step = self._step(table, env) if table is not None else None
         if kept.away:
             state.leaving = Leaving(home(kept.where, self.calls[0].code.device))
         shards = None if sharding is None else sharding.regions(
             [[env.get(leaf) for leaf in call.leaves] for call in self.calls]
         )  # fmt: skip
+        if self.together is not None and not self.together.agree(sizes, env, kept.levels):
+            kept = self.kept = replace(kept, levels=(0,) * len(self.calls))
         del by_node, args
         for i, call in enumerate(self.calls):
-            self.borders.cross(i, env, sizes)
+            self._cross(i, env, ranks)
             chunk = self.chunk(i)
             tensors = [env[leaf] for leaf in call.leaves]
             shard = None if shards is None else shards[i]
@@ -162,14 +169,24 @@ class CompiledGraph:
             del outputs
             for leaf in call.release:
                 env.pop(leaf, None)
-        self.borders.cross(len(self.calls), env, sizes)
-        return [self._output(o, env) for o in self.capture.outputs]
+        self._cross(len(self.calls), env, ranks)
+        return [self._output(o, env, ranks) for o in self.capture.outputs]
+
+    def _cross(self, at: int, env: dict[pre_.Leaf, Any], ranks: Call | None) -> None:
+        """Run what lies before a region, which sees whole values."""
+        if self.together is None or ranks is None or not self.borders.nodes[at]:
+            self.borders.cross(at, env, self.sizes)
+            return
+        seen = {**env, **self.together.whole(self.borders.leaves(at), env, ranks)}
+        self.borders.cross(at, seen, self.sizes)
+        env.update((leaf, value) for leaf, value in seen.items() if leaf not in env)
 
     def _keeps(self, roles: bool, fresh: bool) -> Kept:
         """What this call keeps; the second run of a checkpoint must save what the first did."""
         if not torch.is_grad_enabled() or _compat_hooks.saved_elsewhere():
             return Kept((0,) * len(self.calls))
-        return self.holding.moved() if roles else self.holding.to_run(self.sizes, fresh)
+        sizes = self.sizes if self.together is None else self.together.of_a_rank(self.sizes)
+        return self.holding.moved() if roles else self.holding.to_run(sizes, fresh)
 
     def expected(self, sizes: Mapping[str, int]) -> Kept:
         """What a training call of these sizes keeps, as the latest one did if that had them."""
@@ -213,14 +230,24 @@ class CompiledGraph:
         }
         table.tell_order(order)
 
-    def _output(self, output: Any, env: dict[pre_.Leaf, Any]) -> Any:
+    def _output(self, output: Any, env: dict[pre_.Leaf, Any], ranks: Call | None) -> Any:
         if isinstance(output, Dropped):
             shape = [cap.canonical(s, self.capture.symbols) for s in output.value.shape]
             return dropped(shape, self.sizes, output.value.dtype, output.value.device)
         if isinstance(output, Late):
             assert self.late is not None
-            return self.late(output, [env[leaf] for leaf in output.region.leaves], self.sizes)
-        return env[pre_.leaf_of(self.pre, output)] if isinstance(output, fx.Node) else output
+            leaves = output.region.leaves
+            return self.late(output, self._whole(leaves, env, ranks), self.sizes)
+        if not isinstance(output, fx.Node):
+            return output
+        return self._whole([pre_.leaf_of(self.pre, output)], env, ranks)[0]
+
+    def _whole(
+        self, leaves: Sequence[pre_.Leaf], env: dict[pre_.Leaf, Any], ranks: Call | None
+    ) -> list[Any]:
+        if self.together is not None and ranks is not None:
+            env.update(self.together.whole(leaves, env, ranks))
+        return [env[leaf] for leaf in leaves]
 
 
 def bind_sizes(capture: cap.Capture, args: Sequence[Any]) -> dict[str, int]:

@@ -25,18 +25,21 @@ Install = Callable[[nn.Module, Plan], Any]
 class Carried:
     """The plan of one module, which it follows into copies; the module itself is not held."""
 
-    def __init__(self, model: nn.Module, plan: Plan, install: Install) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, install: Install, group: Any = None) -> None:
         self.model, self.plan, self.install = weakref.ref(model), plan, install
+        self.group = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Carried | None:
         # a copy of the module is in the memo before anything that hangs on it is copied
-        return _taken(memo.get(id(self.model())), self.plan, self.install)
+        return _taken(memo.get(id(self.model())), self.plan, self.install, self.group)
 
     def __reduce__(self) -> Any:
-        return _taken, (self.model(), self.plan, self.install)
+        return _taken, (self.model(), self.plan, self.install)  # ranks are those of a process
 
 
-def _taken(model: nn.Module | None, plan: Plan, install: Install) -> Carried | None:
+def _taken(
+    model: nn.Module | None, plan: Plan, install: Install, group: Any = None
+) -> Carried | None:
     """``model``, a copy that is being made, follows the plan as well."""
     if model is None:
         return None
@@ -48,15 +51,21 @@ def _taken(model: nn.Module | None, plan: Plan, install: Install) -> Carried | N
             FxmemWarning, stacklevel=2,
         )  # fmt: skip
         return None
-    install(model, plan)
-    return Carried(model, plan, install)
+    if group is None and plan.stream is not None and plan.stream.sequence is not None:
+        warnings.warn(
+            f"this copy of a {type(model).__name__} streams in each process by itself: "
+            "fxmem.transform(copy, plan, mesh=mesh) gives it the ranks of its sequence",
+            FxmemWarning, stacklevel=2,
+        )  # fmt: skip
+    install(model, plan).group = group
+    return Carried(model, plan, install, group)
 
 
-def attach(model: nn.Module, plan: Plan, install: Install) -> None:
+def attach(model: nn.Module, plan: Plan, install: Install, group: Any = None) -> None:
     """Copies of ``model`` follow ``plan`` from now on: ``install(copy, plan)`` is called for
-    each.
+    each. ``group``: the ranks that stream its sequences together, for copies in this process.
     """
-    model.__dict__[NAME] = Carried(model, plan, install)
+    model.__dict__[NAME] = Carried(model, plan, install, group)
 
 
 def detach(model: nn.Module) -> None:

@@ -72,6 +72,10 @@ class Stream:
             for the backward where that saves the most time per byte. ``"least"`` keeps nothing that
             costs memory. A step that cannot fit raises MemoryBudgetError before it begins. Not with
             ``Plan.blocks``.
+        sequence: the dimension of a mesh of devices, by its name, whose ranks stream each sequence
+            together: ``fxmem.transform(model, plan, mesh=mesh)``. All of them are given the same
+            batch and end with the same loss and gradients as one process would have; each
+            holds its part of the hidden states. Not with ``memory`` or ``Plan.blocks``.
 
     Raises:
         PlanError: for an unknown option or an impossible value.
@@ -83,6 +87,7 @@ class Stream:
     logits: Literal["drop", "keep"] = "drop"
     hold: Literal["auto", "none"] = "auto"
     memory: int | str = "least"
+    sequence: str | None = None
 
     def __post_init__(self) -> None:
         tokens("Stream.chunk", self.chunk)
@@ -92,8 +97,19 @@ class Stream:
         choice("Stream.offload", self.offload, ("none", "cpu", "disk", "auto"), ())
         choice("Stream.logits", self.logits, ("drop", "keep"), ())
         choice("Stream.hold", self.hold, ("auto", "none"), ())
+        if self.sequence is not None and not (isinstance(self.sequence, str) and self.sequence):
+            raise PlanError(
+                f"Stream.sequence is {self.sequence!r}",
+                advice="allowed values: None or the name of a dimension of the mesh",
+            )
+        if self.sequence is not None and self.memory != "least":
+            raise PlanError(
+                f"Stream.memory is {self.memory!r} beside Stream.sequence, whose shares it does "
+                "not know",
+                advice='take memory="least"; hold="auto" and offload work with a sequence',
+            )
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, int | str | None]:
         """The fields as a dict of plain values."""
         return asdict(self)
 
@@ -149,6 +165,11 @@ class Plan:
             raise PlanError(
                 f"Stream.memory is {self.stream.memory!r} beside Plan.blocks, which keep nothing",
                 advice='take memory="least"; offload works with blocks',
+            )
+        if self.blocks is not None and self.stream is not None and self.stream.sequence is not None:
+            raise PlanError(
+                "Stream.sequence beside Plan.blocks, whose updates happen inside the backward",
+                advice="train without Plan.blocks, or leave out Stream.sequence",
             )
         choice("Plan.lower", self.lower, ("auto", "eager", "inductor", "triton"), ())
 

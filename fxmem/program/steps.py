@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import fx
 
+from fxmem.axes.signature import Cut
 from fxmem.axes.sizes import Size
 
 
@@ -23,7 +24,7 @@ class Buffer:
     """A tensor the program allocates: ``zero`` for accumulators, else written chunk by chunk.
 
     ``dtype`` is the stored type, ``result`` the type its readers see; ``start``: a tensor that it
-    begins as.
+    begins as; ``local``: it has the rows of this rank alone.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Buffer:
     result: torch.dtype
     zero: bool
     start: str = ""
+    local: bool = False
 
 
 @dataclass(slots=True)
@@ -69,7 +71,8 @@ class Loop:
     """``for [lo, hi) in chunks: module(*ints, lo, hi, *masks, *tensors)``; tensors include what it
     writes.
 
-    ``compiled``: what runs the body instead of ``module``, by :meth:`Compiled.bind`.
+    ``compiled``: what runs the body instead of ``module``, by :meth:`Compiled.bind`; ``bounds``:
+    what it is told of its chunk, with ``at`` where ranks have parts of the sequence.
     """
 
     module: fx.GraphModule
@@ -80,6 +83,7 @@ class Loop:
     allocate: list[Buffer]
     finish: list[Buffer]
     compiled: Compiled | None = None
+    bounds: tuple[str, ...] = ("lo", "hi")
 
 
 @dataclass(slots=True)
@@ -89,7 +93,23 @@ class Free:
     names: list[str]
 
 
-Step = Straight | Loop | Free
+@dataclass(slots=True)
+class Exchange:
+    """What ranks that stream parts of one sequence do together; ``results`` are of ``tensors``.
+
+    ``gather``: whole tensors of the ranks' rows. ``scatter``: the rows of this rank of a sum over
+    ranks. ``sum``: that sum whole, in place. ``rows``: the rows of this rank of what all ranks have
+    whole, which sends nothing. ``cuts``: where each has the sequence; ``shapes``: whole.
+    """
+
+    kind: Literal["gather", "scatter", "sum", "rows"]
+    tensors: list[str]
+    results: list[str]
+    cuts: list[Cut | None]
+    shapes: list[tuple[Size, ...]]
+
+
+Step = Straight | Loop | Free | Exchange
 
 
 @dataclass(slots=True)
@@ -130,14 +150,16 @@ def _print(program: Program) -> list[str]:
             bodies += _body(f"straight_{i}", step.module)
         elif isinstance(step, Free):
             lines.append(f"    del {', '.join(step.names)}")
+        elif isinstance(step, Exchange):
+            lines.append(f"    {', '.join(step.results)} = {step.kind}({', '.join(step.tensors)})")
         else:
             for b in step.allocate:
                 make = "zeros" if b.zero else "empty"
                 made = f"{b.start}.clone()" if b.start else f"{make}{_shape(b.shape)}"
                 lines.append(f"    {b.name} = {made}  # {str(b.dtype).removeprefix('torch.')}")
             order = "reversed(chunks)" if step.descending else "chunks"
-            lines.append(f"    for lo, hi in {order}:")
-            given = ", ".join([*step.ints, "lo", "hi", *step.masks, *step.tensors])
+            lines.append(f"    for {', '.join(step.bounds)} in {order}:")
+            given = ", ".join([*step.ints, *step.bounds, *step.masks, *step.tensors])
             lines.append(f"        body_{i}({given})")
             bodies += _body(f"body_{i}", step.module)
     lines.append(f"    return {', '.join(str(o) for o in program.outputs)}")

@@ -148,11 +148,13 @@ def _region(uses: list[tuple[CompiledGraph, RegionCall]]) -> RegionReport:
     length = graph.sizes.get("T", 0)
     at = next(i for i, c in enumerate(graph.calls) if c is call)
     chunk = min(length, graph.chunk(at)) if graph.sizes else 0
+    sizes = with_chunks(graph.sizes, chunk)
+    rows = sizes if graph.together is None else graph.together.of_a_rank(sizes)
     loops = [
         LoopReport(
             label, "descending" if loop.descending else "ascending",
             len(_targets(loop)),
-            [_buffer(b, with_chunks(graph.sizes, chunk)) for b in loop.allocate],
+            [_buffer(b, rows if b.local else sizes) for b in loop.allocate],
         )
         for label, program in _programs(code)
         for loop in program.loops

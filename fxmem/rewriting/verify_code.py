@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from fxmem.errors import VerificationError
-from fxmem.program.steps import Free, Loop, Mask, Program, Straight
+from fxmem.program.steps import Exchange, Free, Loop, Mask, Program, Straight
 from fxmem.rewriting.aliases import written_arguments
 from fxmem.rewriting.text import Subject
 
@@ -22,7 +22,7 @@ def graphs(subject: Subject) -> list[fx.Graph]:
     if not isinstance(subject, Program):
         return [subject.graph]
     parts = (*subject.masks, *subject.steps)
-    return [p.module.graph for p in parts if not isinstance(p, Free)]
+    return [p.module.graph for p in parts if not isinstance(p, (Free, Exchange))]
 
 
 def check_code(name: str, before: Subject, after: fx.Graph | Program) -> None:
@@ -66,11 +66,11 @@ def _check_names(name: str, program: Program) -> None:
         _check_there(name, step.names if isinstance(step, Free) else step.tensors, there)
         if isinstance(step, Free):
             there.difference_update(step.names)
-        if isinstance(step, Straight):
+        if isinstance(step, (Straight, Exchange)):
             there.update(step.results)
     _check_there(name, [o for o in program.outputs if o is not None], there)
     for part in (*program.masks, *program.steps):
-        if not isinstance(part, Free):
+        if not isinstance(part, (Free, Exchange)):
             _check_module(name, part)
 
 
@@ -83,10 +83,10 @@ def _check_there(name: str, read: Sequence[str], there: set[str]) -> None:
 def _check_module(name: str, part: Mask | Straight | Loop) -> None:
     graph = part.module.graph
     count = len(part.ints) + len(part.tensors)
-    if not isinstance(part, Straight):
+    if isinstance(part, Mask):
         count += 2  # the bounds of the chunk
     if isinstance(part, Loop):
-        count += len(part.masks)
+        count += len(part.bounds) + len(part.masks)
     if len(_takes(graph)) != count:
         raise VerificationError(f"pass {name}: a body takes other arguments than it is given")
     (output,) = graph.find_nodes(op="output")

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
-from fxmem.axes.sizes import evaluate_shape, with_chunks
+from fxmem.axes.sizes import T, evaluate_shape, with_chunks
 from fxmem.errors import ModifiedParameterError
-from fxmem.program.steps import Free, Loop, Mask, Program, Straight
+from fxmem.program.steps import Exchange, Free, Loop, Mask, Program, Straight
 from fxmem.runtime import tile_map as masks
 from fxmem.runtime.offload import Leaving
+from fxmem.runtime.ranks import Placed, Ranks
 from fxmem.runtime.sharding import Sharding
 from fxmem.runtime.shared_grads import SharedGrads
 
@@ -39,6 +40,8 @@ class CallState:
     sharding: Sharding | None = None
     leaving: Leaving | None = None
     """Moves saved tensors off the device."""
+    ranks: Ranks | None = None
+    """Those that stream this call together."""
 
     def watch(self, saved: Sequence[Tensor | None]) -> None:
         """Remember the versions of parameters that a backward will read."""
@@ -67,6 +70,12 @@ class CallState:
                 )
         self.entered = number
 
+    def chunks(self, chunk: int) -> list[tuple[int, ...]]:
+        """The bounds of each chunk that this process runs, in order."""
+        if self.ranks is not None:
+            return self.ranks.chunks(chunk)
+        return list(chunks(self.sizes.get("T", 1), chunk))
+
 
 def chunks(length: int, chunk: int) -> list[tuple[int, int]]:
     """``[lo, hi)`` pairs that cover ``length``; the last one may be shorter."""
@@ -86,7 +95,7 @@ def execute(
     ``begin``: accumulators to start from instead of zeros, by name.
     """
     env: dict[str, Any] = dict(zip(program.inputs, tensors, strict=True))
-    parts = chunks(state.sizes.get("T", 1), chunk)
+    parts = state.chunks(chunk)
     sizes = with_chunks(state.sizes, chunk)
     tiles = {
         m.name: tile_map(m, state, env, parts)
@@ -97,12 +106,20 @@ def execute(
     for step in program.steps:
         if isinstance(step, Free):
             for name in step.names:
-                del env[name]
+                env.pop(name, None)  # a scatter has taken its sums out already
         elif isinstance(step, Straight):
             values = _compat_hooks.function(step.module)(
                 *(sizes[i] for i in step.ints), *(env[t] for t in step.tensors)
             )
             env.update(zip(step.results, values, strict=True))
+        elif isinstance(step, Exchange):
+            assert state.ranks is not None
+            shapes = [evaluate_shape(s, sizes) for s in step.shapes]
+            given = [env.pop(t) if step.kind == "scatter" else env[t] for t in step.tensors]
+            where = [None if c is None else Placed.of(c, sizes) for c in step.cuts]
+            made = state.ranks.exchange(step.kind, given, where, shapes)
+            env.update(zip(step.results, made, strict=True))
+            del given, made
         else:
             _run_loop(step, program, state, sizes, env, parts, tiles, device, begin)
             counter.bodies += len(parts)
@@ -115,11 +132,12 @@ def _run_loop(
     state: CallState,
     sizes: Mapping[str, int],
     env: dict[str, Any],
-    parts: list[tuple[int, int]],
+    parts: list[tuple[int, ...]],
     tiles: dict[str, masks.TileMap],
     device: torch.device,
     begin: Mapping[str, Tensor],
 ) -> None:
+    rows = sizes if state.ranks is None else {**sizes, str(T): state.ranks.rows}
     for b in step.allocate:
         if b.name in begin:
             env[b.name] = begin[b.name]
@@ -128,7 +146,8 @@ def _run_loop(
             env[b.name] = env[b.start].to(b.dtype, copy=True)
             continue
         make = torch.zeros if b.zero else torch.empty
-        env[b.name] = make(evaluate_shape(b.shape, sizes), dtype=b.dtype, device=device)
+        shape = evaluate_shape(b.shape, rows if b.local else sizes)
+        env[b.name] = make(shape, dtype=b.dtype, device=device)
     for name in step.masks:
         if name not in tiles:
             mask = next(m for m in program.masks if m.name == name)
@@ -155,16 +174,39 @@ def _result(program: Program, env: Mapping[str, Any], name: str) -> Tensor:
 
 
 def tile_map(
-    mask: Mask, state: CallState, env: Mapping[str, Any], parts: list[tuple[int, int]]
+    mask: Mask, state: CallState, env: Mapping[str, Any], parts: Sequence[tuple[int, ...]]
 ) -> masks.TileMap:
     """The classified mask, shared by all regions of the call that use the same one."""
     tensors = [env[t] for t in mask.tensors]
     key = (mask.key, tuple(parts[:1]), *(id(t) for t in tensors))
     if key not in state.tiles:
-        sizes = with_chunks(state.sizes, parts[0][1] if parts else 1)
+        sizes = with_chunks(state.sizes, parts[0][1] - parts[0][0] if parts else 1)
         ints = [sizes[i] for i in mask.ints]
         tiles = masks.build(
-            lambda lo, hi: _compat_hooks.function(mask.module)(*ints, lo, hi, *tensors), parts
+            lambda lo, hi: _compat_hooks.function(mask.module)(*ints, lo, hi, *tensors),
+            [(part[0], part[1]) for part in parts],
         )
         state.tiles[key] = tiles, tensors
     return state.tiles[key][0]
+
+
+def is_causal(
+    program: Program, state: CallState, chunk: int, tensors: Sequence[Tensor | None]
+) -> bool:
+    """No attention mask of these inputs shows a later key."""
+    env = dict(zip(program.inputs, tensors, strict=True))
+    parts = chunks(state.sizes["T"], chunk)
+    known = [m for m in program.masks if all(t in env for t in m.tensors)]
+    return len(known) == len(program.masks) and all(
+        tile_map(m, state, env, parts).causal for m in known
+    )
+
+
+def accumulators(program: Program, start: dict[int, Tensor]) -> dict[str, Tensor]:
+    """Which of ``start`` can be the accumulator of its gradient."""
+    sums, found = {b.name: b for step in program.loops for b in step.allocate if b.zero}, {}
+    for i, part in start.items():
+        name = program.outputs[i]
+        if name in sums and sums[name].dtype == part.dtype and part.is_contiguous():
+            found[name] = part
+    return found

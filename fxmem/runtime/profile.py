@@ -22,7 +22,7 @@ from fxmem._compat.memory import StorageWatch
 from fxmem.axes.sizes import evaluate_shape, with_chunks
 from fxmem.kernels import attention, token_nll
 from fxmem.program.body_op import BODY_OPS
-from fxmem.program.steps import Free, Loop, Mask, Program, Straight
+from fxmem.program.steps import Exchange, Free, Loop, Mask, Program, Straight
 from fxmem.runtime.region_code import RegionCode
 
 
@@ -141,6 +141,12 @@ def run_fake(
                         zip(step.results, _compat_hooks.function(step.module)(*given), strict=True)
                     )
                     del given
+                elif isinstance(step, Exchange):
+                    # a rank's rows count as all, so that this is no less than a rank takes
+                    env.update(
+                        (r, torch.empty_like(env[t]))
+                        for t, r in zip(step.tensors, step.results, strict=True) if t != r
+                    )  # fmt: skip
                 else:
                     nodes.append(_loop(step, env, sizes, chunk, watch, home))
             results = [None if o is None else _result(program, env, o) for o in program.outputs]
@@ -196,9 +202,8 @@ def _loop(
     spans = [_spans(hi - chunk, hi, device)] * len(step.masks)
     earlier = watch.peak
     body = _Body(step.module, watch)
-    body.run(
-        *(sizes[i] for i in step.ints), hi - chunk, hi, *spans, *(env[t] for t in step.tensors)
-    )
+    bounds = (hi - chunk, hi, hi - chunk)[: len(step.bounds)]
+    body.run(*(sizes[i] for i in step.ints), *bounds, *spans, *(env[t] for t in step.tensors))
     watch.peak = max(earlier, body.base + max(body.used))
     return tuple(body.used)
 

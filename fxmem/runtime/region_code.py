@@ -28,12 +28,14 @@ from fxmem.frontend.regions import Region
 from fxmem.frontend.subgraph import has_own_gradient
 from fxmem.passes.keep_sum_dtype import KeepSumDtype
 from fxmem.passes.reuse_tangents import ReuseTangents
-from fxmem.program.steps import Barrier, Loop, Program, Straight
+from fxmem.program.steps import Barrier, Free, Program
 from fxmem.progress import doing
 from fxmem.rewriting.pipeline import Pass, run_passes
+from fxmem.runtime.loops import accumulators, is_causal
 from fxmem.streaming.carried_states import with_states
 from fxmem.streaming.chunk_size import footprint
 from fxmem.streaming.emit import Emitter
+from fxmem.streaming.exchanges import forms_of, given_as_rows
 from fxmem.streaming.ignored_tokens import Packing, pack, packing, unpack
 from fxmem.streaming.keep_levels import levels
 from fxmem.streaming.loop_body import Handler
@@ -75,15 +77,17 @@ class RegionCode:
     ``derived``: what other rooms made of this code and keep with it.
 
     ``only``: positions of the outputs that are differentiated, instead of all that can be.
+
+    ``own``: which tensors come as this rank's rows of the sequence; None: no other rank has any.
     """
 
     def __init__(
         self, region: Region, caller: Callable[[], Caller], rewrite: Callable[[Joint], Joint],
         handlers: dict[str, Handler], run: Callable[..., list[Tensor | None]],
         counter: Any, name: str, lowering: Lowering, told: set[str],
-        only: Sequence[int] | None = None,
+        only: Sequence[int] | None = None, own: Sequence[bool] | None = None,
     ) -> None:  # fmt: skip
-        self.region = region
+        self.region, self.own = region, own
         self.name = name
         self._caller, self._rewrite, self._handlers, self._run = caller, rewrite, handlers, run
         self.counter, self.lowering = counter, lowering
@@ -105,7 +109,8 @@ class RegionCode:
         self._packing: tuple[Packing | None] | None = None
         self.joint = self._trace(only)
         self.footprint = footprint(self.joint)
-        self.held = [] if self.is_loss or not self.learns else mixed(self.joint)
+        lone = self.is_loss or not self.learns
+        self.held = [] if lone else mixed(self.joint, ranks=own is not None)
         self.hands_on = bool(self.held) and all(
             self.joint.info[n].shape[:1] == (CHUNKS,) for n in self.held
         )
@@ -146,7 +151,7 @@ class RegionCode:
             self._given[key] = RegionCode(
                 self.region, self._caller, self._rewrite, self._handlers, self._run, self.counter,
                 f"{self.name}_{''.join('01'[t] for t in there)}", self.lowering, self.told,
-                only,
+                only, self.own,
             )  # fmt: skip
         return self._given[key]
 
@@ -156,7 +161,8 @@ class RegionCode:
         traced = self._rewrite(
             joint_trace.trace(self.region, self._caller(), backward=self.learns, only=only)
         )
-        with_states(traced)
+        if self.own is None:
+            with_states(traced)
         self.counter.traces += 1
         self.counter.trace_seconds += time.perf_counter() - start
         return traced
@@ -186,12 +192,13 @@ class RegionCode:
             }[base]  # fmt: skip
             roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
             held = kept if base == "backward" else []
-            plan = schedule(joint, roots, causal=causal, held=held)
+            plan = schedule(joint, roots, causal=causal, held=held, ranks=self.own is not None)
             label = f"{self.name}_{kind}".replace(":", "_").replace("+", "_held")
             passes = self.lowering.body_passes(self.device)
-            program = Emitter(plan, label, causal, self._handlers, passes).run()
-            names = dict(zip(roots, program.outputs, strict=True))
-            program.outputs = [names[n] if isinstance(n, torch.fx.Node) else None for n in wanted]
+            grads_at = {"forward": len(wanted), "backward": 0, "loss": len(outputs)}[base]
+            forms = forms_of(wanted, grads_at, self.own)
+            own = given_as_rows(joint, held, self.own)
+            program = Emitter(plan, label, causal, self._handlers, passes, own).run(forms)
             rewrites: list[Pass[Program]] = [
                 KeepSumDtype(name)
                 for m, name in zip(reversed(mask), reversed(program.outputs), strict=False)
@@ -256,7 +263,7 @@ class RegionCode:
     ) -> Program:
         """The program of ``kind`` that is right for the attention masks of these inputs."""
         program = self.program(kind)
-        if program.masks and not _is_causal(program, state, chunk, tensors):
+        if self.own is None and program.masks and not is_causal(program, state, chunk, tensors):
             return self.program(kind, causal=False)
         return program
 
@@ -290,8 +297,8 @@ class RegionCode:
         variant: str,
     ) -> list[Tensor | None]:  # fmt: skip
         """The loss program, on the valid tokens alone where ignored ones cannot matter."""
-        if self._packing is None:
-            self._packing = (packing(self.loss_joint),)
+        if self._packing is None:  # whose rows would stand on other ranks than the states
+            self._packing = (packing(self.loss_joint) if self.own is None else None,)
         plan = self._packing[0]
         packed = pack(plan, tensors) if plan is not None else None
         if plan is None or packed is None:
@@ -337,7 +344,8 @@ class RegionCode:
         begin: dict[str, Tensor] = {}
         if start or any(free):
             program = self.choose("backward" + variant, state, chunk, given)
-            begin = _accumulators(program, start or {})
+            # what is there already is a sum over ranks, which the rest becomes at its end
+            begin = accumulators(program, start or {}) if self.own is None else {}
             open_ = {
                 name: tangent
                 for name, tangent, f in zip(self.tangents(program), tangents, free, strict=False)
@@ -367,7 +375,7 @@ class RegionCode:
     def saved(self, has_grads: bool, variant: str = "") -> list[bool]:
         """Which inputs the backward reads."""
         program = self.program("backward" + variant)
-        used = {t for s in program.steps if isinstance(s, (Straight, Loop)) for t in s.tensors}
+        used = {t for s in program.steps if not isinstance(s, Free) for t in s.tensors}
         used |= {t for m in program.masks for t in m.tensors}
         used |= set(filter(None, program.outputs))
         names = program.inputs[: len(self.values)]
@@ -377,24 +385,3 @@ class RegionCode:
     def barriers(self) -> list[Barrier]:
         codes = [self, *self._given.values()]
         return [b for code in codes for p in code.programs.values() for b in p.barriers]
-
-
-def _accumulators(program: Program, start: dict[int, Tensor]) -> dict[str, Tensor]:
-    """Which of ``start`` can be the accumulator of its gradient."""
-    sums, found = {b.name: b for step in program.loops for b in step.allocate if b.zero}, {}
-    for i, part in start.items():
-        name = program.outputs[i]
-        if name in sums and sums[name].dtype == part.dtype and part.is_contiguous():
-            found[name] = part
-    return found
-
-
-def _is_causal(program: Program, state: Any, chunk: int, tensors: Sequence[Tensor | None]) -> bool:
-    from fxmem.runtime.loops import chunks, tile_map
-
-    env = dict(zip(program.inputs, tensors, strict=True))
-    parts = chunks(state.sizes["T"], chunk)
-    known = [m for m in program.masks if all(t in env for t in m.tensors)]
-    return len(known) == len(program.masks) and all(
-        tile_map(m, state, env, parts).causal for m in known
-    )

@@ -8,19 +8,20 @@ sums are added into accumulators in place, matrix products without a temporary.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import sympy
 from torch import fx
 
 from fxmem.axes.signature import Cut, TensorInfo
-from fxmem.axes.sizes import CHUNKS, STEP, has_axis
+from fxmem.axes.sizes import AT, CHUNKS, STEP, has_axis
 from fxmem.program import body_ops as runtime
 from fxmem.program import steps as ir
 from fxmem.program.body_op import BODY_OPS
 from fxmem.rewriting.pipeline import Pass, run_passes
 from fxmem.streaming.carried_forms import carried, ends, is_final
+from fxmem.streaming.exchanges import Exchanges, Form
 from fxmem.streaming.labels import Use, signature_of, tensor_operands
 from fxmem.streaming.loop_body import Body, Handler, accumulator
 from fxmem.streaming.schedule import Loop, Schedule, producer
@@ -33,8 +34,9 @@ class Emitter:
 
     def __init__(
         self, plan: Schedule, name: str, causal: bool, handlers: dict[str, Handler],
-        body_passes: Sequence[Pass[fx.Graph]] = (),
+        body_passes: Sequence[Pass[fx.Graph]] = (), own: Collection[fx.Node] | None = None,
     ) -> None:  # fmt: skip
+        """``own``: inputs of which this rank has its rows alone; None: there are no other ranks."""
         self.plan, self.labels, self.joint = plan, plan.labels, plan.labels.joint
         self.name, self.causal = name, causal
         self.handlers, self.body_passes = handlers, body_passes
@@ -42,8 +44,12 @@ class Emitter:
         self.ints = sorted(names | ({str(STEP), str(CHUNKS)} if self.labels.states else set()))
         self.names: dict[fx.Node, str] = {}
         self.masks: dict[fx.Node, ir.Mask] = {}
+        self.own = own
+        self.exchanges = Exchanges(self.joint, self.names)
+        self.bounds = ("lo", "hi") if own is None else ("lo", "hi", str(AT))
 
-    def run(self) -> ir.Program:
+    def run(self, wanted: Sequence[Form | None] | None = None) -> ir.Program:
+        """The program of ``wanted`` values; by default the schedule's roots, whole."""
         inputs = [
             *self.joint.inputs,
             self.joint.seed,
@@ -52,18 +58,21 @@ class Emitter:
         ]
         for i, node in enumerate(inputs):
             self.names[node] = f"x{i}"
+        self.exchanges.enter(self.own or ())
         steps: list[ir.Step] = []
         last = max([*self.plan.straight, *(loop.stage for loop in self.plan.loops)], default=0)
         loops = {loop.stage: loop for loop in self.plan.loops}
         for stage in range(last + 1):
             if stage in self.plan.straight:
-                steps.append(self._straight(self.plan.straight[stage]))
+                steps += self._straight(self.plan.straight[stage])
             if stage in loops:
-                steps.append(self._loop(loops[stage]))
-        outputs = [self.names[r] for r in self.plan.roots]
-        shapes = {
-            self.names[n]: (self.joint.info[n].shape, self.joint.info[n].dtype) for n in self.names
-        }
+                steps += self._loop(loops[stage])
+        wanted = [(r, False) for r in self.plan.roots] if wanted is None else wanted
+        left = {form: self.exchanges.output(*form) for form in wanted if form is not None}
+        steps += [step for _, more in left.values() for step in more]
+        outputs = [None if form is None else left[form][0] for form in wanted]
+        infos = {self.names[n]: self.joint.info[n] for n in self.names} | self.exchanges.shapes
+        shapes = {name: (info.shape, info.dtype) for name, info in infos.items()}
         made = [b for s in steps if isinstance(s, ir.Loop) for b in s.allocate]
         shapes |= {b.name: (b.shape, b.result) for b in made}
         return ir.Program(
@@ -74,10 +83,10 @@ class Emitter:
 
     def _body(self, *extra: str) -> Body:
         body = Body(self.labels, self.ints, extra)
-        body.names = self.names
+        body.names, body.local = self.names, self.exchanges.local
         return body
 
-    def _straight(self, nodes: list[fx.Node]) -> ir.Straight:
+    def _straight(self, nodes: list[fx.Node]) -> list[ir.Step]:
         body = self._body()
         results = []
         for node in nodes:
@@ -102,20 +111,26 @@ class Emitter:
         for i, node in enumerate(results):
             self.names[node] = f"s{len(self.names)}_{i}"
         body.graph.output(tuple(body.chunks[n, None] for n in results))
-        return ir.Straight(
-            body.finish(), self.ints, list(body.tensors), [self.names[n] for n in results]
-        )
+        made = [self.names[n] for n in results]
+        step = ir.Straight(body.finish(), self.ints, list(body.tensors), made)
+        return [*self.exchanges.before(body.gathered), step]
 
-    def _loop(self, loop: Loop) -> ir.Loop:
-        allocate = []
+    def _loop(self, loop: Loop) -> list[ir.Step]:
+        allocate, parts = [], list(loop.sums) if self.own is not None else []
         for node in (*loop.buffers, *loop.sums):
             info: TensorInfo = self.joint.info[node]
             total = node in loop.sums
             self.names[node] = f"{'acc' if total else 'buf'}{len(self.names)}"
             total = total and not is_final(node, self.joint)
             dtype = accumulator(info.dtype) if total else info.dtype
-            allocate.append(ir.Buffer(self.names[node], info.shape, dtype, info.dtype, total))
-        body = self._body("lo", "hi")
+            buffer = ir.Buffer(self.names[node], info.shape, dtype, info.dtype, total)
+            allocate.append(buffer)
+            if self.own is not None and node in loop.buffers:
+                buffer.local = self.exchanges.keeps(node, self._cut(node))
+                if not buffer.local:
+                    buffer.zero = True
+                    parts.append(node)
+        body = self._body(*self.bounds)
         for node in loop.nodes:
             state = self.labels.states.get(node)
             if state is not None and self._hands_on(state, loop):
@@ -136,9 +151,16 @@ class Emitter:
         where = f"{self.name} {', '.join(b.name for b in allocate)}"
         body.graph = run_passes(self.body_passes, body.graph, where)
         sums = [b for b in allocate if b.zero and b.dtype != b.result]
-        return ir.Loop(
-            body.finish(), self.ints, list(body.tensors), masks, loop.direction < 0, allocate, sums
-        )
+        step = ir.Loop(
+            body.finish(), self.ints, list(body.tensors), masks, loop.direction < 0, allocate, sums,
+            bounds=self.bounds,
+        )  # fmt: skip
+        return [*self.exchanges.before(body.gathered), step, *self.exchanges.after(parts)]
+
+    def _cut(self, node: fx.Node) -> Cut:
+        cut = self.labels.of(node).cut
+        assert cut is not None
+        return cut
 
     def _start(self, node: fx.Node) -> str:
         """The tensor that the state is at first; empty where that is zeros."""
@@ -158,7 +180,7 @@ class Emitter:
             if node in self.labels.masked:
                 (operand,) = (u.operand for u in self.labels.uses[node] if u.mask)
                 if operand not in self.masks:
-                    self.masks[operand] = self._mask(operand)
+                    self.masks[operand] = self._mask(operand, body.gathered)
                 name = self.masks[operand].name
                 if name not in names:
                     names.append(name)
@@ -166,7 +188,7 @@ class Emitter:
         body.mask_of = {n: m.name for n, m in self.masks.items()}
         return names
 
-    def _mask(self, operand: fx.Node) -> ir.Mask:
+    def _mask(self, operand: fx.Node, gathered: dict[fx.Node, None]) -> ir.Mask:
         body = self._body("lo", "hi")
         info = self.joint.info[operand]
         queries = info.shape[-2]
@@ -175,6 +197,7 @@ class Emitter:
         else:
             value = body.operand(Use(operand, None))
         body.graph.output(value)
+        gathered |= body.gathered
         module = body.finish()
         return ir.Mask(f"mask{len(self.masks)}", module, self.ints, list(body.tensors), module.code)
 
@@ -195,7 +218,7 @@ class Emitter:
                 self._write(body, node, value, label.cut)
 
     def _write(self, body: Body, node: fx.Node, value: Any, cut: Cut) -> None:
-        start, _ = body.ints.rows(cut)
+        start = body.ints(AT) if node in body.local else body.ints.rows(cut)[0]
         extra = (
             () if (cut.outer, cut.inner) == (1, 1) else (body.ints(cut.outer), body.ints(cut.inner))
         )
@@ -242,14 +265,14 @@ def _accumulate(body: Body, node: fx.Node, value: Any) -> None:
         body.call(runtime.add, acc, part)
 
 
-def _free(steps: list[ir.Step], outputs: Sequence[str]) -> list[ir.Step]:
+def _free(steps: list[ir.Step], outputs: Sequence[str | None]) -> list[ir.Step]:
     """Drop every allocated name after its last reader."""
     last: dict[str, int] = {}
     made: set[str] = set()
     for i, step in enumerate(steps):
         if isinstance(step, ir.Loop):
             made.update(b.name for b in step.allocate)
-        elif isinstance(step, ir.Straight):
+        elif isinstance(step, (ir.Straight, ir.Exchange)):
             made.update(step.results)
         if not isinstance(step, ir.Free):
             for n in step.tensors:

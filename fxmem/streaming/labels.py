@@ -74,6 +74,9 @@ class Labels:
     held: frozenset[fx.Node] = frozenset()
     carries: bool = False
     """Some op has a carried letter: loops without a given direction ascend and descend in turn."""
+    ranks: bool = False
+    """Chunks are those of several ranks at once: none comes before another, and what one hands on
+    or completes for the next does not exist."""
     states: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """Op with a carried letter -> its state, where the op is cut along that letter."""
 
@@ -112,15 +115,16 @@ def tensor_operands(node: fx.Node, joint: Joint) -> list[fx.Node]:
 
 
 def analyse(
-    joint: Joint, *, causal: bool, directions: Sequence[int] = (), held: Collection[fx.Node] = ()
-) -> Labels:
+    joint: Joint, *, causal: bool, directions: Sequence[int] = (),
+    held: Collection[fx.Node] = (), ranks: bool = False,
+) -> Labels:  # fmt: skip
     """Label every node.
 
     ``causal``: attention masks are known to hide later keys; ``directions`` are one per loop;
-    ``held`` values exist before all loops.
+    ``held`` values exist before all loops; ``ranks``: several have parts of the sequence.
     """
-    carries = any(carries_state(n.target) for n in joint.graph.nodes)
-    labels = Labels(joint, tuple(directions), held=frozenset(held), carries=carries)
+    carries = not ranks and any(carries_state(n.target) for n in joint.graph.nodes)
+    labels = Labels(joint, tuple(directions), held=frozenset(held), carries=carries, ranks=ranks)
     for node in joint.graph.nodes:
         if node.op == "placeholder" or node.op == "get_attr":
             labels.label[node] = Label(Kind.STRAIGHT)
@@ -163,7 +167,7 @@ def _visit(labels: Labels, node: fx.Node, causal: bool) -> None:
 def _carried(labels: Labels, node: fx.Node, signature: Signature) -> Signature:
     """Where the states are there already, chunks may come in any order."""
     state = state_of(node, labels.joint)
-    if state is None:
+    if state is None or labels.ranks:
         return replace(signature, carried={}, whole=signature.whole | signature.carried.keys())
     if state in labels.held:
         return replace(signature, carried=dict.fromkeys(signature.carried, 0))
@@ -309,10 +313,10 @@ def _ready(labels: Labels, label: Label, use: Use | None) -> int:
     direction = labels_direction(labels, label.stage)
     if label.kind is Kind.CUT and not (chunk and use is not None and use.cut == label.cut):
         ready = use is not None and use.prefix and direction == ASCENDING and _plain(label.cut)
-        return label.stage if ready else label.stage + 1
+        return label.stage if ready and not labels.ranks else label.stage + 1
     if label.kind is Kind.PARTIAL:
         ready = label.suffix and direction == DESCENDING and use is not None and _plain(use.cut)
-        return label.stage if ready else label.stage + 1
+        return label.stage if ready and not labels.ranks else label.stage + 1
     return label.stage
 
 

@@ -7,7 +7,7 @@ follow the chunk.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -16,7 +16,7 @@ from torch import fx
 
 from fxmem.axes.signature import Cut, TensorInfo
 from fxmem.axes.size_calls import fold
-from fxmem.axes.sizes import CHUNKS, HI, LO, STEP, Size, T
+from fxmem.axes.sizes import AT, CHUNKS, HI, LO, STEP, Size, T
 from fxmem.frontend.capture import canonical
 from fxmem.program import body_ops as runtime
 from fxmem.rewriting.patterns import RESHAPES
@@ -39,7 +39,7 @@ class Ints:
         self.memo: dict[Size, Any] = {
             sympy.Symbol(n, integer=True, positive=True): graph.placeholder(n) for n in names
         }
-        for symbol in (LO, HI):
+        for symbol in (LO, HI, AT):
             if str(symbol) in names:
                 self.memo[symbol] = self.memo[
                     sympy.Symbol(str(symbol), integer=True, positive=True)
@@ -84,6 +84,11 @@ class Body:
         self.tensors: dict[str, fx.Node] = {}
         self._last: fx.Node = next(iter(reversed(self.graph.nodes)))
         self.names: dict[fx.Node, str] = {}
+        self.local: Mapping[fx.Node, Cut] = {}
+        """Of the named: those with this rank's rows alone, and where these are."""
+        self.gathered: dict[fx.Node, None] = {}
+        """Of these: those that are read whole, in an order that all ranks have."""
+        self.by_rank = str(AT) in extra
         self.sums: set[fx.Node] = set()
         self.order: dict[fx.Node, int] = {}
         self.kept: set[fx.Node] = set()
@@ -117,7 +122,7 @@ class Body:
         """
         if (node, None) in self.chunks:
             return self.chunks[node, None]
-        value: Any = self.input(self.names[node])
+        value: Any = self.input(self._whole_name(node))
         info = self.joint.info[node]
         value.meta["joint"] = node
         if self.labels.of(node).kind is not Kind.PARTIAL:
@@ -125,6 +130,12 @@ class Body:
         if self.labels.of(node).kind is Kind.PARTIAL and accumulator(info.dtype) != info.dtype:
             value = self.call(torch.ops.aten._to_copy.default, value, dtype=info.dtype)
         return value
+
+    def _whole_name(self, node: fx.Node) -> str:
+        if node not in self.local:
+            return self.names[node]
+        self.gathered[node] = None
+        return gathered(self.names[node])
 
     def chunk(self, node: fx.Node, cut: Cut) -> Any:
         """The current chunk of ``node`` under ``cut``."""
@@ -139,7 +150,9 @@ class Body:
                 if (cut.outer, cut.inner) == (1, 1)
                 else (self.ints(cut.outer), self.ints(cut.inner))
             )
-            source = self.input(self.names[node])
+            if own := self.by_rank and self.local.get(node) == cut:
+                start = self.ints(AT)
+            source = self.input(self.names[node] if own else self._whole_name(node))
             if cut.length == CHUNKS:
                 value = self.call(runtime.entry, source, start)
             else:
@@ -242,6 +255,11 @@ def _rows(cut: Cut) -> sympy.Symbol:
 
 def _chunk_shape(info: TensorInfo, cut: Cut | None) -> tuple[Size, ...]:
     return info.shape if cut is None else cut.shape(info.shape, _rows(cut))
+
+
+def gathered(name: str) -> str:
+    """The whole of what ``name`` has this rank's rows of."""
+    return f"{name}_whole"
 
 
 def _dense(kwargs: Any) -> bool:

@@ -75,12 +75,13 @@ class Schedule:
 
 
 def schedule(
-    joint: Joint, roots: Sequence[fx.Node], *, causal: bool, held: Sequence[fx.Node] = ()
-) -> Schedule:
+    joint: Joint, roots: Sequence[fx.Node], *, causal: bool, held: Sequence[fx.Node] = (),
+    ranks: bool = False,
+) -> Schedule:  # fmt: skip
     """The cheapest schedule that produces ``roots``, where ``held`` values exist already."""
-    best = build(joint, roots, causal=causal, directions=(), held=held)
-    if len(best.loops) <= 1 and not best.labels.carries:
-        return best  # whose buffers are results
+    best = build(joint, roots, causal=causal, directions=(), held=held, ranks=ranks)
+    if ranks or (len(best.loops) <= 1 and not best.labels.carries):
+        return best  # over ranks no direction is better, and the buffers of one loop are results
     depth = min(MAX_STAGES, 1 + max((loop.stage for loop in best.loops), default=-1))
     for directions in itertools.product((ASCENDING, DESCENDING), repeat=depth):
         if DESCENDING in directions or best.labels.carries:  # all ascend: that is the first
@@ -91,9 +92,9 @@ def schedule(
 
 def build(
     joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: Sequence[int],
-    held: Sequence[fx.Node] = (),
+    held: Sequence[fx.Node] = (), ranks: bool = False,
 ) -> Schedule:  # fmt: skip
-    labels = analyse(joint, causal=causal, directions=directions, held=held)
+    labels = analyse(joint, causal=causal, directions=directions, held=held, ranks=ranks)
     need = _Needs(labels, list(roots), held)
     loops: dict[int, Loop] = {}
     for node in joint.graph.nodes:

@@ -24,11 +24,11 @@ _MIXING: Cache[str, tuple[bool, list[object]]] = Cache("mixing of segments", 102
 """By key; what the key names by identity lives as long as its entry."""
 
 
-def mixed(joint: Joint) -> list[fx.Node]:
+def mixed(joint: Joint, *, ranks: bool = False) -> list[fx.Node]:
     """Forward values that the backward reads, of operators that need a streamed value whole, and
-    the states that are handed from chunk to chunk in the forward.
+    the states that are handed from chunk to chunk in the forward, which ``ranks`` have none of.
     """
-    labels, late = analyse(joint, causal=True), backward_nodes(joint)
+    labels, late = analyse(joint, causal=True, ranks=ranks), backward_nodes(joint)
     states = {s for op, s in labels.states.items() if op not in late}
 
     def mixes(node: fx.Node) -> bool:

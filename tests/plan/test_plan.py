@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxmem.errors import PlanError
-from fxmem.plan.plan import Plan, Stream
+from fxmem.plan.plan import Blocks, Plan, Stream
 
 tokens = st.just("auto") | st.integers(min_value=1, max_value=2**62)
 streams = st.builds(
-    Stream, chunk=tokens, loss_chunk=tokens, logits=st.sampled_from(["drop", "keep"])
-)
+    Stream, chunk=tokens, loss_chunk=tokens, logits=st.sampled_from(["drop", "keep"]),
+    sequence=st.sampled_from([None, "sp"]),
+)  # fmt: skip
 LOWER = ["auto", "eager", "inductor", "triton"]
 plans = st.builds(Plan, stream=st.none() | streams, lower=st.sampled_from(LOWER))
 
@@ -138,6 +139,20 @@ def test_known_but_not_available(make: Callable[[], object], message: str) -> No
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Stream(sequence="sp", memory="2GB"),
+        lambda: Plan(stream=Stream(sequence="sp"), blocks=Blocks()),
+    ],
+)
+def test_a_sequence_of_ranks_goes_with_neither_memory_nor_blocks(
+    make: Callable[[], object],
+) -> None:
+    with pytest.raises(PlanError, match=r"beside Stream\.sequence|Stream\.sequence beside"):
+        make()
+
+
 @pytest.mark.parametrize("value", [{}, {"chunk": 8}, 8, "auto", True, Stream, Plan()], ids=repr)
 def test_stream_must_be_a_stream(value: Any) -> None:
     with pytest.raises(
@@ -162,7 +177,7 @@ def test_unknown_options_get_a_suggestion(make: Callable[[], object]) -> None:
         make()
     assert str(caught.value) == (
         "Stream has no option 'chunks' | did you mean 'chunk'? "
-        "known options: chunk, loss_chunk, offload, logits, hold, memory"
+        "known options: chunk, loss_chunk, offload, logits, hold, memory, sequence"
     )
 
 
@@ -195,7 +210,7 @@ def test_broken_text() -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists))
 def test_any_value_is_taken_or_refused_by_name(value: Any) -> None:
-    for field in ("chunk", "loss_chunk", "memory", "offload", "logits"):
+    for field in ("chunk", "loss_chunk", "memory", "offload", "logits", "sequence"):
         try:
             Stream(**{field: value})
         except PlanError as error:
