@@ -127,8 +127,10 @@ class GateLoop:
         """The mask of this step, in a sub-model that holds it."""
         keep = min(1.0, self.options.keep * self.options.widen)
         best = self.final()
-        wide = self.space.final(self.s, replace(self.options, keep=keep))
-        wanted = torch.where(self.gated, wide | best, best)
+        # the best first: what only filled the smaller budget might not be in a wider choice
+        first = torch.where(best, math.inf, self.s)
+        wide = self.space.final(first, replace(self.options, keep=keep))
+        wanted = torch.where(self.gated, wide, best)
         if self.built is not None:
             outside = float(self.space.cost @ (wanted & ~self.built).double())
             if outside > self.options.refresh * float(self.space.cost @ best.double()):
