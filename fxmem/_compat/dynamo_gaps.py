@@ -16,8 +16,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from torch._dynamo.variables import BuiltinVariable, ConstantVariable, TensorVariable
-from torch._dynamo.variables.builtin import GetAttrBuiltinVariable, SetAttrBuiltinVariable
+from torch._dynamo.variables import BuiltinVariable, ConstantVariable, TensorVariable, builtin
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
 _LOCAL = threading.local()
@@ -83,16 +82,18 @@ else:
     TensorVariable.method_requires_grad_ = _requires_grad  # type: ignore[method-assign]
     TensorVariable.method_uniform_ = _uniform  # type: ignore[attr-defined]
 
-_PLAIN_SETATTR: Any = SetAttrBuiltinVariable._call_setattr
-SetAttrBuiltinVariable._call_setattr = _setattr  # type: ignore[method-assign]
+# PyTorch before 2.13 has one class for all builtin functions: there Dynamo's own refusals stay.
+_PLAIN_SETATTR: Any = None
+if (setter := getattr(builtin, "SetAttrBuiltinVariable", None)) is not None:
+    _PLAIN_SETATTR, setter._call_setattr = setter._call_setattr, _setattr
 
-_PLAIN_GETATTR: Any
+_PLAIN_GETATTR: Any = None
 owners: Any = TorchInGraphFunctionVariable
+getter: Any = getattr(builtin, "GetAttrBuiltinVariable", None)
 if "tp_getattro_impl" in vars(owners):
     _PLAIN_GETATTR, owners.tp_getattro_impl = owners.tp_getattro_impl, _getattro
-else:
-    _PLAIN_GETATTR = GetAttrBuiltinVariable._call_getattr
-    GetAttrBuiltinVariable._call_getattr = _getattr  # type: ignore[method-assign]
+elif getter is not None:
+    _PLAIN_GETATTR, getter._call_getattr = getter._call_getattr, _getattr
 
 
 @contextlib.contextmanager
