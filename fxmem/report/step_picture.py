@@ -50,10 +50,8 @@ def _draw_live(axes: Any, timeline: list[tuple[str, int]]) -> None:
     axes.fill_between(range(len(alive)), alive, step="post", color=LIVE, alpha=0.25, lw=0)
     axes.step(range(len(alive)), alive, where="post", color=LIVE, lw=1.2)
     top = max(range(len(alive)), key=alive.__getitem__)
-    axes.annotate(
-        f"peak {alive[top]:,.0f} MB: {timeline[top][0]}", (top, alive[top]), (0, 4),
-        textcoords="offset points", ha="right" if top > len(alive) / 2 else "left",
-    )  # fmt: skip
+    axes.plot(top + 0.5, alive[top], "o", color=LIVE, ms=5)
+    axes.set_title(f"peak {alive[top]:,.3g} MB: {timeline[top][0]}", fontsize=10, loc="left")
     turn = [i for i, (label, _) in enumerate(timeline) if label == "after forward"]
     for at in turn:
         axes.axvline(at, color=INK, lw=0.8, ls=":")
@@ -68,6 +66,8 @@ def _draw_kept(axes: Any, found: list[tuple[Any, int]]) -> None:
     """One bar per region: bytes by colour of the level, pale where they wait off the device."""
     labels: set[str] = set()
     for keep, at in found:
+        if not keep.bytes:
+            continue
         away = "" if keep.where == "device" else f", on the {keep.where}"
         label = NAMES[keep.level] + away
         axes.bar(
@@ -79,7 +79,7 @@ def _draw_kept(axes: Any, found: list[tuple[Any, int]]) -> None:
     seconds = sum(keep.again for keep, _ in found)
     axes.set(xlabel="regions in the order of the forward", ylabel="MB kept for the backward")
     axes.set_title(
-        f"made again in the backward: {seconds:.2f} s, by the rates of this device",
+        f"made again in the backward: {seconds:.2g} s, by the rates of this device",
         fontsize=10, loc="left",
     )  # fmt: skip
     if labels:
