@@ -140,7 +140,7 @@ class Budget:
         if not auto or any(graph.borders.nodes) or current() or not has_loss(graph):
             return False
         rest = tuple((k, v) for k, v in sorted(sizes.items()) if k != "T")
-        known, length = self._plain.setdefault(rest, {}), sizes["T"]
+        known, length = self._plain.setdefault(rest, {}), sizes.get("T", 1)
         if any(t >= length and peak <= room for t, peak in known.items()):
             return True
         if any(t <= length and peak > room for t, peak in known.items()):

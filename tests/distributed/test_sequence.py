@@ -73,10 +73,10 @@ def test_one_gather_and_one_reduction_per_layer_for_any_chunk() -> None:
     """And the ranks agree once. Sums of gradients of weights come besides."""
     for found in on_ranks(collectives):
         assert all(one == found[0] for one in found)
-        assert found[0]["forward all_gather_single"] == 2 + 1
-        assert found[0]["backward all_gather_single"] == 2
-        assert found[0]["backward reduce_scatter_single"] == 2
-        assert "forward reduce_scatter_single" not in found[0]
+        assert found[0]["forward gathers"] == 2 + 1
+        assert found[0]["backward gathers"] == 2
+        assert found[0]["backward reductions"] == 2
+        assert "forward reductions" not in found[0]
 
 
 @pytest.mark.distributed

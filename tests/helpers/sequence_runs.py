@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from double import largest_difference
-from sharded import by_layer, whole
+from sharded import by_layer, counted, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -35,29 +33,6 @@ def together(model: nn.Module, mesh: Any, chunk: int, lower: Any = "eager", **st
     """``model``, streamed by the ranks of ``sp``."""
     own = fxmem.Stream(chunk=chunk, sequence="sp", **stream)
     return fxmem.transform(model, fxmem.Plan(stream=own, lower=lower), mesh=mesh)
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Collectives inside, by name."""
-    found: Counter[str] = Counter()
-    names = ("all_gather_single", "reduce_scatter_single", "all_reduce")
-    was = {name: getattr(dist, name) for name in names}
-
-    def count(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            found[name] += 1
-            return was[name](*args, **kwargs)
-
-        return call
-
-    for name in names:
-        setattr(dist, name, count(name))
-    try:
-        yield found
-    finally:
-        for name, fn in was.items():
-            setattr(dist, name, fn)
 
 
 def error(plain: nn.Module, model: nn.Module, batch: dict[str, Tensor], step: Step) -> float:
