@@ -37,7 +37,7 @@ from fxmem.errors import (
 )
 from fxmem.frontend import faults
 from fxmem.frontend.experts import streamable
-from fxmem.frontend.inputs import named, uniform
+from fxmem.frontend.inputs import named, uniform, without_cache
 from fxmem.frontend.layer_kinds import layer_kinds
 from fxmem.frontend.opaque import Opaque
 from fxmem.frontend.recurrences import carried_kernels
@@ -173,6 +173,8 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
         settle(learning=False)  # of calls before this one, whose backward may change weights
         of.states = recorded_outputs.install(model, kwargs)
+        if of is engine and model.training:
+            kwargs = without_cache(model, kwargs, args)
         with (
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
             streamable(model), carried_kernels(model),

@@ -16,7 +16,7 @@ from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import tracing
 from fxmem._compat.capture_stack import keep_symbolic
-from fxmem.compiler.compile import compile_graph
+from fxmem.compiler.compile import LAYER_PASSES, compile_graph
 from fxmem.compiler.step import CompiledGraph
 from fxmem.deferred.recorder import Recorder
 from fxmem.distributed.fsdp2 import ShardedModel
@@ -67,7 +67,7 @@ class Backend:
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
     ) -> Callable[..., Any]:
         try:
-            gm = inline_layers(gm)
+            gm = inline_layers(gm, LAYER_PASSES)
             if not self.flags.captured(watched=any(map(_compat_hooks.is_hook, gm.graph.nodes))):
                 raise CaptureError("the capture depends on which parameters require a gradient")
             # values of a trace are nothing that a checkpoint or an offload of the caller's saves

@@ -7,6 +7,7 @@ it has nothing left to save; as one opaque call it could be neither cut nor cut 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from fxmem._compat.hooks import is_hook
 from fxmem._compat.repeated_layers import is_shared_call, layer_of
 from fxmem.frontend.capture import contexts_of, fake_call
 from fxmem.passes.functionalize import writes
-from fxmem.rewriting.pipeline import Required, copy_graph
+from fxmem.rewriting.pipeline import Pass, Required, copy_graph, run_passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,24 @@ class InlineBodies(Required):
         return copy_graph(gm)  # without the bodies that nothing calls now
 
 
-def inline_layers(gm: fx.GraphModule) -> fx.GraphModule:
-    """``gm`` with the graph of every layer that shares a trace in place of its call."""
+def inline_layers(
+    gm: fx.GraphModule, passes: Sequence[Pass[fx.GraphModule]] = ()
+) -> fx.GraphModule:
+    """``gm`` with the graph of every layer that shares a trace in place of its call.
+
+    Where nothing writes in place, ``passes`` rewrite such a graph first, once for all its layers,
+    and what is around them.
+    """
     calls = list(filter(is_shared_call, gm.graph.nodes))
     if not calls:
         return gm
     gm = copy_graph(gm)
+    bodies = {name: getattr(gm, name) for name in (str(_body_of(n).target) for n in calls)}
+    around = (gm, *bodies.values())
+    if not any(writes(n) or is_hook(n) for part in around for n in part.graph.nodes):
+        for name, body in bodies.items():
+            setattr(gm, name, run_passes(passes, body))
+        gm = run_passes(passes, gm)
     first: dict[str, str] = {}
     again: set[fx.Node] = set()
     for node in filter(is_shared_call, list(gm.graph.nodes)):
@@ -82,10 +95,16 @@ def _calls(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if _compat.inlined_operands(n) is not None]
 
 
+def _body_of(node: fx.Node) -> fx.Node:
+    """The attribute that a call of a body reads."""
+    body = node.args[0]
+    assert isinstance(body, fx.Node)
+    return body
+
+
 def _inline(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     """Put the body in place of its call; the nodes that are new."""
-    function, operands = node.args[0], _compat.inlined_operands(node) or ()
-    assert isinstance(function, fx.Node)
+    function, operands = _body_of(node), _compat.inlined_operands(node) or ()
     body = getattr(gm, str(function.target))
     placeholders = body.graph.find_nodes(op="placeholder")
     env: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))

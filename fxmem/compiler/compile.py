@@ -55,6 +55,10 @@ GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
     SelectLogProbs(),
 )  # fmt: skip
 """Rewrites of the captured graph, in order."""
+LAYER_PASSES: tuple[Pass[fx.GraphModule], ...] = (
+    PositionalArguments(), DropIdentities(), ShareKvHeads(),
+)  # fmt: skip
+"""Those of them that need no more than one layer; they rewrite it before it is repeated."""
 
 
 def compile_graph(

@@ -8,16 +8,18 @@ the base it is a view of; the rest is copied where it is small.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxmem._compat.graph import is_view
 
 COPY_BYTES = 16 << 20
 """What is larger keeps its layout: that costs a capture, a copy would cost memory."""
+_CACHES = ("past_key_values", "cache", "cache_params")
 
 
 @contextlib.contextmanager
@@ -35,6 +37,25 @@ def uniform(
         yield [given.take(a) for a in args], {k: given.take(v) for k, v in kwargs.items()}
     finally:
         given.give_back()
+
+
+def without_cache(
+    model: nn.Module, kwargs: Mapping[str, Any], args: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """``kwargs``, and no cache of keys and values where the model would make one for nobody.
+
+    Its tensors would leave the call, and layers that share it cannot share a trace. Whoever gives a
+    cache or asks for one gets it.
+    """
+    if "use_cache" in kwargs or any(kwargs.get(name) is not None for name in _CACHES):
+        return dict(kwargs)
+    takes = inspect.signature(model.forward).parameters
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    asks = hands_on and getattr(getattr(model, "config", None), "use_cache", False)
+    by_place = "use_cache" in list(takes)[: len(args)]
+    if by_place or not (asks or "use_cache" in takes):
+        return dict(kwargs)
+    return {**kwargs, "use_cache": False}
 
 
 def named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 
 from fxmem import files
 from fxmem.errors import FileError, PlanError
+from fxmem.frontend.inputs import without_cache
 from fxmem.prune.recover import perplexity, recover
 from fxmem.prune.search.search import search
-from fxmem.prune.shrink.gate_gradients import arguments, loss_of
+from fxmem.prune.shrink.gate_gradients import loss_of
 from fxmem.prune.shrink.materialize import coupling, materialize
 from fxmem.prune.shrink.saving import save_pretrained
 from fxmem.prune.units.options import Prune
@@ -108,7 +109,7 @@ def _speed(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
-        float(loss_of(model(**arguments(model, batch))))  # which waits for the device
+        float(loss_of(model(**without_cache(model, batch))))  # which waits for the device
         seconds.append(time.perf_counter() - begin)
     return batch["input_ids"].numel() / min(seconds)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.errors import PlanError
-from fxmem.prune.shrink.gate_gradients import arguments
+from fxmem.frontend.inputs import without_cache
 from fxmem.prune.shrink.gated_submodel import on
 
 SMALLEST = 1e-6
@@ -52,9 +52,9 @@ class Teacher:
             given["output_hidden_states"] = True
         device = next(student.parameters()).device
         with torch.no_grad():
-            taught = self.model(**arguments(self.model, on(self.device, given)))
+            taught = self.model(**without_cache(self.model, on(self.device, given)))
             tokens, known = self._largest(taught.logits, device)
-        out = student(**arguments(student, on(device, given)))
+        out = student(**without_cache(student, on(device, given)))
         if out.logits.shape[-1] != taught.logits.shape[-1]:
             raise PlanError(
                 f"the student's vocabulary has {out.logits.shape[-1]} tokens, the teacher's "

@@ -19,11 +19,12 @@ from fxmem.blocks.attach import state_of
 from fxmem.blocks.optimizer import BlockAdamW
 from fxmem.blocks.partition import build
 from fxmem.errors import PlanError
+from fxmem.frontend.inputs import without_cache
 from fxmem.plan.blocks import Blocks, LowRank
 from fxmem.plan.plan import Plan, Stream
 from fxmem.prune.distill import Teacher
 from fxmem.prune.search.session import as_batches
-from fxmem.prune.shrink.gate_gradients import arguments, loss_of
+from fxmem.prune.shrink.gate_gradients import loss_of
 from fxmem.prune.shrink.gated_submodel import on
 from fxmem.prune.shrink.size_attributes import evaluating
 from fxmem.prune.units.settings import count, number
@@ -136,7 +137,7 @@ def _train(
     for step in _bar(range(steps), progress):
         batch = data[step % len(data)]
         if guide is None:
-            loss = loss_of(small(**arguments(small, on(device, batch))))
+            loss = loss_of(small(**without_cache(small, on(device, batch))))
         else:
             loss = guide.loss(small, batch)
         loss.backward()
@@ -189,7 +190,7 @@ def perplexity(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
     """exp of the mean loss over batches with labels, in evaluation mode."""
     device = next(model.parameters()).device
     with evaluating(model):
-        losses = [float(loss_of(model(**arguments(model, on(device, b))))) for b in batches]
+        losses = [float(loss_of(model(**without_cache(model, on(device, b))))) for b in batches]
     return math.exp(min(700.0, sum(losses) / len(losses)))
 
 

@@ -126,7 +126,7 @@ def run_passes(passes: Sequence[Pass[S]], subject: S, where: str = "") -> S:
         with fuelled(None) if isinstance(one, Required) else contextlib.nullcontext():
             result = one.run(subject)
         seconds = time.perf_counter() - start
-        after = Verifier.of(result)
+        after = before if result is subject else Verifier.of(result)
         before.check(one.name, after, full=full)
         whole = result is not subject and not isinstance(one, (LocalPass, Required))
         if whole and after.text != before.text and not fuel().take():

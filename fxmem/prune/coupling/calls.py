@@ -6,7 +6,6 @@ same ids for a decoder that has its own.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from fxmem._compat.graph import tree_leaves, tree_map_only
 from fxmem.errors import CaptureError
+from fxmem.frontend.inputs import without_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def inputs(
     """
     if example is not None or kwargs:
         args = () if example is None else tuple(example) if _several(example) else (example,)
-        found = Inputs(args, _quiet(model, kwargs or {}))
+        found = Inputs(args, without_cache(model, kwargs or {}))
         if not found.tensors:
             raise CaptureError(
                 f"the example for {type(model).__name__} has no tensor",
@@ -104,7 +104,7 @@ def token_ids(model: nn.Module) -> list[Tensor]:
 
 def tokens(model: nn.Module, ids: Tensor) -> Inputs:
     """The call of a language model with token ids ``[batch, length]``."""
-    given = _quiet(model, {})
+    given = without_cache(model, {})
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         given["decoder_input_ids"] = ids
     return Inputs((ids,), given)
@@ -148,12 +148,6 @@ def _ids(model: nn.Module, args: tuple[Any, ...]) -> bool:
         isinstance(first, Tensor) and first.dtype == torch.long and first.dim() == 2
         and _embedding(model) is not None
     )  # fmt: skip
-
-
-def _quiet(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """``kwargs``, and no cache where the model would make one."""
-    names = inspect.signature(type(model).forward).parameters
-    return {**({"use_cache": False} if "use_cache" in names else {}), **kwargs}
 
 
 __all__ = [

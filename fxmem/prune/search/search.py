@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxmem._compat.overrides import version
 from fxmem.errors import ModifiedParameterError, PlanError
+from fxmem.frontend.inputs import without_cache
 from fxmem.prune.search import session
 from fxmem.prune.search.ranks import Ranks
 from fxmem.prune.search.scores import importance as measure
@@ -155,7 +156,7 @@ def _factory(
             masks = [Masks.from_bools(coupled, m) for m in inside]
             with torch.no_grad():
                 given = on(instances.device, batch)
-                return float(small({"use_cache": False, **given}, *masks).loss)
+                return float(small(without_cache(model, given), *masks).loss)
 
         return loss
 

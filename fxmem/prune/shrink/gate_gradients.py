@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.errors import PlanError, UnsupportedOpError
+from fxmem.frontend.inputs import without_cache
 from fxmem.prune.shrink.masked import takes_mask
 from fxmem.prune.units.units import Group, Path, unit_of
 
@@ -103,7 +104,7 @@ class Gates:
         """
         leaves = [self._set(site, masks) for site in self.sites]
         with torch.enable_grad():
-            loss = loss_of(self.run(**arguments(self.model, batch)))
+            loss = loss_of(self.run(**without_cache(self.model, batch)))
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
         total = [torch.zeros(g.size + 1, dtype=torch.float64) for g in self.groups]
         for site, grad in zip(self.sites, found, strict=True):
@@ -207,12 +208,6 @@ def _written(model: nn.Module, group: Group) -> Iterator[_Place]:
             looks_up = isinstance(home, nn.Embedding)
             if looks_up if len(homes) > 1 else (name, axis) not in read:
                 yield "output", home, leaf, axis, path
-
-
-def arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model is called with: no cache where it would make one."""
-    cached = hasattr(getattr(model, "config", None), "use_cache")
-    return {**({"use_cache": False} if cached else {}), **batch}
 
 
 def loss_of(out: Any) -> Tensor:

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.errors import PlanError
-from fxmem.prune.shrink.gate_gradients import arguments, loss_of
+from fxmem.frontend.inputs import without_cache
+from fxmem.prune.shrink.gate_gradients import loss_of
 from fxmem.prune.shrink.masked import masked, takes_mask, unowned
 from fxmem.prune.shrink.size_attributes import evaluating
 from fxmem.prune.units.masks import Masks, consumer_keeps
@@ -92,7 +93,7 @@ def repair(
     tail = {k: v[rows - held :] if isinstance(v, Tensor) else v for k, v in joined.items()}
     found = _consumers(model, plan, masks, {n for group in bare for n, _, _ in group.consumer})
     with evaluating(model), evaluating(small):
-        without = float(loss_of(small(**arguments(small, tail))))
+        without = float(loss_of(small(**without_cache(small, tail))))
         _solve_in_turn(model, plan, masks, found, joined, 1 - held / rows)
         before = {n: p.detach().clone() for n, p in small.named_parameters() if _solved(n, found)}
 
@@ -101,7 +102,7 @@ def repair(
                 small.get_parameter(name).copy_(weight)
             for consumer in found if step else ():
                 _add(small, consumer, step)
-            value = float(loss_of(small(**arguments(small, tail))))
+            value = float(loss_of(small(**without_cache(small, tail))))
             return value if math.isfinite(value) else math.inf
 
         tried = {0.0: without, 0.5: loss(0.5), 1.0: loss(1.0)}
@@ -161,7 +162,7 @@ def _solve_in_turn(
             stack.callback(home.register_forward_hook(_leaving(consumer, part, left)).remove)
         stack.enter_context(masked(model, masks, plan))
         stack.enter_context(contextlib.suppress(_Enough))
-        model(**arguments(model, batch))
+        model(**without_cache(model, batch))
 
 
 def _arriving(consumer: _Consumer) -> Any:
