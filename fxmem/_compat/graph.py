@@ -210,9 +210,9 @@ def named_arguments(op: OpOverload, args: Sequence[Any], kwargs: Any) -> dict[st
 
 def may_alias(node: fx.Node) -> bool:
     """The result may be a view of an operand; functions without a schema are taken to make one."""
-    if isinstance(node.target, OpOverload):
+    if isinstance(node.target, OpOverload) and str(node.target) != "aten._unsafe_view.default":
         return any(r.alias_info is not None for r in node.target._schema.returns)
-    return True
+    return True  # one schema does not say what it does
 
 
 def inlined_operands(node: fx.Node) -> tuple[Any, ...] | None:

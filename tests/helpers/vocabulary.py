@@ -32,6 +32,36 @@ def _scored(x: Tensor, ids: Tensor) -> Tensor:
     return (x @ x.transpose(1, 2)).masked_fill(later, -1e9).softmax(-1) @ x
 
 
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """``[B, blocks, size, D]``, padded to whole ones."""
+    return F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def _of_pairs(x: Tensor, ids: Tensor) -> Tensor:
+    even = x.shape[1] // 2 * 2
+    return x[:, :even].reshape(x.shape[0], -1, 2 * D)
+
+
+def _windows(x: Tensor, ids: Tensor) -> Tensor:
+    """Every token looks at its predecessors by a view of a padded copy."""
+    seen = F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1)
+    return (seen * x[..., None]).softmax(-1).mul(seen).sum(-1)
+
+
+def _scanned(x: Tensor, ids: Tensor) -> Tensor:
+    """Sums of blocks, and inside them: the pattern of chunked recurrences."""
+    blocks = _blocks(x, 4)
+    before = F.pad(blocks.sum(2).cumsum(1), (0, 0, 1, 0))[:, :-1]
+    return (blocks.cumsum(2) + before[:, :, None]).flatten(1, 2)[:, : x.shape[1]]
+
+
+def _in_place(x: Tensor, ids: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y += x
+    y[:, 1:].mul_(0.5).add_(x[:, :-1])
+    return y.clamp_(-2, 2)
+
+
 SAME: dict[str, Word] = {
     "roll_length": lambda x, ids: x.roll(1, 1),
     "roll": lambda x, ids: x.roll(1, -1),
@@ -104,6 +134,48 @@ SAME: dict[str, Word] = {
     "counts": lambda x, ids: x * F.one_hot(ids, VOCAB).sum(1)[:, None, :D],
     "rms_norm": lambda x, ids: F.rms_norm(x, (D,)),
     "read_number": lambda x, ids: x / (1 + (ids > 4).sum().item()),
+    "merged": lambda x, ids: x.reshape(-1, D).view(x.shape),
+    "merged_twice": lambda x, ids: x.flatten().reshape(x.shape),
+    "length_and_width": lambda x, ids: x.flatten(1).cos().unflatten(1, (-1, D)),
+    "width_and_length": lambda x, ids: x.mT.flatten(1).view(-1, D, x.shape[1]).mT,
+    "heads_as_batch": lambda x, ids: x.unflatten(-1, (2, 4)).transpose(1, 2).flatten(0, 1).tanh(
+    ).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2),
+    "length_first": lambda x, ids: x.transpose(0, 1).flatten(1).unflatten(
+        1, (-1, D)
+    ).transpose(0, 1),
+    "packed": lambda x, ids: x.reshape(1, -1, D).softmax(-1).view_as(x),
+    "blocks": lambda x, ids: _blocks(x, 4).softmax(-1).flatten(1, 2)[:, : x.shape[1]],
+    "within_blocks": lambda x, ids: (
+        (y := _blocks(x, 4)) - y.mean(2, keepdim=True)
+    ).flatten(1, 2)[:, : x.shape[1]],
+    "windows": _windows, "scanned": _scanned, "in_place": _in_place,
+    "stopped": lambda x, ids: x + (x.detach() - x.detach().mean()),
+    "integers": lambda x, ids: (x + ids[..., None] // 2) * (ids % 3)[..., None],
+    "booleans": lambda x, ids: x * (ids > 4)[..., None] + ((x > 0) & (ids > 2)[..., None]),
+    "singles": lambda x, ids: x * torch.tensor([0.5, 2.0] * 4, dtype=torch.float32),
+    "bytes": lambda x, ids: x * (ids.to(torch.uint8) & 3)[..., None],
+    "halves_joined": lambda x, ids: torch.cat([x[..., 4:], x[..., :4]], -1),
+    "rotary": lambda x, ids: x * (at := torch.arange(x.shape[1])[:, None] * 0.1).cos()
+    + torch.cat([-x[..., 4:], x[..., :4]], -1) * at.sin(),
+    "distance_bias": lambda x, ids: (
+        -(torch.arange(x.shape[1]) - torch.arange(x.shape[1])[:, None]).abs().to(x.dtype)
+    ).softmax(-1) @ x,
+    "einsum": lambda x, ids: torch.einsum("btd,bsd->bts", x, x).softmax(-1) @ x,
+    "linear_attention": lambda x, ids: F.softplus(x) @ (F.softplus(x).mT @ x) / x.shape[1],
+    "running_mean": lambda x, ids: x.cumsum(1) / (torch.arange(x.shape[1])[:, None] + 1),
+    "up_and_down": lambda x, ids: F.interpolate(
+        x.mT, scale_factor=2
+    ).unflatten(-1, (-1, 2)).mean(-1).mT,
+    "stacked": lambda x, ids: torch.stack([x, x.sin()], 2).flatten(1, 2)[:, ::2],
+    "scattered": lambda x, ids: torch.zeros_like(x).scatter(1, torch.arange(
+        x.shape[1]
+    ).flip(0)[None, :, None].expand(x.shape), x),
+    "clamped_by": lambda x, ids: torch.maximum(x, -x.detach().abs().amax(-1, keepdim=True) / 2),
+    "straight_through": lambda x, ids: x + (x.round() - x).detach(),
+    "nan_to_num": lambda x, ids: (x / (ids % 5)[..., None]).detach().nan_to_num(1, 1, 1) * x,
+    "experts": lambda x, ids: sum(
+        x.roll(i, -1) * w for i, w in enumerate(x[..., :3].softmax(-1).unsqueeze(-1).unbind(2))
+    ),
 }  # fmt: skip
 TOKENS: dict[str, Word] = {
     "glu": lambda x, ids: F.glu(x, -1), "prod": lambda x, ids: x.prod(-1),
@@ -125,6 +197,9 @@ TOKENS: dict[str, Word] = {
     "tensordot": lambda x, ids: torch.tensordot(x, torch.ones(D, 3, dtype=x.dtype), 1),
     "distances": lambda x, ids: (x[:, :, None] - x[:, None]).square().sum(-1).sum(-1),
     "logaddexp": lambda x, ids: torch.logaddexp(x, 2 * x),
+    "topk": lambda x, ids: x.topk(3, -1).values * x.topk(2, -1).indices.sum(-1, keepdim=True),
+    "one_of_four": lambda x, ids: x.unflatten(-1, (4, 2))[..., 1].amax(-1),
+    "bilinear": lambda x, ids: F.bilinear(x, x, torch.ones(2, D, D, dtype=x.dtype) / D),
 }  # fmt: skip
 ANY: dict[str, Word] = {
     "last": lambda x, ids: x[:, -1], "diff": lambda x, ids: x.diff(dim=1),
@@ -134,6 +209,12 @@ ANY: dict[str, Word] = {
     "by_token": lambda x, ids: torch.zeros(VOCAB, D, dtype=x.dtype).index_add(
         0, ids.flatten(), x.flatten(0, 1)
     ),
+    "pairs": _of_pairs, "split": lambda x, ids: x.split(x.shape[1] - 1, 1)[0],
+    "first_half": lambda x, ids: x.chunk(2, 1)[0],
+    "block_means": lambda x, ids: _blocks(x, 3).mean(2),
+    "rows_by_two": lambda x, ids: torch.stack([x, x.sin()], 2).flatten(1, 2).cumsum(1),
+    "dot": lambda x, ids: x.flatten() @ x.flip(1).flatten(),
+    "strided": lambda x, ids: F.conv1d(x.mT, torch.ones(3, D, 2, dtype=x.dtype), stride=2),
     "resized": lambda x, ids: F.interpolate(x.transpose(1, 2), scale_factor=2),
     "smooth_l1": lambda x, ids: F.smooth_l1_loss(x, torch.zeros_like(x)),
     "huber": lambda x, ids: F.huber_loss(x, torch.zeros_like(x), delta=0.3),
