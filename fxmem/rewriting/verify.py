@@ -141,10 +141,12 @@ def _agree(a: Any, b: Any) -> bool:
 
 
 def _same_size(a: Any, b: Any) -> bool:
-    """Equal as expressions; a minimum or maximum also under what the capture is guarded by."""
+    """Equal as expressions; what is no polynomial (a minimum, whole blocks of a length) also under
+    what the capture is guarded by.
+    """
     one, other = _expression(a), _expression(b)
-    parts = {type(e).__name__ for x in (one, other) for e in sympy.preorder_traversal(x)}
-    return same(one, other) or (not parts.isdisjoint(("Min", "Max")) and bool(a == b))
+    plain = one.is_polynomial() and other.is_polynomial()
+    return same(one, other) or (not plain and bool(a == b))
 
 
 def _expression(size: Any) -> Any:

@@ -21,10 +21,11 @@ _NAMES: dict[int, tuple[str, ...]] = {
         "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads",
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "mamba_n_heads",
         "mamba_num_heads", "mamba_dt_rank", "time_step_rank", "linear_num_value_heads",
-        "linear_num_heads", "qk_rope_head_dim", "conv_kernel"),
+        "linear_num_heads", "conv_kernel"),
     8: ("head_dim", "sliding_window", "attention_window_size", "mamba_d_state", "state_size",
         "ssm_state_size", "mamba_chunk_size", "chunk_size", "q_lora_rank", "kv_lora_rank",
-        "qk_nope_head_dim", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim",
+         "qk_nope_head_dim", "qk_rope_head_dim", "rotary_dim", "v_head_dim",
+         "linear_key_head_dim", "linear_value_head_dim",
         "linear_head_dim", "index_head_dim", "laurel_rank", "hidden_size_per_layer_input",
         "kv_channels", "patch_size", "d_kv"),
     16: ("moe_intermediate_size", "shared_expert_intermediate_size", "mamba_d_head",
@@ -46,6 +47,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 1, "vocab_size_per_layer_input": VOCAB,
         "activation_sparsity_pattern": [0.0] * 4,
     },
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8},
     "granitemoehybrid": _LINEAR,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
               "expert_layer_offset": 1, "use_mamba_kernels": False},
@@ -85,6 +87,7 @@ def config(name: str) -> Any:
 
 def _small(kind: Any, name: str) -> Any:
     default = kind()
+    default.allow_global_per_layer_attribute_access = True
     changes: dict[str, Any] = {
         n: value for value, names in _NAMES.items() for n in names
         if hasattr(default, n) and not isinstance(getattr(kind, n, None), property)
@@ -92,6 +95,8 @@ def _small(kind: Any, name: str) -> Any:
     for n, value in vars(default).items():
         if "drop" in n and isinstance(value, float):
             changes[n] = 0.0
+    if hasattr(default, "kv_lora_rank"):  # latent attention makes keys for every head
+        changes["num_key_value_heads"] = changes.get("num_attention_heads", 4)
     for part in getattr(kind, "sub_configs", {}):
         if (inner := getattr(default, part, None)) is not None:
             changes[part] = _small(type(inner), inner.model_type).to_dict()

@@ -107,6 +107,13 @@ def rearrange(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
     return y.permute(1, 0, 2).reshape(b, t, D) + x.transpose(0, 1).transpose(1, 0)
 
 
+def past_blocks(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
+    """What is left of the length after whole blocks, where there are none."""
+    whole = x.shape[1] // 8 * 8
+    rest = fn.linear(x, p.w(i, "square"))[:, whole:]
+    return x + rest if whole == 0 else linear(p, i, x, ids)
+
+
 def hooked(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
     """A module with hooks on its input and its output."""
     return x + p.inner(x).tanh()
@@ -115,7 +122,7 @@ def hooked(p: Program, i: int, x: Tensor, ids: Tensor) -> Tensor:
 STEPS: dict[str, Step] = {
     s.__name__: s for s in (
         linear, layer_norm, rms_norm, mlp, gate, attention, grouped_attention, full_attention,
-        softmax, shift, pooled, embed, gather, join, squeeze, rearrange, hooked,
+        softmax, shift, pooled, embed, gather, join, squeeze, rearrange, hooked, past_blocks,
     )
 }  # fmt: skip
 
@@ -253,6 +260,8 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 # two log-probabilities of the same logits: one's gradient overwrote what the other reads
 @example(Case(["linear"], "focal", 2, (9, 12), 4, 4))
 @example(Case(["linear"], "halves", 2, (9,), 4, 4))
+# a slice whose bounds are no polynomial of the length
+@example(Case(["past_blocks"], "squares", 2, (4, 3), 2, 2))
 @settings(max_examples=12, suppress_health_check=QUIET)
 @given(cases())
 @pytest.mark.filterwarnings("ignore::fxmem.FxmemWarning")
