@@ -200,6 +200,8 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     def found(error: Exception, args: Any, kwargs: Any) -> bool:
         """A part of the model runs as it is from now on, and the call may succeed."""
         alone = not engine.sharded and engine.roles is None and engine.group is None
+        if model.training and torch.is_grad_enabled():
+            kwargs = without_cache(model, kwargs, args)  # as the capture calls it
         return alone and opaque.found(error, lambda: plain(*args, **kwargs), named(args, kwargs))
 
     def evaluates(args: Any, kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ up, calls that it takes into its graph without looking inside, and sizes that ar
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
@@ -99,7 +100,10 @@ def stand_in(
 ) -> torch.Tensor:  # fmt: skip
     """A tensor without memory; the dimensions ``varying`` are symbolic in a capture."""
     made = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
-    made.untyped_storage().resize_(0)
+    if shape or not dtype.is_floating_point:
+        made.untyped_storage().resize_(0)
+    else:  # a capture reads single numbers, and takes all but this one for known
+        made.fill_(math.nan)
     for d in varying:
         torch._dynamo.maybe_mark_dynamic(made, d)
     setattr(made, STAND_IN, True)

@@ -88,9 +88,7 @@ def indexed_write(call: Call) -> Signature:
 
 
 def index_put(call: Call) -> Signature | None:
-    """``x[i, j, ...] = values``: indexed axes and what names their entries must be complete."""
-    if any(p is None for p in call.args[1]):
-        return None
+    """``x[:, i, j, ...] = values``: indexed axes and what names their entries must be complete."""
     if (read := index_tensor(Call(call.op, call.args[:2], {}, _indexed(call)))) is None:
         return None
     (entries,) = read.outs
@@ -106,14 +104,16 @@ def index_put(call: Call) -> Signature | None:
 
 
 def _indexed(call: Call) -> tuple[TensorInfo, ...]:
-    """What ``x[i, j, ...]`` would be."""
+    """What ``x[:, i, j, ...]`` would be."""
     source, indices = call.tensors[0], call.tensors[1:-1]
+    before = next(i for i, p in enumerate(call.args[1]) if p is not None)
     rank = max(t.rank for t in indices)
     lead = [
         max((t.shape[k - rank] for t in indices if t.rank >= rank - k), key=lambda s: s != 1)
         for k in range(rank)
     ]
-    return (TensorInfo((*lead, *source.shape[len(indices) :]), source.dtype),)
+    rest = source.shape[before + len(indices) :]
+    return (TensorInfo((*source.shape[:before], *lead, *rest), source.dtype),)
 
 
 def bucketize(call: Call) -> Signature:

@@ -122,8 +122,27 @@ class Sees(Part):
         return x + self.look(x).sum(1, keepdim=True)
 
 
+class Sums(Part):
+    """One number."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.w(x).sin().mean() if x.sum() > 0 else self.w(-x).mean()
+
+
+class Moves(Part):
+    """Puts a buffer where its input is, as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Buffer(torch.randn(D).double(), persistent=False)
+
+    def forward(self, x: Tensor) -> Any:
+        self.table = self.table.to(device=x.device, dtype=x.dtype)
+        return self.w(x) + self.table
+
+
 KINDS: list[type[Part]] = [
-    Branches, Counts, Loops, Foreign, Clamps, Selects, Normalizes, Sees, Tells,
+    Branches, Counts, Loops, Foreign, Clamps, Selects, Normalizes, Sees, Tells, Sums, Moves,
 ]  # fmt: skip
 
 
@@ -277,6 +296,31 @@ def test_a_size_that_was_a_length_by_chance() -> None:
     agree(streamed, plain, ids_of(D))
     agree(streamed, plain, ids_of(2 * D))
     agree(streamed, plain, ids_of(3))
+
+
+class Remembers(Branches):
+    """Makes what no capture can take, if nobody forbids it."""
+
+    def forward(self, x: Tensor, use_cache: bool = True) -> Any:
+        return super().forward(x), object() if use_cache else None
+
+
+class OfCaches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Remembers()
+
+    def forward(self, x: Tensor, use_cache: bool | None = None) -> Tensor:
+        return self.part(x, use_cache=use_cache is not False)[0].square().mean()
+
+
+def test_a_part_is_recorded_as_the_capture_calls_it() -> None:
+    net, x = OfCaches(), torch.randn(2, 9, D)
+    want = torch.autograd.grad(net(x), net.part.w.weight)
+    fxmem.transform(net, PLAN)
+    with pytest.warns(FxmemWarning, match="part runs whole"):
+        got = torch.autograd.grad(net(x), net.part.w.weight)
+    assert torch.allclose(got[0], want[0])
 
 
 def test_a_part_that_is_called_later() -> None:

@@ -197,6 +197,9 @@ def _calls() -> dict[str, list[tuple[Any, ...]]]:
         "index_put.default": [
             (x, [torch.tensor([0, 1]), torch.tensor([3, 2])], f(2, 6), True),
             (f(8, 6), [i(8, 2, 4)], f(2, 4, 6), True), (f(8, 6), [i(8, 3, 1)], f(6), True),
+            (x, [None, i(4, 5)], f(2, 5, 6), True),
+            (x, [None, None, torch.tensor([4])], f(2, 4, 1)),
+            (f(2, 4, 3, 5), [None, i(4, 2, 1), i(3, 1, 3)], f(2, 2, 3, 5), True),
         ],
         "scatter_reduce.two": [(x, 2, i(6, 2, 4, 3), f(2, 4, 3), "sum")],
         "bucketize.Tensor": [(x, f(5).sort().values)],

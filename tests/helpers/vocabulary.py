@@ -149,6 +149,9 @@ SAME: dict[str, Word] = {
         (y := _blocks(x, 4)) - y.mean(2, keepdim=True)
     ).flatten(1, 2)[:, : x.shape[1]],
     "windows": _windows, "scanned": _scanned, "in_place": _in_place,
+    "listed": lambda x, ids: torch.cat(
+        [x[..., [-1, 0, 0, 2]], x.unflatten(-1, (2, 4))[..., [1], :].flatten(-2)], -1
+    ),
     "stopped": lambda x, ids: x + (x.detach() - x.detach().mean()),
     "integers": lambda x, ids: (x + ids[..., None] // 2) * (ids % 3)[..., None],
     "booleans": lambda x, ids: x * (ids > 4)[..., None] + ((x > 0) & (ids > 2)[..., None]),
