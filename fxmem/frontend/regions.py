@@ -181,7 +181,7 @@ def split(
     known: dict[str, bool] = {"": False}
     for atom, key in zip(atoms, keys, strict=True):
         if atom is not None and key not in known:
-            known[key] = mixes(atom)
+            known[key] = len(atoms) > 1 and mixes(atom)
     regions: list[Region] = []
     borders: list[list[fx.Node]] = [[]]
     for group in _group(keys, [known[k] for k in keys]):

@@ -62,6 +62,11 @@ class Use:
     mask: bool = False
 
 
+Fact = tuple[Call, AxisRule | None, Signature | None, list[fx.Node]]
+"""What a node is whatever the loops are: its call, its row, the signature where that fits, and
+its tensor operands."""
+
+
 @dataclass(slots=True)
 class Labels:
     joint: Joint
@@ -79,6 +84,7 @@ class Labels:
     or completes for the next does not exist."""
     states: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """Op with a carried letter -> its state, where the op is cut along that letter."""
+    facts: dict[fx.Node, Fact] = field(default_factory=dict)
 
     def of(self, node: fx.Node) -> Label:
         label = self.label[node]
@@ -116,15 +122,17 @@ def tensor_operands(node: fx.Node, joint: Joint) -> list[fx.Node]:
 
 def analyse(
     joint: Joint, *, causal: bool, directions: Sequence[int] = (),
-    held: Collection[fx.Node] = (), ranks: bool = False,
+    held: Collection[fx.Node] = (), ranks: bool = False, facts: dict[fx.Node, Fact] | None = None,
 ) -> Labels:  # fmt: skip
     """Label every node.
 
     ``causal``: attention masks are known to hide later keys; ``directions`` are one per loop;
     ``held`` values exist before all loops; ``ranks``: several have parts of the sequence.
+    ``facts``: what is known of this graph's nodes; the others are added.
     """
     carries = not ranks and any(carries_state(n.target) for n in joint.graph.nodes)
     labels = Labels(joint, tuple(directions), held=frozenset(held), carries=carries, ranks=ranks)
+    labels.facts = {} if facts is None else facts
     for node in joint.graph.nodes:
         if node.op == "placeholder" or node.op == "get_attr":
             labels.label[node] = Label(Kind.STRAIGHT)
@@ -137,15 +145,10 @@ def _visit(labels: Labels, node: fx.Node, causal: bool) -> None:
     if node.target is operator.getitem and isinstance(labels.label.get(node.args[0]), tuple):
         labels.label[node] = labels.label[node.args[0]][node.args[1]]
         return
-    call = call_of(node, labels.joint)
-    row = lookup(node.target)
-    operands = tensor_operands(node, labels.joint)
+    if node not in labels.facts:
+        labels.facts[node] = _fact(node, labels.joint)
+    call, row, signature, operands = labels.facts[node]
     several = isinstance(labels.joint.info[node], tuple)
-    if row is not None and several:
-        row = replace(row, cheap=False)
-    signature = row.rule(call) if row is not None else None
-    if signature is not None and len(signature.ins) != len(operands):
-        signature = None
     wide = any(o is not None and _streams(labels, node, o) for o in call.outs)
     if signature is not None and signature.carried:
         signature = _carried(labels, node, signature)
@@ -162,6 +165,17 @@ def _visit(labels: Labels, node: fx.Node, causal: bool) -> None:
         state = state_of(node, labels.joint)
         assert state is not None
         labels.states[node] = state
+
+
+def _fact(node: fx.Node, joint: Joint) -> Fact:
+    call, row = call_of(node, joint), lookup(node.target)
+    if row is not None and isinstance(joint.info[node], tuple):
+        row = replace(row, cheap=False)
+    operands = tensor_operands(node, joint)
+    signature = row.rule(call) if row is not None else None
+    if signature is not None and len(signature.ins) != len(operands):
+        signature = None
+    return call, row, signature, operands
 
 
 def _carried(labels: Labels, node: fx.Node, signature: Signature) -> Signature:
@@ -352,7 +366,7 @@ def describe(labels: Labels) -> Mapping[str, str]:
 
 
 __all__ = [
-    "ASCENDING", "Barrier", "DESCENDING", "Kind", "Label", "Labels", "STATES", "Use",
+    "ASCENDING", "Barrier", "DESCENDING", "Fact", "Kind", "Label", "Labels", "STATES", "Use",
     "analyse", "call_of", "describe", "has_axis", "labels_direction", "signature_of",
     "tensor_operands",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from fxmem.streaming.labels import (
     ASCENDING,
     DESCENDING,
     STATES,
+    Fact,
     Kind,
     Label,
     Labels,
@@ -79,22 +80,27 @@ def schedule(
     ranks: bool = False,
 ) -> Schedule:  # fmt: skip
     """The cheapest schedule that produces ``roots``, where ``held`` values exist already."""
-    best = build(joint, roots, causal=causal, directions=(), held=held, ranks=ranks)
+    facts: dict[fx.Node, Fact] = {}
+    best = build(joint, roots, causal=causal, directions=(), held=held, ranks=ranks, facts=facts)
     if ranks or (len(best.loops) <= 1 and not best.labels.carries):
         return best  # over ranks no direction is better, and the buffers of one loop are results
     depth = min(MAX_STAGES, 1 + max((loop.stage for loop in best.loops), default=-1))
     for directions in itertools.product((ASCENDING, DESCENDING), repeat=depth):
         if DESCENDING in directions or best.labels.carries:  # all ascend: that is the first
-            candidate = build(joint, roots, causal=causal, directions=directions, held=held)
+            candidate = build(
+                joint, roots, causal=causal, directions=directions, held=held, facts=facts
+            )
             best = min(best, candidate, key=lambda s: s.cost)
     return best
 
 
 def build(
     joint: Joint, roots: Sequence[fx.Node], *, causal: bool, directions: Sequence[int],
-    held: Sequence[fx.Node] = (), ranks: bool = False,
+    held: Sequence[fx.Node] = (), ranks: bool = False, facts: dict[fx.Node, Fact] | None = None,
 ) -> Schedule:  # fmt: skip
-    labels = analyse(joint, causal=causal, directions=directions, held=held, ranks=ranks)
+    labels = analyse(
+        joint, causal=causal, directions=directions, held=held, ranks=ranks, facts=facts
+    )
     need = _Needs(labels, list(roots), held)
     loops: dict[int, Loop] = {}
     for node in joint.graph.nodes:

@@ -235,13 +235,17 @@ def test_a_part_that_cannot_be_captured(kind: type[Part]) -> None:
         assert not {"forward", "look"} & set(vars(module))
 
 
-@given(
-    kind=st.sampled_from(KINDS), shared=st.booleans(), lengths=st.lists(
-        st.integers(1, 24), min_size=2, max_size=3), batches=st.integers(1, 3),
-    train=st.booleans(), hooked=st.booleans(), frozen=st.booleans(),
-)  # fmt: skip
-@settings(max_examples=12, deadline=None)
-def test_any_kind_of_part_in_any_setting(
+@pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_any_kind_of_part_in_any_setting(examples: int) -> None:
+    drawn = given(
+        kind=st.sampled_from(KINDS), shared=st.booleans(), lengths=st.lists(
+            st.integers(1, 24), min_size=2, max_size=3), batches=st.integers(1, 3),
+        train=st.booleans(), hooked=st.booleans(), frozen=st.booleans(),
+    )  # fmt: skip
+    drawn(settings(max_examples=examples, deadline=None)(_any_setting))()
+
+
+def _any_setting(
     kind: type[Part], shared: bool, lengths: list[int], batches: int, train: bool, hooked: bool,
     frozen: bool,
 ) -> None:  # fmt: skip

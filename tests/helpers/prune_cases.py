@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import transformers as T
 from torch import nn
+
+import fxmem
 
 BASE: dict[str, Any] = dict(
     vocab_size=97, hidden_size=40, intermediate_size=72, num_hidden_layers=2,
@@ -61,3 +64,9 @@ def build(name: str, attention: str = "sdpa") -> nn.Module:
             if key.endswith("bias"):
                 p.normal_(0, 0.5)
     return model
+
+
+@functools.cache
+def coupled(name: str, attention: str = "sdpa") -> fxmem.Coupling:
+    """Of every model that :func:`build` makes of this name: to read it takes longer than a test."""
+    return fxmem.coupling(build(name, attention))

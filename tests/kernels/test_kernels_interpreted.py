@@ -21,7 +21,7 @@ FILES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
 def run(where: Path, *chosen: str, **environment: str) -> tuple[Counter[str], list[str], str]:
     """``(passed tests by file, failed tests, output)`` of an interpreted session."""
     env = {**os.environ, "TRITON_INTERPRET": "1", **environment}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "--tb=short", "-p", "no:cacheprovider"]
     command += [f"--junitxml={where / 'junit.xml'}", *(chosen or (str(FOLDER),))]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     passed: Counter[str] = Counter()

@@ -83,21 +83,6 @@ def test_every_level_is_exact_on_the_device_and_away(
         assert sizes == sorted(sizes) and sizes[0] == 0
 
 
-def test_no_product_runs_twice_at_level_two(model: nn.Module) -> None:
-    net = streamed(copy.deepcopy(model))
-    tiny.step(net, tiny.batch(1, 130))
-    code = graph_of(net).calls[1].code
-    counts = [
-        sum(
-            "mm" in str(n.target)
-            for loop in code.program(f"backward+{level}" if level else "backward").loops
-            for n in loop.module.graph.nodes
-        )
-        for level in range(3)
-    ]
-    assert counts[2] == 14 < counts[0]  # two products per matrix, of seven matrices
-
-
 @pytest.fixture(scope="module")
 def captured(model: nn.Module) -> Captured:
     """A streamed model in float64 that has run, and its gradients in plain PyTorch."""
@@ -107,6 +92,19 @@ def captured(model: nn.Module) -> Captured:
         streamed(net)
         tiny.step(net, tiny.batch(1, 600))
     return net, want
+
+
+def test_no_product_runs_twice_at_level_two(captured: Captured) -> None:
+    code = graph_of(captured[0]).calls[1].code
+    counts = [
+        sum(
+            "mm" in str(n.target)
+            for loop in code.program(f"backward+{level}" if level else "backward").loops
+            for n in loop.module.graph.nodes
+        )
+        for level in range(3)
+    ]
+    assert counts[2] == 14 < counts[0]  # two products per matrix, of seven matrices
 
 
 def under(net: nn.Module, **options: Any) -> Budget:

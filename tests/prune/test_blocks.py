@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as T
 from double import everything_in_double
-from prune_cases import BASE, CASES, build
+from prune_cases import BASE, CASES, build, coupled
 from prune_options import scored
 from test_coupling_and_materialize import check
 from torch import Tensor
@@ -54,8 +54,8 @@ def gone(masks: fxmem.Masks) -> set[str]:
 def test_without_equals_masked(name: str) -> None:
     """A block, a layer, everything; GPT-2 and OPT, which keep a silent unit, are below."""
     with everything_in_double():
-        model = build(name, "eager" if name == "gemma2" else "sdpa")
-        units = fxmem.coupling(model)
+        attention = "eager" if name == "gemma2" else "sdpa"
+        model, units = build(name, attention), coupled(name, attention)
         attention = next(g.name for g in units.groups if g.kind == "kv_groups")
         for paths in ([attention.rpartition(".")[0]], ["model.layers.1"], ["model"]):
             masks = fxmem.Masks.without(units, *paths)
@@ -110,7 +110,7 @@ def test_paths(deep: tuple[Any, fxmem.Coupling]) -> None:
 
 
 def test_an_expert_block_loses_its_channels() -> None:
-    units = fxmem.coupling(build("qwen3_moe"))
+    units = coupled("qwen3_moe")
     masks = fxmem.Masks.without(units, "model.layers.1.mlp")
     assert gone(masks) == {"model.layers.1.mlp.experts.mlp_channels"}
     assert masks == fxmem.Masks.without(units, "model.layers.1.mlp.experts")
@@ -217,7 +217,7 @@ def test_each_kind_of_block_may_have_its_own_budget(
 def test_blocks_of_a_mixture() -> None:
     model = build("qwen3_moe")
     options = fxmem.Prune(keep=0.5, kinds=("mlp_blocks",), advanced={"cost": "units"})
-    units = fxmem.coupling(model)
+    units = coupled("qwen3_moe")
     _, masks = fxmem.score(model, data(), "wanda", options, coupled=units)
     assert len(gone(masks)) == 1 and "mlp.experts.mlp_channels" in str(gone(masks))
 
@@ -230,7 +230,7 @@ def test_overlaps_and_unknown_kinds_are_named(deep: tuple[Any, fxmem.Coupling]) 
     ):  # fmt: skip
         with pytest.raises(fxmem.PlanError, match=f"'{first}' and '{second}' both remove"):
             fxmem.search(model, data(), fxmem.Prune(kinds=(first, second)), coupled=units)
-    mixture = fxmem.coupling(build("mixtral"))
+    mixture = coupled("mixtral")
     for kind in ("mlp_blocks", "layers"):
         with pytest.raises(fxmem.PlanError, match=f"'experts' and '{kind}'"):
             chosen(mixture, ("experts", kind))

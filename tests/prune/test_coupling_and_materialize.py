@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from double import everything_in_double
-from prune_cases import CASES, build
+from prune_cases import CASES, build, coupled
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -110,8 +110,7 @@ def test_masked_equals_sliced(name: str, attention: str) -> None:
 
 @pytest.fixture(scope="module")
 def llama() -> tuple[Any, fxmem.Coupling]:
-    model = build("llama")
-    return model, fxmem.coupling(model)
+    return build("llama"), coupled("llama")
 
 
 def test_groups_of_a_llama(llama: tuple[Any, fxmem.Coupling]) -> None:

@@ -11,7 +11,7 @@ import tiny
 import torch
 import transformers as T
 from double import everything_in_double
-from prune_cases import BASE, build
+from prune_cases import BASE, build, coupled
 from prune_options import scored
 from test_coupling_and_materialize import check
 from torch import Tensor
@@ -26,8 +26,7 @@ SLOW = pytest.mark.slow
 
 
 def mixture(name: str, attention: str = "sdpa") -> tuple[Any, fxmem.Coupling]:
-    model = build(name, attention)
-    return model, fxmem.coupling(model)
+    return build(name, attention), coupled(name, attention)
 
 
 @pytest.fixture(scope="module")

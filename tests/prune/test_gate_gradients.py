@@ -10,7 +10,7 @@ import torch
 from double import everything_in_double
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prune_cases import build
+from prune_cases import build, coupled
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,8 +25,7 @@ HELD: dict[str, tuple[Any, fxmem.Coupling]] = {}
 def cases(name: str) -> tuple[Any, fxmem.Coupling]:
     """The model and its units, traced once."""
     if name not in HELD:
-        model = build(name)
-        HELD[name] = model, fxmem.coupling(model)
+        HELD[name] = build(name), coupled(name)
     return HELD[name]
 
 

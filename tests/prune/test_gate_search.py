@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from prune_cases import build
+from prune_cases import build, coupled
 from prune_oracle import Divergence, every_choice, layer_groups, llama
 from torch import Tensor
 
@@ -233,7 +233,7 @@ def test_inside_a_sub_model_the_derivatives_are_those_of_the_dense_gated_model()
     from fxmem.prune.shrink.gate_gradients import Gates
 
     model = build("gpt2")
-    units = fxmem.coupling(model)
+    units = coupled("gpt2")
     groups = [g for g in units.groups if g.kind in ("kv_groups", "mlp_channels")]
     wide = {g.name: torch.arange(g.size) % 4 > 0 for g in groups}
     wide[groups[0].name] = torch.zeros_like(wide[groups[0].name])  # one stays that says nothing
@@ -254,7 +254,7 @@ def test_inside_a_sub_model_the_derivatives_are_those_of_the_dense_gated_model()
 
 def test_streamed_sub_models_give_the_same_masks() -> None:
     model = build("llama")
-    units = fxmem.coupling(model)
+    units = coupled("llama")
     options = fxmem.Prune(keep=0.5, steps=3, advanced={"init_batches": 1})
     plan = fxmem.Plan(stream=fxmem.Stream(chunk=4, loss_chunk=4))
     made: list[Any] = []
@@ -270,7 +270,7 @@ def test_streamed_sub_models_give_the_same_masks() -> None:
 
 def test_bad_requests_are_named() -> None:
     model: Any = build("llama")
-    units = fxmem.coupling(model)
+    units = coupled("llama")
     nothing = [{"input_ids": data()[0]["input_ids"]}]
     with pytest.raises(PlanError, match="labels"):
         fxmem.search(model, nothing, coupled=units)

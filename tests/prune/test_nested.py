@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from prune_cases import build
+from prune_cases import build, coupled
 from prune_options import scored
 from prune_toy import BASE, HALF, Toy, drawn, make, run
 from torch import Tensor
@@ -121,7 +121,7 @@ def test_resuming_changes_nothing(resident: Any) -> None:
 )
 def test_gates_equal_the_masked_model(name: str) -> None:
     model = build(name)
-    units = fxmem.coupling(model)
+    units = coupled(name)
     gated = [g for g in units.groups if g.kind not in UNGATED]
     outer = {g.name: torch.rand(g.size) < 0.7 for g in gated}
     inner = {n: b & (torch.rand(len(b)) < 0.6) for n, b in outer.items()}
@@ -149,13 +149,13 @@ def test_gates_equal_the_masked_model(name: str) -> None:
 
 
 def test_search_with_nested_masks() -> None:
-    model = build("llama")
+    model, units = build("llama"), coupled("llama")
     ids = torch.randint(3, 97, (4, 2, 11))
     batches = [{"input_ids": x, "labels": x} for x in ids]
     for resident in ("one", "all"):
         options = scored(
             keep=0.5, steps=6, age=3, widen=3.0, block=8, resident=resident, init="uniform"
         )
-        masks = fxmem.search(model, batches, options)
-        assert masks == fxmem.search(model, batches, options)
-        assert 0.3 < masks.sparsity(fxmem.coupling(model))["prunable"] < 0.7
+        masks = fxmem.search(model, batches, options, coupled=units)
+        assert masks == fxmem.search(model, batches, options, coupled=units)
+        assert 0.3 < masks.sparsity(units)["prunable"] < 0.7

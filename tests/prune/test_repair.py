@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prune_cases import build
+from prune_cases import build, coupled
 from torch import Tensor
 
 import fxmem
@@ -20,8 +20,7 @@ HELD: dict[str, tuple[Any, fxmem.Coupling]] = {}
 
 def cases(name: str) -> tuple[Any, fxmem.Coupling]:
     if name not in HELD:
-        model = build(name)
-        HELD[name] = model, fxmem.coupling(model)
+        HELD[name] = build(name), coupled(name)
     return HELD[name]
 
 

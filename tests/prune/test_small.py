@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from prune_cases import build
+from prune_cases import build, coupled
 from test_coupling_and_materialize import drawn, inner
 from torch import Tensor
 
@@ -16,8 +16,7 @@ import fxmem
 
 @pytest.fixture(scope="module")
 def llama() -> tuple[Any, fxmem.Coupling]:
-    model = build("llama")
-    return model, fxmem.coupling(model)
+    return build("llama"), coupled("llama")
 
 
 def test_sparsity_counts_what_a_smaller_model_has(llama: tuple[Any, fxmem.Coupling]) -> None:
@@ -52,7 +51,7 @@ def test_others_save_load_and_compile(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = build(name)
-    units = fxmem.coupling(model)
+    units = coupled(name)
     bools = {g.name: torch.rand(g.size) < 0.5 for g in inner(units)}
     for i, b in enumerate(bools.values()):
         b[:2] = i > 0  # the first group gets no unit

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from double import everything_in_double
-from prune_cases import build
+from prune_cases import build, coupled
 from sparse_cases import RATIOS, batch, drawn, gradients, run_rank
 
 import fxmem
@@ -56,7 +56,7 @@ def test_equals_the_masked_dense_model(name: str, kinds: tuple[str, ...]) -> Non
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     mp.spawn(run_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     model: Any = build("llama")
-    masks = drawn(fxmem.coupling(model), ("kv_groups", "mlp_channels"))
+    masks = drawn(coupled("llama"), ("kv_groups", "mlp_channels"))
     want = fxmem.sparse_backward(model, masks, batch(), ratios=RATIOS)
     for rank in (0, 1):
         loss, grads = torch.load(tmp_path / f"{rank}.pt")
@@ -67,7 +67,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     model: Any = build("llama")
-    units = fxmem.coupling(model)
+    units = coupled("llama")
     full = fxmem.Masks.full(units)
     with pytest.raises(BudgetError, match="one ratio per mask"):
         fxmem.sparse_backward(model, [full], batch(), ratios=[1.0, 2.0], coupled=units)

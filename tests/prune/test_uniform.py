@@ -12,7 +12,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from prune_cases import build
+from prune_cases import build, coupled
 from torch import Tensor
 
 import fxmem
@@ -86,8 +86,9 @@ BOTH = ("kv_groups", "mlp_channels")
     ],
 )  # fmt: skip
 def test_transformers_loads_equal_widths(name: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
-    model = build(name, "eager" if name == "gemma2" else "sdpa")
-    small = half(model, fxmem.coupling(model), kinds)
+    attention = "eager" if name == "gemma2" else "sdpa"
+    model = build(name, attention)
+    small = half(model, coupled(name, attention), kinds)
     with torch.no_grad():
         want = small(input_ids=IDS).logits
         small.save_pretrained(tmp_path)  # as a Trainer does
@@ -108,8 +109,7 @@ def test_transformers_loads_equal_widths(name: str, kinds: tuple[str, ...], tmp_
 
 
 def test_other_widths_are_refused_by_name_and_read_by_fxmem(tmp_path: Path) -> None:
-    model = build("llama")
-    small = half(model, fxmem.coupling(model), BOTH, odd=1)
+    small = half(build("llama"), coupled("llama"), BOTH, odd=1)
     values = {n: p + 1 for n, p in small.state_dict().items()}
     copied = copy.deepcopy(small)  # copies know how they were made
     copied.save_pretrained(tmp_path, state_dict=values)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from double import everything_in_double
-from prune_cases import CASES, build
+from prune_cases import CASES, build, coupled
 from test_coupling_and_materialize import check as check_equal
 from torch import Tensor, nn
 
@@ -39,8 +39,7 @@ def double(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def llama() -> tuple[Any, fxmem.Coupling]:
-    model = build("llama")
-    return model, fxmem.coupling(model)
+    return build("llama"), coupled("llama")
 
 
 def width(units: fxmem.Coupling) -> fxmem.UnitGroup:
@@ -111,7 +110,7 @@ def test_without_the_rescale_it_differs(
 
 @pytest.mark.parametrize("name", LAYER_NORM)
 def test_layer_norm_blocks_the_width(name: str) -> None:
-    units = fxmem.coupling(build(name))
+    units = coupled(name)
     assert "width" not in [g.kind for g in units.groups]
     why = [w for n, axis, w in units.blocked if "embed_tokens" in n or "wte" in n if axis == 1]
     assert len(why) == 1 and "mean of a LayerNorm includes removed channels" in why[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from prune_cases import build
+from prune_cases import build, coupled
 from prune_options import scored
 from test_width import double, drawn, llama, width
 from torch._dynamo.testing import CompileCounter
@@ -29,7 +29,7 @@ CODE = (
 @pytest.mark.parametrize("name", ["gemma", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_fresh_process_loads_equal_logits(name: str, tmp_path: Path) -> None:
     model = build(name)
-    units = fxmem.coupling(model)
+    units = coupled(name)
     small: Any = fxmem.materialize(model, drawn(units, 0.5, everything=True), units)
     fxmem.save_pretrained(small, tmp_path)
     ids = torch.randint(3, 97, (2, 9))

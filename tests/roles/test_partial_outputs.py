@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 import twins
 from hypothesis import given, settings
@@ -20,15 +21,17 @@ OUTPUTS = ("loss", "aux", "hidden", "pooled")
 KINDS = st.sampled_from([Role.ACTIVE, Role.ACTIVE, Role.UPDATE, Role.FROZEN])
 
 
-@settings(max_examples=8)
-@given(
-    roles=st.fixed_dictionaries({n: KINDS for n in NAMES}),
-    used=st.sets(st.sampled_from(OUTPUTS), min_size=1, max_size=2),
-    plan=st.sampled_from([twins.PLAN, Plan()]),
-)
-def test_gradients_and_updates_are_those_of_the_outputs_in_use(
-    roles: dict[str, Role], used: set[str], plan: Plan
-) -> None:
+@pytest.mark.parametrize("examples", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_gradients_and_updates_are_those_of_the_outputs_in_use(examples: int) -> None:
+    drawn = given(
+        roles=st.fixed_dictionaries({n: KINDS for n in NAMES}),
+        used=st.sets(st.sampled_from(OUTPUTS), min_size=1, max_size=2),
+        plan=st.sampled_from([twins.PLAN, Plan()]),
+    )
+    drawn(settings(max_examples=examples)(_agree))()
+
+
+def _agree(roles: dict[str, Role], used: set[str], plan: Plan) -> None:
     torch.manual_seed(0)
     net: Any = twins.Net().double()
     made = case(net, {**roles, "norm.bias": Role.ACTIVE}, plan)

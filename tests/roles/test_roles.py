@@ -37,6 +37,27 @@ def double(name: str, layers: int = 3, **changes: object) -> nn.Module:
     return tiny.model(name, **{depth: layers}, **changes).double()
 
 
+Shared = tuple[Case, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def captured() -> Shared:
+    net = double("llama")
+    start = {n: v.clone() for n, v in net.state_dict().items()}
+    return case(net, everywhere(net, 1), STREAMED), start
+
+
+@pytest.fixture
+def llama(captured: Shared) -> Case:
+    """Streamed, of three layers, with the weights of the beginning; one capture serves all."""
+    made, start = captured
+    for net in (made.plain, made.net):
+        net.load_state_dict(start)
+        net.zero_grad()
+    made.switch(everywhere(made.net, 1))
+    return made
+
+
 @PLANS
 @pytest.mark.parametrize(
     "name",
@@ -55,16 +76,18 @@ def test_one_step_equals_plain_autograd(name: str, plan: Plan) -> None:
             assert len(set(made.updated)) == wanted
 
 
-@PLANS
-def test_regions_below_the_active_block_run_without_autograd(plan: Plan) -> None:
+@pytest.mark.parametrize("plan", ["streamed", pytest.param("whole", marks=pytest.mark.slow)])
+def test_regions_below_the_active_block_run_without_autograd(plan: str, llama: Case) -> None:
+    made = llama
     with everything_in_double():
-        net = double("llama", 4)
-        made = case(net, deeper(net, 2, Role.FROZEN), plan)
+        if plan == "whole":
+            net = double("llama")
+            made = case(net, everywhere(net, 1), WHOLE)
+        made.switch(deeper(made.net, 1, Role.FROZEN))
         assert step(made, tiny.batch(2, 23)) < EXACT
-    body = ["idle", "idle", "idle", "active", "tail", "tail"]
-    assert made.variants() == body
+    assert made.variants() == ["idle", "idle", "active", "tail", "tail"]
     (active,) = (s for s in made.graph.selected if s.name == "active")
-    assert [w for w, leaf in zip(active.wanted, made.graph.calls[3].leaves, strict=True)
+    assert [w for w, leaf in zip(active.wanted, made.graph.calls[2].leaves, strict=True)
             if leaf[0] == "main"] == [False]  # fmt: skip
 
 
@@ -83,10 +106,9 @@ def test_two_forwards_before_one_backward(plan: Plan) -> None:
     assert not made.table.waiting
 
 
-def test_a_dropped_branch_waits_for_the_flush() -> None:
+def test_a_dropped_branch_waits_for_the_flush(llama: Case) -> None:
+    made, net = llama, llama.net
     with everything_in_double():
-        net = double("llama")
-        made = case(net, everywhere(net, 1), STREAMED)
         before = {n: p.detach().clone() for n, p in net.named_parameters()}
         made.plain(**tiny.batch()).loss.backward()
         dropped = made.net(**tiny.batch(2, 19)).loss
@@ -100,10 +122,10 @@ def test_a_dropped_branch_waits_for_the_flush() -> None:
         assert step(made, tiny.batch()) < EXACT
 
 
-def test_the_loss_region_updates_with_the_true_tangent() -> None:
+def test_the_loss_region_updates_with_the_true_tangent(llama: Case) -> None:
+    made, net = llama, llama.net
+    made.switch(deeper(net, 1))
     with everything_in_double():
-        net = double("llama")
-        made = case(net, deeper(net, 1), STREAMED)
         before = {n: p.detach().clone() for n, p in net.named_parameters()}
         loss = made.net(**tiny.batch()).loss
         assert not made.updated

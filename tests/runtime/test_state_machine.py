@@ -295,7 +295,7 @@ def live(examples: int, steps: int) -> None:
 
 
 def test_a_short_life() -> None:
-    live(5, 10)
+    live(3, 10)
 
 
 @pytest.mark.slow

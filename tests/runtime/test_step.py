@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +24,19 @@ def streamed(name: str = "llama", **changes: Any) -> nn.Module:
     return fxmem.transform(tiny.model(name, **changes), PLAN)
 
 
+@pytest.fixture(scope="module")
+def shared() -> nn.Module:
+    return streamed()
+
+
+@pytest.fixture
+def net(shared: nn.Module) -> Iterator[nn.Module]:
+    """A streamed model that other tests use as well: its capture takes longer than they do."""
+    shared.zero_grad()
+    yield shared
+    shared.train().requires_grad_(True)
+
+
 def test_no_new_work_for_new_lengths() -> None:
     net = streamed()
     tiny.step(net, tiny.batch(2, 23))
@@ -35,8 +49,8 @@ def test_no_new_work_for_new_lengths() -> None:
     assert after.distinct_programs == before.distinct_programs <= 4
 
 
-def test_gradient_accumulation_and_two_forwards_before_backward() -> None:
-    plain, net = tiny.model(), streamed()
+def test_gradient_accumulation_and_two_forwards_before_backward(net: nn.Module) -> None:
+    plain = tiny.model()
     a, b = tiny.batch(2, 23), tiny.batch(3, 19)
     for module in (plain, net):
         losses = [module(**x).loss for x in (a, b)]
@@ -59,8 +73,7 @@ def test_autocast() -> None:
     assert all(g.dtype == torch.float32 for g in grads[1].values())
 
 
-def test_grad_scaler_scales_once() -> None:
-    net = streamed()
+def test_grad_scaler_scales_once(net: nn.Module) -> None:
     _, want = tiny.step(net, tiny.batch())
     want = {n: g.clone() for n, g in want.items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -70,17 +83,20 @@ def test_grad_scaler_scales_once() -> None:
     assert largest_difference(got, want)[0] < 1e-6
 
 
-def test_parameter_hooks_fire_once() -> None:
-    net = streamed()
+def test_parameter_hooks_fire_once(net: nn.Module) -> None:
     seen: list[str] = []
-    for name, p in net.named_parameters():
+    handles = [
         p.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+        for name, p in net.named_parameters()
+    ]
     tiny.step(net, tiny.batch())
+    for handle in handles:
+        handle.remove()
     assert sorted(seen) == sorted(n for n, _ in net.named_parameters())
 
 
-def test_evaluation_and_generation_in_between() -> None:
-    plain, net = tiny.model(), streamed()
+def test_evaluation_and_generation_in_between(net: nn.Module) -> None:
+    plain = tiny.model()
     tiny.step(net, tiny.batch())
     ids = tiny.batch(1)["input_ids"]
     with torch.no_grad():
@@ -97,8 +113,8 @@ def test_state_dict_and_class_are_vanilla() -> None:
     assert type(net) is type(plain)
 
 
-def test_frozen_parameters_get_no_gradient() -> None:
-    plain, net = tiny.model(), streamed()
+def test_frozen_parameters_get_no_gradient(net: nn.Module) -> None:
+    plain = tiny.model()
     for module in (plain, net):
         for name, p in module.named_parameters():
             p.requires_grad_("self_attn.q_proj" in name)
@@ -108,8 +124,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert largest_difference(got, want)[0] < 1e-5
 
 
-def test_retain_graph_gives_the_same_gradients_again() -> None:
-    net = streamed()
+def test_retain_graph_gives_the_same_gradients_again(net: nn.Module) -> None:
     net.zero_grad()
     loss = net(**tiny.batch()).loss
     loss.backward(retain_graph=True)
@@ -119,30 +134,32 @@ def test_retain_graph_gives_the_same_gradients_again() -> None:
     assert largest_difference(twice, once)[0] < 1e-5
 
 
-def test_backward_twice() -> None:
-    loss = streamed()(**tiny.batch()).loss
+def test_backward_twice(net: nn.Module) -> None:
+    loss = net(**tiny.batch()).loss
     loss.backward()
     with pytest.raises(err.BackwardTwiceError):
         loss.backward()
 
 
-def test_double_backward() -> None:
-    loss = streamed()(**tiny.batch()).loss
+def test_double_backward(net: nn.Module) -> None:
+    loss = net(**tiny.batch()).loss
     with pytest.raises(err.DoubleBackwardError):
         loss.backward(create_graph=True)
 
 
-def test_parameter_changed_between_forward_and_backward() -> None:
-    net = streamed()
+def test_parameter_changed_between_forward_and_backward(net: nn.Module) -> None:
     loss = net(**tiny.batch()).loss
+    weight = net.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
-        net.model.layers[0].mlp.up_proj.weight.mul_(2)
+        weight.mul_(2)
     with pytest.raises(err.ModifiedParameterError):
         loss.backward()
+    with torch.no_grad():
+        weight.div_(2)  # others use the model too
 
 
-def test_dropped_logits() -> None:
-    out = streamed()(**tiny.batch())
+def test_dropped_logits(net: nn.Module) -> None:
+    out = net(**tiny.batch())
     assert out.logits.shape == (2, 23, tiny.VOCAB)
     with pytest.raises(err.DroppedLogitsError, match="keep"):
         out.logits.sum()
@@ -160,8 +177,7 @@ def test_kept_logits() -> None:
     assert largest_difference(*grads)[0] < 1e-5
 
 
-def test_an_exception_leaves_no_state() -> None:
-    net = streamed()
+def test_an_exception_leaves_no_state(net: nn.Module) -> None:
     _, want = tiny.step(net, tiny.batch())
     want = {n: g.clone() for n, g in want.items()}
     handle = net.model.norm.weight.register_hook(lambda g: 1 / 0)

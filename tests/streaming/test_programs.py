@@ -232,8 +232,16 @@ def check(case: Case) -> None:
         assert error < 1e-10, f"{name} differs by {error:.1e} at {length} in {case}"
 
 
-@pytest.mark.parametrize("loss", ("tokens", "preference", "squares"))
-@pytest.mark.parametrize("step", STEPS)
+FEW = ("tokens", "preference", "squares")
+PAIRS = [
+    pytest.param(step, loss, marks=[pytest.mark.slow] if (i - j) % len(FEW) else [])
+    for i, step in enumerate(STEPS)
+    for j, loss in enumerate(FEW)
+]
+"""Every step with one of the losses, in turn; with the others where there is time."""
+
+
+@pytest.mark.parametrize(("step", "loss"), PAIRS)
 def test_each_step_alone(step: str, loss: str) -> None:
     check(Case([step], loss, 2, (7,), 3, 2))
 
@@ -262,7 +270,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 @example(Case(["linear"], "halves", 2, (9,), 4, 4))
 # a slice whose bounds are no polynomial of the length
 @example(Case(["past_blocks"], "squares", 2, (4, 3), 2, 2))
-@settings(max_examples=12, suppress_health_check=QUIET)
+@settings(max_examples=8, suppress_health_check=QUIET)
 @given(cases())
 @pytest.mark.filterwarnings("ignore::fxmem.FxmemWarning")
 def test_random_programs(case: Case) -> None:

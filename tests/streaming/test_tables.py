@@ -193,7 +193,7 @@ def cases(draw: st.DrawFn) -> Case:
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=8, suppress_health_check=QUIET)
+@settings(max_examples=4, suppress_health_check=QUIET)
 @given(cases())
 def test_random_tables(case: Case) -> None:
     check(case)
