@@ -6,7 +6,8 @@ again and again. Waists split the graph into *segments*. A segment that mixes to
 starts a region and takes the token-local segments after it along, up to the next mixing one; what
 precedes the first mixing segment (the embedding) and what follows the last one without a
 counterpart elsewhere (final norm, LM head, loss) are regions of their own. Values that merely pass
-by a region are not its inputs.
+by a region are not its inputs. The layers of a part that has a length of its own (an encoder, or
+the decoder that reads it) are found in the same way, by the states that have that length.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmem.axes.sizes import has_axis, per_token
 from fxmem.frontend.capture import (
     Capture,
     Graph,
@@ -38,6 +38,7 @@ from fxmem.frontend.capture import (
 from fxmem.frontend.origin import module_path
 from fxmem.frontend.parameter_free import Cone, Leaf, Parts, Preamble, leaf_of
 from fxmem.frontend.subgraph import Body, Subgraph
+from fxmem.frontend.waists import along, waists
 
 
 @dataclass(slots=True)
@@ -172,11 +173,14 @@ def split(
     main = capture.main
     borders_ = {p for p, n in enumerate(main) if is_border(n)}
     own = {*borders_, *(p + 1 for p in borders_)}
-    cuts = sorted({*_waists(capture, main), *own} - {0, len(main)})
+    cuts = sorted({*waists(capture, main), *own} - {0, len(main)})
     bounds = [0, *cuts, len(main)]
     segments = [main[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
     between = [is_border(s[0]) for s in segments]
-    atoms = [None if b else make(capture, pre, s) for s, b in zip(segments, between, strict=True)]
+    atoms = [
+        None if b else make(along(capture, s), pre, s)
+        for s, b in zip(segments, between, strict=True)
+    ]
     keys = ["" if a is None else a.key() for a in atoms]
     known: dict[str, bool] = {"": False}
     for atom, key in zip(atoms, keys, strict=True):
@@ -215,47 +219,6 @@ def _group(keys: Sequence[str], mixing: Sequence[bool]) -> list[list[int]]:
     if tail < len(keys):
         groups.append(list(range(tail, len(keys))))
     return groups
-
-
-def _waists(capture: Capture, main: list[fx.Node]) -> list[int]:
-    """Positions ``p`` such that a region may end before ``main[p]``.
-
-    A single state is alive there, beside values under a quarter of its size (router logits that
-    pass by), and it has the size that most of these positions share.
-    """
-    alone = _single_states(capture, main)
-    runs = [v for p, v in enumerate(alone) if v is not None and (p == 0 or alone[p - 1] != v)]
-    if not runs:
-        return []
-    residual = Counter(runs).most_common(1)[0][0]
-    return [p for p in range(1, len(main)) if alone[p] == residual and alone[p - 1] != residual]
-
-
-def _single_states(capture: Capture, main: list[fx.Node]) -> list[float | None]:
-    """Bytes per token of the one streamed state alive before each node; None where more are."""
-    order = {n: i for i, n in enumerate(main)}
-    ends: dict[int, list[fx.Node]] = {}
-    alive: dict[fx.Node, float] = {}
-    out: list[float | None] = []
-    tuples = -1  # last use of a tuple of tensors: no cut before it
-    for p, n in enumerate(main):
-        for gone in ends.pop(p, ()):
-            del alive[gone]
-        largest = max(alive.values(), default=0.0)
-        large = [v for v in alive.values() if v >= largest / 4]
-        out.append(large[0] if len(large) == 1 and tuples < 0 else None)
-        value = value_of(n)
-        last = max((order[u] for u in n.users if u in order), default=-1)
-        tuples = max(
-            tuples, last if isinstance(value, (tuple, list)) and not is_size(value) else -1
-        )
-        tuples = -1 if tuples <= p else tuples
-        if last > p and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-            shape = capture.shape(n)
-            if any(has_axis(d) for d in shape):
-                alive[n] = per_token(shape) * value.dtype.itemsize
-                ends.setdefault(last + 1, []).append(n)
-    return out
 
 
 def make(capture: Capture, pre: Preamble, nodes: list[fx.Node]) -> Region:
