@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows[kind, name] = row
         with options.results.open("a") as file:
             print(json.dumps(row), file=file)
+        write_text(options.table, table(rows.values()))  # a run that is stopped leaves what it found
         print(f"{kind} {name}: {row['status']} {row.get('reason', '')}", flush=True)
     write_text(options.table, table(rows.values()))
 
@@ -100,7 +101,10 @@ def _summary(rows: Sequence[Row]) -> str:
     trains = [r for r in rows if "plain" not in r["status"]]
     free = sum(r["status"] == "exact" and not r["barriers"] and not r["pieces"] for r in trains)
     words = ", ".join(f"{n} {status}" for status, n in counts.most_common())
-    return f"{len(rows)} types: {words}. Exact with nothing whole: {free} of {len(trains)}."
+    return (
+        f"{len(rows)} of {len(types(rows[0]['kind']))} types: {words}. Exact with nothing whole: "
+        f"{free} of {len(trains)}."
+    )
 
 
 def _lines(rows: Sequence[Row]) -> str:

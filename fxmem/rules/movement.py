@@ -142,16 +142,21 @@ def unbind(call: Call) -> Signature:
 
 
 def repeat(call: Call) -> Signature:
-    """Counts stay as they are in a chunk, so repeated and new axes must be complete."""
+    """Counts stay as they are in a chunk, so that copies, ``t -> (r t)``, must be complete."""
     source, out = call.tensors[0], call.out
     pad = out.rank - source.rank
-    dims, whole = [], {f"d{i}" for i in range(pad)}
-    for i in range(source.rank):
-        kept = same(source.shape[i], out.shape[pad + i])
-        dims.append(ONE if source.shape[i] == 1 and not kept else (f"d{pad + i}",))
-        if not kept:
-            whole.add(f"d{pad + i}")
-    return Signature((tuple(dims),), (letters("d", out.rank),), frozenset(whole))
+    ins, outs = [], list(letters("d", out.rank))
+    extent: dict[str, Size] = {}
+    whole = {f"d{i}" for i in range(pad)}
+    for i, (old, new) in enumerate(zip(source.shape, out.shape[pad:], strict=True), pad):
+        ins.append(ONE if old == 1 and new != 1 else (f"d{i}",))
+        if not same(old, new) and old == 1:
+            whole.add(f"d{i}")
+        elif not same(old, new):
+            outs[i] = (f"r{i}", f"d{i}")
+            extent |= {f"r{i}": size(call.args[1][i]), f"d{i}": old}
+            whole.add(f"r{i}")
+    return Signature((tuple(ins),), (tuple(outs),), frozenset(whole), extent=extent)
 
 
 def along(index: int, default: int | None = None) -> Any:

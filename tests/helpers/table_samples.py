@@ -165,7 +165,9 @@ def _calls() -> dict[str, list[tuple[Any, ...]]]:
         "stack.default": [([x, x + 1], 1), ([x, x + 1], -1)],
         "split.Tensor": [(x, 2, 1), (x, 3, 2)], "split_with_sizes.default": [(x, [1, 5], -1)],
         "unbind.int": [(x, 1)],
-        "repeat.default": [(x, [1, 2, 1]), (f(2, 1, 6), [1, 4, 1]), (f(4, 6), [2, 1, 1])],
+        "repeat.default": [
+            (x, [1, 2, 1]), (x, [3, 1, 2]), (f(2, 1, 6), [1, 4, 1]), (f(4, 6), [2, 1, 1]),
+        ],
         "flip.default": [(x, [1])], "roll.default": [(x, [1], [1])],
         "constant_pad_nd.default": [(x, [1, 0]), (x, [0, 0, 2, 1])], "clone.default": [(x,)],
         "detach.default": [(x,)], "alias.default": [(x,)], "lift_fresh_copy.default": [(x,)],

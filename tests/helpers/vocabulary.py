@@ -152,6 +152,7 @@ SAME: dict[str, Word] = {
     "listed": lambda x, ids: torch.cat(
         [x[..., [-1, 0, 0, 2]], x.unflatten(-1, (2, 4))[..., [1], :].flatten(-2)], -1
     ),
+    "repeated": lambda x, ids: x.flatten(0, 1).repeat(3, 1).view(3, -1, D).sin().sum(0).view_as(x),
     "stopped": lambda x, ids: x + (x.detach() - x.detach().mean()),
     "integers": lambda x, ids: (x + ids[..., None] // 2) * (ids % 3)[..., None],
     "booleans": lambda x, ids: x * (ids > 4)[..., None] + ((x > 0) & (ids > 2)[..., None]),
