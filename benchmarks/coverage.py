@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows[kind, name] = row
         with options.results.open("a") as file:
             print(json.dumps(row), file=file)
-        write_text(options.table, table(rows.values()))  # a run that is stopped leaves what it found
+        write_text(options.table, table(rows.values()))  # what is found stays if the run is stopped
         print(f"{kind} {name}: {row['status']} {row.get('reason', '')}", flush=True)
     write_text(options.table, table(rows.values()))
 
