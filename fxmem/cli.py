@@ -96,6 +96,7 @@ def _add_plan(commands: Any) -> None:
     add("--optimizer", default="adamw", help="adamw, adamw8bit, sgd, blocks or lora")
     add("--rank", type=int, default=16, help="of LoRA's adapters (default 16)")
     add("--device", default="cpu", help="cpu (default), h100, h200, a100, 4090, mi300x, ...")
+    add("--ranks", type=int, default=1, help="devices that share the parameters by FSDP2")
     add("--save", type=Path, help="write the plan as TOML, for fxmem.Plan.from_toml")
     add("--html", type=Path, help="write a page with tables and picture")
     add("--picture", type=Path, help="write the picture, .png or .svg")

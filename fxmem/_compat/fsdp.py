@@ -101,6 +101,17 @@ class Group:
                 yield p._unsharded_param, p.sharded_param
 
     @property
+    def ranks(self) -> int:
+        """That each have a part of a parameter."""
+        infos = (group.mesh_info for group in self._state._fsdp_param_groups)
+        return max((getattr(info, "shard_mesh_size", 1) for info in infos), default=1)
+
+    @property
+    def stays(self) -> bool:
+        """Its parameters are still whole after their last use in a forward."""
+        return not any(g._reshard_after_forward for g in self._state._fsdp_param_groups)
+
+    @property
     def tensor_parallel(self) -> bool:
         """Its parameters are parts of larger ones even when the group is open."""
         return any(p.is_dtensor for p in self._parameters)

@@ -36,6 +36,7 @@ from fxmem.runtime.region_call import RegionCall
 from fxmem.runtime.retention import Holding, Kept, Retention
 from fxmem.runtime.sharding import NotStreamedError, current
 from fxmem.streaming.chunk_size import Chunker
+from fxmem.streaming.shards import WHOLE
 
 LateOutput = Callable[[Late, Sequence[Any], dict[str, int]], Any]
 
@@ -114,9 +115,16 @@ class CompiledGraph:
         sizes = bind_sizes(self.capture, args)
         self.sizes = sizes
         table = self.roles.table() if self.roles is not None else None
-        self._weights = [weakref.ref(args[i]) for i, _ in self._parameters]
-        fresh = not any(args[i].is_leaf and args[i].grad is not None for i, _ in self._parameters)
-        small, sharding = self.chunker.whole(sizes) and table is None, current()
+        sharding = current()
+        weights = [args[i] for i, _ in self._parameters]
+        if sharding is not None:
+            weights = [sharding.shard(w) for w in weights]
+            if self.chunker.shards is WHOLE:
+                inputs = [n.name for n in self.capture.inputs]
+                self.chunker.spread(sharding.spread(dict(zip(inputs, args, strict=True))))
+        self._weights = [weakref.ref(w) for w in weights]
+        fresh = not any(w.is_leaf and w.grad is not None for w in weights)
+        small = self.chunker.whole(sizes) and table is None
         kept = self.kept = Kept(()) if small else self._keeps(table is not None, fresh)
         if torch.is_grad_enabled():
             self._trained = sizes, kept
@@ -194,7 +202,7 @@ class CompiledGraph:
         return kept if latest == sizes and kept.levels else self.holding.kept(sizes)
 
     def weights(self) -> list[Tensor]:
-        """The parameters of the latest call that are alive."""
+        """The parameters of the latest call that are alive, or this rank's shards of them."""
         return [w for found in self._weights if (w := found()) is not None]
 
     def chunk(self, at: int) -> int:

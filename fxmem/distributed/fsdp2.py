@@ -11,7 +11,7 @@ plain FSDP2: a rank that runs plain by itself (one token) waits for nobody.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from fxmem._compat import graph as _compat_graph
 from fxmem._compat.fsdp import Group
 from fxmem.errors import PlanError
 from fxmem.runtime import sharding
+from fxmem.streaming.shards import Shards
 
 
 def of(model: nn.Module) -> ShardedModel | None:
@@ -116,6 +117,20 @@ class ShardedModel:
     def reset(self) -> None:
         """After a call that failed."""
         self.root.reset()
+
+    def spread(self, inputs: Mapping[str, Any]) -> Shards:
+        """How the parameters among the inputs of a graph are spread; the root's group is first."""
+        groups = [self.root, *(g for g in self.groups if g is not self.root)]
+        mine = {
+            name: (groups.index(self.owners[value]), value) for name, value in inputs.items()
+            if isinstance(value, Tensor) and value in self.owners
+        }  # fmt: skip
+        sizes = [0] * len(groups)
+        for at, value in set(mine.values()):
+            sizes[at] += value.nbytes
+        owner = {name: at for name, (at, _) in mine.items()}
+        stays = frozenset(i for i, group in enumerate(groups) if group.stays)
+        return Shards(self.root.ranks, owner, tuple(sizes), stays)
 
     def regions(self, tensors: Sequence[Sequence[Any]]) -> list[Region]:
         """For the regions of a capture in order, by the tensors that each takes."""

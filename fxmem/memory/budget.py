@@ -24,7 +24,7 @@ from fxmem.axes.sizes import byte_count, evaluate, with_chunks
 from fxmem.checks import byte_size
 from fxmem.compiler.step import CompiledGraph
 from fxmem.errors import FxmemWarning, MemoryBudgetError
-from fxmem.memory.device import available, optimizer_bytes, rates
+from fxmem.memory.device import available, optimizer_bytes, own_bytes, rates
 from fxmem.memory.predict import Step, has_loss, predict_whole
 from fxmem.plan.plan import Stream
 from fxmem.runtime.offload import SMALLEST
@@ -112,8 +112,8 @@ class Budget:
             module = torch.get_device_module(self.device)
             return budget - int(module.memory_allocated(self.device))
         weights = self.graph.weights()
-        there = sum(w.nbytes for w in weights) + optimizer_bytes(weights)
-        return budget - there - sum(w.grad.nbytes for w in weights if w.grad is not None)
+        there = sum(map(own_bytes, weights)) + optimizer_bytes(weights)
+        return budget - there - sum(own_bytes(w.grad) for w in weights if w.grad is not None)
 
     def choose(self, sizes: Mapping[str, int], room: int, fresh: bool) -> Kept:
         """The fastest choice that takes ``room`` bytes at most; ``fresh`` as in :meth:`kept`.

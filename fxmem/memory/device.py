@@ -101,11 +101,18 @@ def _cgroup_free(default: int) -> int:
         return default
 
 
+def own_bytes(tensor: Tensor) -> int:
+    """Of a tensor, or of this rank's part of one that is spread over ranks."""
+    local = getattr(tensor, "to_local", None)
+    found: Tensor = tensor if local is None else local()
+    return found.nbytes
+
+
 def optimizer_bytes(weights: Iterable[Tensor]) -> int:
     """Bytes of the states of optimizers that have stepped, for these weights."""
     known = {id(w) for w in weights}
     return sum(
-        t.nbytes
+        own_bytes(t)
         for optimizer in _OPTIMIZERS
         for p, state in optimizer.state.items()
         if id(p) in known
@@ -120,4 +127,4 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
 
 register_optimizer_step_post_hook(_stepped)
 
-__all__ = ["DeviceRates", "available", "optimizer_bytes", "rates"]
+__all__ = ["DeviceRates", "available", "optimizer_bytes", "own_bytes", "rates"]

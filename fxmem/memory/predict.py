@@ -3,7 +3,7 @@
 :func:`predict` replays what :class:`~fxmem.compiler.compile.CompiledGraph` and autograd do with
 storages: what the preamble makes, what each region allocates (:mod:`fxmem.runtime.profile`),
 what waits for the backward, and the gradients that stay. Parameters, inputs of the call and
-gradients of earlier steps are not counted.
+gradients of earlier steps are not counted; parameters that are gathered for a region are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fxmem.compiler.step import CompiledGraph
 from fxmem.frontend.capture import canonical, value_of
 from fxmem.frontend.late_outputs import Late
 from fxmem.frontend.parameter_free import Leaf
+from fxmem.memory.shards import Groups
 from fxmem.runtime.offload import SMALLEST
 from fxmem.runtime.profile import Output, Profile, body_bytes, inside_op, profile
 from fxmem.runtime.region_call import RegionCall
@@ -30,15 +31,8 @@ from fxmem.runtime.region_code import RegionCode
 from fxmem.runtime.retention import Kept
 
 __all__ = [
-    "Prediction",
-    "Saved",
-    "Step",
-    "Use",
-    "body_bytes",
-    "has_loss",
-    "predict",
-    "predict_whole",
-]
+    "Prediction", "Saved", "Step", "Use", "body_bytes", "has_loss", "predict", "predict_whole",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +165,8 @@ class Step:
     has a gradient yet; to those that are there the new ones are added.
     """
 
+    book: type[Ledger] = Ledger
+
     def __init__(
         self, graph: CompiledGraph, sizes: Mapping[str, int], kept: Kept | None = None,
         fresh: bool = True,
@@ -178,10 +174,11 @@ class Step:
         self.graph, self.sizes, self.fresh = graph, dict(sizes), fresh
         self.kept = graph.expected(sizes) if kept is None else kept
         self.moving: list[Any] = []
-        self.ledger = Ledger()
+        self.ledger = self.book()
         self.env: dict[Leaf, Any] = {}
         self.gradients: dict[Leaf, Any] = {}
         self.masks: set[tuple[Any, ...]] = set()
+        self.groups = Groups(graph.chunker.shards, graph.calls, self.ledger)
 
     def predict(self) -> Prediction:
         saved = self.forward()
@@ -207,10 +204,12 @@ class Step:
         return Use(code, rows, kind + held, "backward" + held, code.learns)
 
     def forward(self) -> list[tuple[int, Saved]]:
+        self.groups.begin()
         self._preamble()
         saved: list[tuple[int, Saved]] = []
         for index, call in enumerate(self.graph.calls):
             self.ledger.position = index
+            self.groups.enter(index)
             use = self.use(index)
             run = profile(use.code, use.forward, self.sizes, use.chunk)
             self._masks(call, run)
@@ -231,9 +230,11 @@ class Step:
             for leaf in call.release:
                 if (gone := self.env.pop(leaf, None)) is not None:
                     self.ledger.release(gone)
+            self.groups.leave(index)
         for leaf in [leaf for leaf in self.env if leaf[0] == "pre"]:
             self.ledger.release(self.env.pop(leaf))
         self._moved()
+        self.groups.end_forward()
         self.ledger.mark("after forward")
         return saved
 
@@ -270,6 +271,7 @@ class Step:
         for at in reversed(range(len(saved))):
             index, entry = saved[at]
             self.ledger.position = 2 * len(self.graph.calls) - 1 - index
+            self.groups.enter_backward(index)
             for _, due in saved[max(0, at - 1) : at + 1]:
                 self._back(due)
             code = entry.use.code
@@ -284,6 +286,8 @@ class Step:
             back = [("back", s) for s, _ in entry.away]
             for storage in (*entry.leaves, *back, *(t for t in tangents if t is not None)):
                 self.ledger.release(storage)
+            self.groups.reduce(index, self.gradients)
+        self.groups.end(self.gradients)
         self.ledger.position += 1
         self.ledger.mark("after backward")
 

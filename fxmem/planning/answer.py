@@ -34,6 +34,37 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Traffic:
+    """Collectives of one step of a rank, whatever the length and the chunks.
+
+    Attributes:
+        ranks: that share the parameters.
+        gathers: of the parameters of one group each; every layer once per pass.
+        gathered: bytes of what they make whole.
+        reductions: of the gradients of one group each.
+        reduced: bytes of the whole gradients.
+    """
+
+    ranks: int
+    gathers: int
+    gathered: int
+    reductions: int
+    reduced: int
+
+    @property
+    def received(self) -> int:
+        """Bytes that come from other ranks: all but a rank's own part."""
+        return (self.gathered + self.reduced) * (self.ranks - 1) // self.ranks
+
+    def __str__(self) -> str:
+        return (
+            f"per step {self.gathers} gathers of {size(self.gathered)} in all and "
+            f"{self.reductions} reductions of {size(self.reduced)}; "
+            f"{size(self.received)} come from other ranks"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The fields of :class:`fxmem.Forecast`."""
 
@@ -51,6 +82,7 @@ class Answer:
     keeps: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     steps: Steps | None = field(default=None, repr=False, compare=False)
+    traffic: Traffic | None = None
 
 
 def size(count: float) -> str:

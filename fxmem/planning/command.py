@@ -33,6 +33,7 @@ def plan(model: Any, options: argparse.Namespace) -> str:
             model, memory=options.memory, length=options.length, batch=options.batch,
             dtype=None if options.dtype is None else DTYPES[options.dtype],
             optimizer=options.optimizer, device=options.device, rank=options.rank,
+            ranks=options.ranks,
             say=status.update if sys.stderr.isatty() else lambda line: None,
         )  # fmt: skip
     if options.save:

@@ -31,6 +31,7 @@ class Forecast(Answer):
         seconds: of the chosen step, about: operations and bytes over the device's rates.
         keeps: what the layers of the chosen step do with what their forward makes, one line each.
         notes: what else there is to know.
+        traffic: between ranks that share the parameters; None where there is one.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,7 +42,9 @@ class Forecast(Answer):
         texts = {k: list(found[k]) for k in ("keeps", "notes")}
         rows = [asdict(r) for r in self.rows]
         plan = self.plan.to_toml()
-        return {**found, **texts, "rows": rows, "chosen": asdict(self.chosen), "plan": plan}
+        traffic = None if self.traffic is None else asdict(self.traffic)
+        own = {"rows": rows, "chosen": asdict(self.chosen), "plan": plan, "traffic": traffic}
+        return {**found, **texts, **own}
 
     def plot(self, path: str | Path) -> None:
         """Write a picture of the bytes over the chosen step, by part; PNG or SVG by its name.

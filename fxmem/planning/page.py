@@ -36,6 +36,7 @@ def page(forecast: Answer) -> str:
     peak = ("peak", size(sum(forecast.parts.values())))
     parts = [peak, *((name, size(count)) for name, count in forecast.parts.items())]
     lines = [*forecast.keeps, f"about {duration(forecast.seconds)} per step", *forecast.notes]
+    lines += [str(forecast.traffic)] if forecast.traffic is not None else []
     return _PAGE.substitute(
         title=escape(title(forecast)),
         length=f"{forecast.length:,}",

@@ -17,6 +17,7 @@ from fxmem.planning.curve import LONGEST, longest
 from fxmem.planning.devices import device_of
 from fxmem.planning.forecast import Forecast
 from fxmem.planning.modes import Mode, mode_of
+from fxmem.planning.ranks import of_a_rank, shards_of, spread, traffic
 from fxmem.planning.source import config_of
 from fxmem.planning.ways import Way, captured, ways_of
 from fxmem.planning.weightless import without_weights
@@ -26,6 +27,7 @@ def plan_for(
     model: nn.Module | str | Any, *, memory: int | str | None = None, length: int | None = None,
     batch: int = 1, dtype: torch.dtype | None = None, optimizer: str = "adamw",
     device: str = "cpu", rank: int = 16, say: Callable[[str], None] = lambda line: None,
+    ranks: int = 1,
 ) -> Forecast:  # fmt: skip
     """What fits, before anything runs: no weight is loaded, no step is taken.
 
@@ -47,6 +49,8 @@ def plan_for(
         device: ``"cpu"`` or a GPU: ``"h100"``, ``"4090"``, ``"mi300x"`` and others.
         rank: of LoRA's adapters.
         say: told, in one line, what is going on.
+        ranks: devices over which FSDP2 spreads the parameters, each layer a group of its own
+            (``fully_shard``). Memory, batch and all figures are those of one of them.
 
     Raises:
         PlanError: a size, name or number that cannot be; or nothing fits, not even streamed one
@@ -56,17 +60,25 @@ def plan_for(
     limit = None if memory is None else byte_size("memory", memory)
     _check_number("length", length, 2, LONGEST)
     _check_number("batch", batch, 1, LONGEST)
+    _check_number("ranks", ranks, 1, LONGEST)
+    if ranks > 1 and optimizer == "blocks":
+        raise PlanError("blocks do not follow fully_shard", advice="plan for one rank")
     empty, name, dtype = _model(model, dtype)
     place = device_of(device, dtype)
     limit = place.memory if limit is None else limit
-    modes = [mode_of(n, empty, rank) for n in dict.fromkeys((optimizer, _beside(optimizer)))]
+    beside = optimizer if ranks > 1 else _beside(optimizer)
+    made = [mode_of(n, empty, rank) for n in dict.fromkeys((optimizer, beside))]
+    shards = shards_of(made[0].model, ranks)
+    modes = [of_a_rank(mode, ranks) for mode in made]
     _check(modes, limit, name)
     say(f"capturing {name}")
     # with all that learns in any of the modes
     caught = captured(
         modes[0] if optimizer == "lora" else mode_of("sgd", empty, rank), length, batch
     )
-    ways = [way for mode in modes for way in ways_of(mode, caught, place, batch)]
+    if ranks > 1:
+        spread(caught, shards)
+    ways = [way for mode in modes for way in ways_of(mode, caught, place, batch, shards)]
     found = []
     for way in ways:
         say(f"the longest sequence: {way.method}, {way.mode.name}")
@@ -79,7 +91,7 @@ def plan_for(
     return Forecast(
         name, place.name, limit, length, batch, str(dtype).removeprefix("torch."), tuple(rows),
         rows[at], chosen.plan, chosen.parts, chosen.seconds, chosen.keeps,
-        _notes(empty, length), chosen.steps,
+        _notes(empty, length), chosen.steps, traffic(shards, modes[0]),
     )  # fmt: skip
 
 

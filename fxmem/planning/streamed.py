@@ -60,7 +60,8 @@ class Streamed:
         step.predict()
         final = {s for leaf, s in step.gradients.items() if leaf[0] == "input"}
         rows = []
-        for alive, extra in step.snapshots.taken:
+        assert isinstance(step.ledger, _Snapshots)
+        for alive, extra in step.ledger.taken:
             gradients = sum(size for storage, size in alive if storage in final)
             rows.append((gradients, sum(size for _, size in alive) - gradients, extra))
         return Steps(np.array(rows, np.int64).reshape(-1, 3)), step.away
@@ -125,12 +126,25 @@ def _behind(results: Sequence[fx.Node | None]) -> list[fx.Node]:
     return list(found)
 
 
+class _Snapshots(Ledger):
+    """Remembers what was alive at every mark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[tuple[list[tuple[Any, int]], int]] = []
+
+    def mark(self, label: str, extra: int = 0) -> None:
+        super().mark(label, extra)
+        self.taken.append((list(self.sizes.items()), extra))
+
+
 class _Watched(Step):
-    """Remembers what was alive at every mark; ``away``: bytes that wait elsewhere."""
+    """``away``: bytes that wait elsewhere."""
+
+    book = _Snapshots
 
     def __init__(self, graph: CompiledGraph, sizes: Mapping[str, int], kept: Kept) -> None:
         super().__init__(graph, sizes, kept)
-        self.ledger = self.snapshots = _Snapshots()
         self.away = 0
 
     def _save(self, *args: Any) -> Saved:
@@ -142,18 +156,7 @@ class _Watched(Step):
 class _WatchedRoles(RoleStep):
     """The same where some parameters learn; nothing waits elsewhere."""
 
-    away = 0
+    book, away = _Snapshots, 0
 
     def __init__(self, graph: CompiledGraph, sizes: Mapping[str, int], kept: Kept) -> None:
         super().__init__(graph, dict(sizes))
-        self.ledger = self.snapshots = _Snapshots()
-
-
-class _Snapshots(Ledger):
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken: list[tuple[list[tuple[Any, int]], int]] = []
-
-    def mark(self, label: str, extra: int = 0) -> None:
-        super().mark(label, extra)
-        self.taken.append((list(self.sizes.items()), extra))

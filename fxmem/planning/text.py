@@ -10,7 +10,8 @@ HEADS = ("", "trains", "longest that fits", "memory", "per token", "away", "per 
 def title(f: Answer) -> str:
     """What was asked, in one line."""
     sequences = f"{f.batch} sequence{'s' * (f.batch > 1)}"
-    return f"{f.model} in {f.dtype} on {f.device}: {size(f.memory)}, {sequences} per step"
+    ranks = "" if f.traffic is None else f"one of {f.traffic.ranks} x "
+    return f"{f.model} in {f.dtype} on {ranks}{f.device}: {size(f.memory)}, {sequences} per step"
 
 
 def cells(f: Answer, row: Row) -> tuple[str, ...]:
@@ -47,5 +48,6 @@ def text(f: Answer) -> str:
     lines += [f"    {'peak':<10}{size(peak):>10}, {duration(f.seconds)} per step"]
     lines += [f"    {name:<10}{size(count):>10}" for name, count in f.parts.items()]
     lines += [f"    {line}" for line in f.keeps]
+    lines += [f"    {line}" for line in (f.traffic,) if line is not None]
     lines += [f"Note: {note}" for note in f.notes]
     return "\n".join([*lines, "", f.plan.to_toml().rstrip()])

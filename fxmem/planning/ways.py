@@ -13,10 +13,12 @@ from fxmem.planning.curve import SAMPLES, Curve
 from fxmem.planning.devices import Device, Home
 from fxmem.planning.modes import Mode
 from fxmem.planning.moments import Steps
+from fxmem.planning.ranks import steps_of_a_rank
 from fxmem.planning.replay import plain_step
 from fxmem.planning.streamed import Streamed
 from fxmem.planning.weightless import Captured, capture, without_weights
 from fxmem.runtime.retention import Kept
+from fxmem.streaming.shards import WHOLE, Shards
 
 PLAIN, CHECKPOINTS = "plain autograd", "checkpointing"
 STREAM, OFFLOAD = "stream", "stream + offload"
@@ -84,17 +86,19 @@ def captured(mode: Mode, length: int | None, batch: int) -> Captured:
     return capture(without_weights(mode.model), length or SAMPLES[1], batch)
 
 
-def ways_of(mode: Mode, caught: Captured, device: Device, batch: int) -> list[Way]:
-    """What can be compared for a mode. Blocks do not offload."""
+def ways_of(
+    mode: Mode, caught: Captured, device: Device, batch: int, shards: Shards = WHOLE
+) -> list[Way]:
+    """What can be compared for a mode, of one rank. Blocks do not offload."""
     graph = caught.graph
     if mode.blocks is not None:
         graph = caught.training({n for n, p in mode.model.named_parameters() if p.requires_grad})
     streamed = Streamed(graph, device)
-    plain = _replayed(mode, device, batch, checkpoints=False)
+    plain = _replayed(mode, device, batch, shards, checkpoints=False)
     found = [
         Way(PLAIN, mode, plain, lambda t: streamed.seconds(caught.at(t), None)),
         Way(
-            CHECKPOINTS, mode, _replayed(mode, device, batch, checkpoints=True),
+            CHECKPOINTS, mode, _replayed(mode, device, batch, shards, checkpoints=True),
             lambda t: streamed.checkpointed(caught.at(t)),
         ),
     ]  # fmt: skip
@@ -104,15 +108,16 @@ def ways_of(mode: Mode, caught: Captured, device: Device, batch: int) -> list[Wa
 
 
 def _replayed(
-    mode: Mode, device: Device, batch: int, *, checkpoints: bool
+    mode: Mode, device: Device, batch: int, shards: Shards, *, checkpoints: bool
 ) -> Callable[[int], tuple[Steps, int]]:
     @cache
     def curve() -> Curve:
         def replay(tokens: int) -> Steps:
-            return plain_step(
+            found = plain_step(
                 mode.model, tokens, batch, checkpoints=checkpoints,
                 workspaces=device.kind == "cpu",
             )  # fmt: skip
+            return steps_of_a_rank(found, shards, mode.model)
 
         return Curve(replay)
 

@@ -20,6 +20,7 @@ from fxmem.axes.sizes import evaluate_shape, has_axis, with_chunks
 from fxmem.frontend.capture import canonical_shape
 from fxmem.plan.plan import Stream
 from fxmem.streaming.chunk_size import Chunker
+from fxmem.streaming.shards import Shards
 
 if TYPE_CHECKING:
     from fxmem.runtime.region_call import RegionCall
@@ -184,7 +185,7 @@ def moments(
     ledger = _Once()
     every = [with_chunks(sizes, chunker(c.code, sizes)) for c in calls]
     late = [
-        _late(c, own, chunker.working(c.code, sizes), ledger)
+        _late(c, own, chunker.working(c.code, sizes), ledger, chunker.shards)
         for c, own in zip(reversed(calls), reversed(every), strict=True)
     ]
     out = []
@@ -223,7 +224,7 @@ def _saved(call: RegionCall, sizes: Mapping[str, int], first: _Once) -> int:
 
 
 def _late(
-    call: RegionCall, sizes: Mapping[str, int], chunk: float, first: _Once
+    call: RegionCall, sizes: Mapping[str, int], chunk: float, first: _Once, shards: Shards
 ) -> tuple[float, float]:
     """Bytes while the region's gradients are taken: working, and gradients that stay; ``chunk``:
     bytes that one chunk takes."""
@@ -232,17 +233,19 @@ def _late(
         return 0.0, 0.0
     program = code.program("loss" if code.early else "backward")
     grads = program.outputs[len(code.joint.outputs) if code.early else 0 :]
-    gradients, sums = 0, 0
+    gradients, sums, whole = 0, 0, 0
     for leaf, value, name in zip(call.leaves, code.values, grads, strict=True):
         if name is not None and leaf[0] == "input":
             own = _bytes(value, sizes, code.joint.symbols)
             sums += own
-            gradients += own if first("gradient", leaf) else 0
+            part = shards.share(leaf[1], own)
+            whole += own - part
+            gradients += part if first("gradient", leaf) else 0
     buffers = [b for loop in program.loops for b in loop.allocate]
     states = sum(_bytes(b, sizes) for b in buffers if any(has_axis(d) for d in b.shape))
     # the rest are sums: gradients of parameters, in float32 or wider
     wider = sum(_bytes(b, sizes) for b in buffers if not any(has_axis(d) for d in b.shape)) - sums
-    working = states + max(0, wider) + chunk
+    working = states + max(0, wider) + chunk + whole
     if not code.early and not program.overwrites:
         joint = code.joint
         working += sum(_bytes(joint.info[t], sizes) for t in joint.tangents if t is not None)

@@ -5,7 +5,7 @@ and what gathers parameters and reduces gradients.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fxmem.errors import FxmemError
+from fxmem.streaming.shards import Shards
 
 
 class RegionShards(Protocol):
@@ -35,6 +36,9 @@ class RegionShards(Protocol):
 
 class Sharding(Protocol):
     """The sharded parameters of the model whose call is running."""
+
+    def spread(self, inputs: Mapping[str, Any]) -> Shards:
+        """Of the parameters among the inputs of a graph."""
 
     def regions(self, tensors: Sequence[Sequence[Any]]) -> Sequence[RegionShards]:
         """For the regions of a capture in order, by the tensors that each takes."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from fxmem.measure.knee import knee
 from fxmem.plan.plan import Stream
 from fxmem.rules import lookup
 from fxmem.rules.movement import ROWS as MOVEMENT
+from fxmem.streaming.shards import WHOLE, Shards
 
 FLOOR_BYTES = 24 << 20
 """Working set that a chunk may always have."""
@@ -155,7 +156,7 @@ class Chunker:
         body_bytes: Callable[[Any, str, Mapping[str, int], int], int],
     ) -> None:  # fmt: skip
         self.stream, self.fixed, self._body_bytes = stream, fixed, body_bytes
-        self.footprints = footprints
+        self.footprints, self.shards = footprints, WHOLE
         self.forward = expand(sum((f.forward for f in footprints), ZERO))
 
     @classmethod
@@ -175,6 +176,11 @@ class Chunker:
         kind = next(((w.device, w.dtype) for w in weights if w.is_floating_point()), _DEFAULT)
         fixed = Fixed(count, expand(saved), *kind)
         return cls(stream, fixed, [call.code.footprint for call in calls], body_bytes)
+
+    def spread(self, shards: Shards) -> None:
+        """Ranks have parts of the parameters: so much less is there whatever the chunks."""
+        self.shards = shards
+        self.fixed = replace(self.fixed, weights=shards.resident(self.fixed.weights))
 
     def __call__(
         self, code: Any, sizes: Mapping[str, int], *, updates: bool = False, shrink: int = 1

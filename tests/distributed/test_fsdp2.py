@@ -15,6 +15,7 @@ from sharded_runs import (
     hybrid,
     narrow,
     policies,
+    predicted,
     refused,
     two_steps,
 )
@@ -112,3 +113,15 @@ def test_checkpoints_both_ways(tmp_path: Path) -> None:
 def test_a_policy_of_precision() -> None:
     for plain, streamed in on_ranks(narrow, double=False):
         assert 0 < streamed <= 1.1 * plain
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("options", "stay"),
+    [({}, False), ({}, True), ({"memory": "28MB"}, False), ({"hold": "none"}, False)],
+)
+def test_predicted_peaks_know_shards(options: dict[str, str], stay: bool) -> None:
+    """Within 5 %, and never over the prediction by more than 2 %, as for whole parameters."""
+    for expected, measured, moments in on_ranks(predicted, options, stay, double=False):
+        assert measured < 1.02 * expected, (measured, moments)
+        assert expected < 1.05 * measured, (measured, moments)

@@ -12,12 +12,16 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from sharded import WAYS, by_layer, counted, inputs, state, steps, stream
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 import fxmem
+from fxmem import api
+from fxmem.measure.live import peak_bytes
+from fxmem.memory.predict import predict
 
 Way = Callable[[nn.Module], None]
 
@@ -246,3 +250,26 @@ def narrow(rank: int) -> Any:
         grads = [k for k in want if k.endswith(".grad")]
         errors.append(sum(float((got[k] - want[k]).norm()) ** 2 for k in grads) ** 0.5)
     return errors
+
+
+def predicted(rank: int, options: dict[str, Any], stay: bool) -> tuple[float, float, list[str]]:
+    """Predicted and measured peak of a step, in bytes, and the moments of the former."""
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=1024, max_position_embeddings=4096, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(config).train()
+    by_layer(model, **({"reshard_after_forward": False} if stay else {}))
+    stream(model, 64, **options)
+    ids = torch.randint(1024, (1, 640 - 64 * rank))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    step()
+    model.zero_grad()
+    measured = peak_bytes(step)
+    graph = api._TRANSFORMED[model].graphs[-1]
+    found = predict(graph, graph.sizes)
+    return found.peak_bytes, measured, [f"{label}: {size}" for label, size in found.timeline]

@@ -236,3 +236,30 @@ def test_a_browser_shows_the_page(forecast: fxmem.Forecast, tmp_path: Path) -> N
     shown.feed(done.stdout)
     assert shown.tags.count("tr") == 1 + len(forecast.rows) + 1 + len(forecast.parts)
     assert "svg" in shown.tags
+
+
+def test_ranks_share_the_parameters() -> None:
+    one, four = (
+        fxmem.plan_for(config(), memory="24MB", length=LENGTH, ranks=n) for n in (1, 4)
+    )  # fmt: skip
+    layers = config().num_hidden_layers
+    whole = fxmem.measure.parameter_bytes(transformers.LlamaForCausalLM(config()))
+    assert one.traffic is None and four.traffic is not None
+    assert four.traffic.gathers == 2 * layers + 1
+    assert four.traffic.reductions == layers + 1
+    assert four.traffic.reduced == whole
+    assert four.parts["weights"] < 0.3 * one.parts["weights"]
+    assert four.parts["optimizer"] <= one.parts["optimizer"] / 4 + 1
+    assert {r.optimizer for r in four.rows} == {"adamw"}
+    for alone, shared in zip(one.rows, four.rows, strict=False):
+        assert shared.method == alone.method
+        assert shared.bytes < alone.bytes
+    assert f"{four.traffic.gathers} gathers" in str(four)
+    assert four.to_dict()["traffic"]["ranks"] == 4
+
+
+def test_ranks_that_cannot_be() -> None:
+    with pytest.raises(PlanError, match="ranks is 0"):
+        fxmem.plan_for(config(), ranks=0)
+    with pytest.raises(PlanError, match="blocks"):
+        fxmem.plan_for(config(), ranks=2, optimizer="blocks")
