@@ -268,8 +268,11 @@ def predicted(rank: int, options: dict[str, Any], stay: bool) -> tuple[float, fl
         model(input_ids=ids, labels=ids).loss.backward()
 
     step()
-    model.zero_grad()
-    measured = peak_bytes(step)
+    peaks = []
+    for _ in range(4):  # a thread of gloo may let go of a buffer late
+        model.zero_grad()
+        peaks.append(peak_bytes(step))
+    measured = min(peaks)
     graph = api._TRANSFORMED[model].graphs[-1]
     found = predict(graph, graph.sizes)
     return found.peak_bytes, measured, [f"{label}: {size}" for label, size in found.timeline]
