@@ -45,15 +45,17 @@ def without_cache(
     """``kwargs``, and no cache of keys and values where the model would make one for nobody.
 
     Its tensors would leave the call, and layers that share it cannot share a trace. Whoever gives a
-    cache or asks for one gets it.
+    cache or asks for one gets it. Where positions may tell packed documents apart, the model is
+    asked as it is: transformers looks for documents only where there is no cache.
     """
-    if "use_cache" in kwargs or any(kwargs.get(name) is not None for name in _CACHES):
-        return dict(kwargs)
     takes = inspect.signature(model.forward).parameters
+    given = {**dict(zip(takes, args, strict=False)), **kwargs}
+    packed = given.get("position_ids") is not None and given.get("attention_mask") is None
+    if packed or "use_cache" in given or any(given.get(name) is not None for name in _CACHES):
+        return dict(kwargs)
     hands_on = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     asks = hands_on and getattr(getattr(model, "config", None), "use_cache", False)
-    by_place = "use_cache" in list(takes)[: len(args)]
-    if by_place or not (asks or "use_cache" in takes):
+    if not (asks or "use_cache" in takes):
         return dict(kwargs)
     return {**kwargs, "use_cache": False}
 

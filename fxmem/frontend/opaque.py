@@ -21,7 +21,18 @@ from torch import Tensor, nn
 
 from fxmem._compat import capture_stack
 from fxmem._compat import errors as dynamo
-from fxmem.errors import CaptureError, FxmemError, FxmemWarning, PlanError, RoleError
+from fxmem.errors import (
+    BlockStateError,
+    CaptureError,
+    FxmemError,
+    FxmemWarning,
+    LostRankError,
+    MemoryBudgetError,
+    ModifiedParameterError,
+    OffloadError,
+    PlanError,
+    RoleError,
+)
 from fxmem.frontend import faults
 from fxmem.frontend.methods import Method, method_of, methods_at
 from fxmem.frontend.piece import Again, Piece
@@ -32,6 +43,11 @@ KINDS = 16
 """Kinds of pieces of one model before its error is the user's to see."""
 TRIES = 64
 """Wrong guesses in one call before it is given up."""
+NO_PART = (
+    PlanError, RoleError, BlockStateError, LostRankError, MemoryBudgetError, ModifiedParameterError,
+    OffloadError,
+)  # fmt: skip
+"""Errors of a plan or of a step that was captured well."""
 
 
 class Opaque:
@@ -181,7 +197,7 @@ def _by_capture(error: BaseException) -> bool:
     """The model could not be captured or compiled, which running a part as it is may cure."""
     inner = dynamo.backend_error(error) or error
     if isinstance(inner, FxmemError):
-        return not isinstance(inner, (PlanError, RoleError))
+        return not isinstance(inner, NO_PART)
     known = isinstance(inner, (MemoryError, torch.OutOfMemoryError)) or dynamo.over_limit(error)
     return dynamo.while_capturing(error) and not known
 

@@ -70,3 +70,23 @@ def test_a_cache_that_is_asked_for_is_made() -> None:
     assert isinstance(model.eval()(ids).past_key_values, DynamicCache)
     with torch.no_grad():
         assert isinstance(model.train()(ids).past_key_values, DynamicCache)
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+@pytest.mark.parametrize("asked", [{}, {"use_cache": False}, {"attention_mask": torch.ones(1, 11)}])
+def test_packed_documents_are_what_they_are_to_the_plain_model(
+    asked: dict[str, Any], by_place: bool
+) -> None:
+    """With a cache, and so by default, transformers does not look for them."""
+    plain = llama()
+    model = fxmem.transform(copy.deepcopy(plain), Plan(stream=Stream(chunk=4)))
+    ids = torch.randint(0, 17, (1, 11))
+    positions = torch.cat([torch.arange(4), torch.arange(7)])[None]
+    args = (ids, asked.get("attention_mask"), positions) if by_place else (ids,)
+    kwargs = {k: v for k, v in asked.items() if not (by_place and k == "attention_mask")}
+    kwargs |= {"labels": ids} | ({} if by_place else {"position_ids": positions})
+    with everything_in_double():
+        for m in (plain, model):
+            m(*args, **kwargs).loss.backward()
+    for (name, want), got in zip(plain.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-10, atol=1e-10, msg=name)

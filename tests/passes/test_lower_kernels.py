@@ -86,7 +86,7 @@ def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         lowering.Lowering.of(Plan(lower="triton"))
 
 
-SCRIPT = '''
+HEAD = """
 import os, fxmem, tiny, torch
 from fxmem.backends import lowering
 from fxmem.blocks import rounding
@@ -100,6 +100,9 @@ from test_lower_kernels import small
 def replaced(before):
     return {k: n for (_, k, why), n in (lowering.matches() - before).items() if not why}
 
+"""
+
+EQUAL = '''
 for name in ("llama", "gpt2", "gemma2"):
     got = {lower: tiny.step(small(name, lower), tiny.batch(1, 11)) for lower in ("eager", "triton")}
     (want, reference), (loss, grads) = got["eager"], got["triton"]
@@ -153,7 +156,10 @@ key = rounding.key(0, "w", 3)
 want = rounding.stochastic_round(w.float() - 2.0**-9 * (a @ b), key)
 assert kernel_update.move(w, a, b, kernel_update.Rule(2.0**-9, False, key))
 assert torch.equal(w, want)
-every = replaced(type(lowering.matches())())
+print(replaced(type(lowering.matches())()))
+'''
+
+FUEL = '''
 os.environ.update(FXMEM_KERNELS_OFF="linear_nll")
 
 def step_with(limit):
@@ -169,31 +175,30 @@ def step_with(limit):
     return replaced(before), *first
 
 off, count, asked = step_with(None)
-print([every, off, count, *step_with(asked - 1)[:1]])
+print([off, count, *step_with(asked - 1)[:1]])
 '''
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> list[Any]:
-    """Kernels that replaced something, and how often: in all models, with a switch, with fuel."""
+def interpreted(script: str) -> Any:
+    """What a script prints last, in a process with Triton's interpreter."""
     pytest.importorskip("triton", reason="no Triton for this system")
     env = {
         **os.environ,
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join(str(ROOT / "tests" / n) for n in ("helpers", "passes")),
     }
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
+    code = HEAD + script
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return literal_eval(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return literal_eval(done.stdout.splitlines()[-1])
 
 
-def test_lowered_programs_equal_eager_in_the_interpreter(
-    interpreted: list[Any],
-) -> None:
-    assert set(interpreted[0]) == LLAMA | {"weight_update"}
+def test_lowered_programs_equal_eager_in_the_interpreter() -> None:
+    assert set(interpreted(EQUAL)) == LLAMA | {"weight_update"}
 
 
-def test_fuel_and_switches(interpreted: list[Any]) -> None:
-    _, off, count, fewer = interpreted
+def test_fuel_and_switches() -> None:
+    """Kernels that replaced something, with a switch, and with fuel for all but the last."""
+    off, count, fewer = interpreted(FUEL)
     assert off and "linear_nll" not in off
     assert sum(fewer.values()) == count - 1
