@@ -95,6 +95,10 @@ def _small(kind: Any, name: str) -> Any:
     for n, value in vars(default).items():
         if "drop" in n and isinstance(value, float):
             changes[n] = 0.0
+    rope = getattr(default, "rope_parameters", None) or {}
+    if "rope_theta" in rope and kind.base_config_key == "text_config":
+        # beside images: halves of a head of 8 by time, height and width
+        changes["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
     if hasattr(default, "kv_lora_rank"):  # latent attention makes keys for every head
         changes["num_key_value_heads"] = changes.get("num_attention_heads", 4)
     for part in getattr(kind, "sub_configs", {}):
