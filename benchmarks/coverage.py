@@ -85,7 +85,9 @@ def table(rows: Iterable[Row]) -> str:
         f"(`python -m benchmarks.coverage`): one step at two lengths, one batch padded on the "
         f"left, in float64, with chunks of {CHUNK} tokens. *Exact*: loss and every gradient within "
         f"{TOLERANCE:g} of plain PyTorch. *Whole*: operators that do not stream, and modules that "
-        "run as they are. *Bytes*: the peak of a step of 128 tokens against checkpointing every "
+        "run as they are. *Exact, to torch.compile*: the model's code asks whether it is compiled, "
+        "and plain PyTorch has another loss than its `torch.compile`. *Bytes*: the peak of a step "
+        "of 128 tokens against checkpointing every "
         "layer; at this size weights and chunks weigh more than in a real model. Types that are "
         "not here have not been run.\n",
     ]
