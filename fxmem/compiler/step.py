@@ -94,9 +94,10 @@ class CompiledGraph:
         late = [o for o in self.capture.outputs if isinstance(o, Late)]
         final.update(leaf for o in late for leaf in o.region.leaves)
         readers = Tally(leaf for call in self.calls for leaf in call.leaves)
-        readers.update(leaf for leaves in crossing for leaf in leaves)
+        # what hooks and pieces are given, the user's code may keep
+        final_or_seen = final.union(*crossing)
         for call in self.calls:
-            call.sole = [readers[leaf] == 1 and leaf not in final for leaf in call.outputs]
+            call.sole = [readers[leaf] == 1 and leaf not in final_or_seen for leaf in call.outputs]
         for leaf, i in last.items():
             if leaf not in final and leaf[0] != "input":
                 self.calls[i].release.append(leaf)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fxmem
 from fxmem import Plan, Stream
+from fxmem.axes.sizes import has_axis
 from fxmem.compiler.step import CompiledGraph
 from fxmem.frontend import inputs
 from fxmem.frontend.inputs import uniform
@@ -150,7 +151,11 @@ def step(net: nn.Module, call: Callable[..., Tensor], batch: dict[str, Tensor]) 
 
 
 def chunks_of(graph: CompiledGraph) -> list[int]:
-    return [graph.chunk(i) for i in range(len(graph.calls))]
+    """Of the regions that have the streamed length."""
+    return [
+        graph.chunk(i) for i, call in enumerate(graph.calls)
+        if any(has_axis(d) for n in call.code.joint.inputs for d in call.code.joint.info[n].shape)
+    ]  # fmt: skip
 
 
 def same(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.nn.modules import module as every_module
 from torch.utils.checkpoint import checkpoint
 
 import fxmem
+from fxmem.runtime import loops
 
 Handles = list[Any]
 Change = Callable[[Any, Handles], None]
@@ -198,6 +199,26 @@ def test_gradient_hooks_see_whole_gradients_once(change: Any, early: bool) -> No
     for handle in handles:
         handle.remove()
     agree(models)
+
+
+class Everywhere(set[int]):
+    """Every address is one where a gradient of its own lay before."""
+
+    def __contains__(self, address: object) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("change", [backward_hooks, hooks_on_tensors])
+def test_what_a_hook_keeps_stays_what_it_is(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever memory of gradients that are gone is used again."""
+    first = loops.CallState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        first(self, *args, **kwargs)
+        self.fresh = Everywhere()
+
+    monkeypatch.setattr(loops.CallState, "__init__", init)
+    test_gradient_hooks_see_whole_gradients_once(change, True)
 
 
 def test_what_a_forward_hook_keeps() -> None:
