@@ -137,6 +137,8 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs) if fsdp2.of(model) else evaluated(args, kwargs)
+        if model.training:
+            kwargs = without_cache(model, kwargs, args)
         if engine.roles is not None:
             engine.roles.armed = model.training
             if _compat.inside_ddp():
@@ -173,8 +175,6 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
         settle(learning=False)  # of calls before this one, whose backward may change weights
         of.states = recorded_outputs.install(model, kwargs)
-        if of is engine and model.training:
-            kwargs = without_cache(model, kwargs, args)
         with (
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
             streamable(model), carried_kernels(model),
@@ -200,8 +200,6 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     def found(error: Exception, args: Any, kwargs: Any) -> bool:
         """A part of the model runs as it is from now on, and the call may succeed."""
         alone = not engine.sharded and engine.roles is None and engine.group is None
-        if model.training and torch.is_grad_enabled():
-            kwargs = without_cache(model, kwargs, args)  # as the capture calls it
         return alone and opaque.found(error, lambda: plain(*args, **kwargs), named(args, kwargs))
 
     def evaluates(args: Any, kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ gradients of earlier steps are not counted; parameters that are gathered for a r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fxmem.compiler.step import CompiledGraph
 from fxmem.frontend.capture import canonical, value_of
 from fxmem.frontend.late_outputs import Late
 from fxmem.frontend.parameter_free import Leaf
+from fxmem.memory.ledger import Ledger
 from fxmem.memory.shards import Groups
 from fxmem.runtime.offload import SMALLEST
 from fxmem.runtime.profile import Output, Profile, body_bytes, inside_op, profile
@@ -52,36 +53,6 @@ class Prediction:
     saved_bytes: int
     transient_bytes: int
     timeline: list[tuple[str, int]]
-
-
-@dataclass(slots=True)
-class Ledger:
-    """Storages alive, by holder counts."""
-
-    live: int = 0
-    transient: int = 0
-    position: int = -1
-    timeline: list[tuple[str, int]] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    sizes: dict[Any, int] = field(default_factory=dict)
-    holders: dict[Any, int] = field(default_factory=dict)
-
-    def hold(self, storage: Any, size: int = 0) -> None:
-        if storage not in self.holders:
-            self.holders[storage], self.sizes[storage] = 0, size
-            self.live += size
-        self.holders[storage] += 1
-
-    def release(self, storage: Any) -> None:
-        self.holders[storage] -= 1
-        if not self.holders[storage]:
-            self.live -= self.sizes.pop(storage)
-            del self.holders[storage]
-
-    def mark(self, label: str, extra: int = 0) -> None:
-        self.transient = max(self.transient, extra)
-        self.timeline.append((label, self.live + extra))
-        self.positions.append(self.position)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,29 +8,21 @@ buffer, which waits for the next reduction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fxmem.frontend.parameter_free import Leaf
+from fxmem.memory.ledger import Ledger
 from fxmem.runtime.region_call import RegionCall
 from fxmem.streaming.shards import Shards
 
-
-class Book(Protocol):
-    """Storages alive, by holder counts."""
-
-    sizes: dict[Any, int]
-
-    def hold(self, storage: Any, size: int = 0) -> None: ...
-
-    def release(self, storage: Any) -> None: ...
-
-    def mark(self, label: str, extra: int = 0) -> None: ...
+GATHERED = ("whole", "gathered", "reduced")
+"""First parts of the names of storages that hold whole parameters, or whole gradients to reduce."""
 
 
 class Groups:
     """The groups of a step whose regions are ``calls``."""
 
-    def __init__(self, shards: Shards, calls: Sequence[RegionCall], book: Book) -> None:
+    def __init__(self, shards: Shards, calls: Sequence[RegionCall], book: Ledger) -> None:
         self.shards, self.book = shards, book
         self.uses: list[list[int]] = []
         self.first: dict[int, int] = {}

@@ -13,8 +13,10 @@ from torch import fx
 
 from fxmem.compiler.step import CompiledGraph
 from fxmem.memory.budget import Budget
-from fxmem.memory.predict import Ledger, Saved, Step
+from fxmem.memory.ledger import Ledger
+from fxmem.memory.predict import Saved, Step
 from fxmem.memory.predict_roles import RoleStep
+from fxmem.memory.shards import GATHERED
 from fxmem.plan.plan import Stream
 from fxmem.planning.devices import Device
 from fxmem.planning.moments import Steps
@@ -63,7 +65,9 @@ class Streamed:
         assert isinstance(step.ledger, _Snapshots)
         for alive, extra in step.ledger.taken:
             gradients = sum(size for storage, size in alive if storage in final)
-            rows.append((gradients, sum(size for _, size in alive) - gradients, extra))
+            gathered = sum(size for storage, size in alive if storage[0] in GATHERED)
+            saved = sum(size for _, size in alive) - gradients - gathered
+            rows.append((gradients, saved, gathered + extra))
         return Steps(np.array(rows, np.int64).reshape(-1, 3)), step.away
 
     def seconds(self, sizes: Mapping[str, int], kept: Kept | None, away: int = 0) -> float:

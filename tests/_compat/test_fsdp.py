@@ -49,6 +49,14 @@ def test_a_group_opens_and_closes(model: nn.Module) -> None:
     root.close()
 
 
+def test_who_has_a_part_and_what_stays_open(model: nn.Module) -> None:
+    root, first, _ = groups(model)
+    root.open()  # makes the groups' options
+    root.close()
+    assert root.ranks == first.ranks == 1
+    assert root.stays and not first.stays
+
+
 def test_gradients_are_reduced_into_shards(model: nn.Module) -> None:
     root, first, _ = groups(model)
     root.open()
