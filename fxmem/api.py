@@ -49,7 +49,6 @@ from fxmem.roles.roles import RoleSource, RoleTable
 from fxmem.runtime import sharding
 
 NO_DDP = "give the model itself, one process each, and Blocks(average=True)"
-NO_SHARDS = "train without fully_shard, or without Plan(blocks=...)"
 RECAPTURES = 64
 """Captures per model (train and eval, with and without a mask, autocast states) before an error."""
 
@@ -94,7 +93,7 @@ def transform(model: nn.Module, plan: Plan | None = None, *, mesh: Any = None) -
     detach(model)
     if state is not None:
         attach(model, state)
-        use_roles(model, state.table)
+        use_roles(model, state.table, state.follow)
     return model
 
 
@@ -150,7 +149,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
             engine.sharded = fsdp2.of(model)
         shards = engine.sharded
         if shards is not None and engine.roles is not None:
-            raise RoleError("blocks do not follow fully_shard", advice=NO_SHARDS)
+            engine.roles.follow()
         try:
             with shards.call(args, kwargs) if shards else nullcontext((args, kwargs)) as call_of:
                 return streamed(engine, *call_of)
@@ -229,8 +228,13 @@ def merge_low_rank(model: nn.Module) -> int:
     return adapters.merge(model, state_of(model).adapters)
 
 
-def use_roles(model: nn.Module, table: Callable[[], RoleTable | None]) -> None:
+def use_roles(
+    model: nn.Module,
+    table: Callable[[], RoleTable | None],
+    follow: Callable[[], None] = lambda: None,
+) -> None:
     """Let the training steps of a transformed model follow a role table, read at every forward.
+    ``follow`` is told before a call of a model whose parameters are shards.
 
     Call it before the first step: what is captured without roles stays without.
 
@@ -246,7 +250,7 @@ def use_roles(model: nn.Module, table: Callable[[], RoleTable | None]) -> None:
             f"{type(model).__name__} was captured without roles",
             advice="give the roles before the first step, or transform the model anew",
         )
-    engine.roles = RoleSource(table, model.training)
+    engine.roles = RoleSource(table, model.training, follow)
     engine.flags.truth = True
     recorded = engine.recorder.programs.values() if engine.recorder else ()
     for one in (engine, *(p.backend for p in recorded if p.backend.roles)):

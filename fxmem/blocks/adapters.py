@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmem.blocks.partition import resolve
+from fxmem.blocks.shards import cut
 from fxmem.errors import BlockStateError
 from fxmem.plan.blocks import LowRank
 from fxmem.roles.roles import Adapter
@@ -68,7 +69,8 @@ def merge(model: nn.Module, adapters: dict[str, Adapter]) -> int:
     for name, adapter in adapters.items():
         p = weights[name]
         wide = torch.promote_types(p.dtype, torch.float32)
-        p.copy_(p.to(wide) + adapter.scale * (adapter.up.to(wide) @ adapter.down.to(wide)))
+        term = cut(adapter.scale * (adapter.up.to(wide) @ adapter.down.to(wide)), p)
+        p.copy_(p.to(wide) + term)
         adapter.up.zero_()
     return len(adapters)
 

@@ -16,12 +16,13 @@ PIECE, LARGE_PIECE = 2**18, 2**22
 
 def move(
     weight: Tensor, grad: Tensor, rate: float, scale: Tensor | float, *, sign: bool = False,
-    limit: float | None = None, bits: int = 0,
+    limit: float | None = None, bits: int = 0, first: int = 0,
 ) -> None:  # fmt: skip
     """``weight -= rate * d`` with ``d`` the gradient times ``scale``, clamped to ``limit`` if
     given, or its sign; formed in float32 at least.
 
-    bfloat16 weights are rounded stochastically, by key ``bits``.
+    bfloat16 weights are rounded stochastically, by key ``bits``; ``first`` is the index of their
+    first element in the whole weight.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     if limit is None and isinstance(scale, float) and not sign:
@@ -29,7 +30,7 @@ def move(
         if weight.dtype is grad.dtype is wide:
             weight.sub_(grad, alpha=rate)
             return
-    for first, part, step in _pieces(weight, grad):
+    for at, part, step in _pieces(weight, grad):
         if sign:
             step = step.sign().to(wide)
         else:
@@ -39,7 +40,7 @@ def move(
             if limit is not None:
                 step = step.clamp_(-limit, limit)
         if weight.dtype is torch.bfloat16:
-            part.copy_(stochastic_round(part.to(wide).sub_(step, alpha=rate), bits, first))
+            part.copy_(stochastic_round(part.to(wide).sub_(step, alpha=rate), bits, first + at))
         elif part.dtype is wide:
             part.sub_(step, alpha=rate)
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from fxmem.blocks import saved as saved_state
 from fxmem.blocks.attach import state_of
 from fxmem.blocks.policies import average_gradients
+from fxmem.blocks.shards import cut, is_shard, local, mean_of_ranks, total_norm
 from fxmem.blocks.state import BlockState
 from fxmem.errors import BlockStateError
 from fxmem.kernels.registry import find
@@ -55,6 +58,8 @@ class BlockAdamW(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
     ) -> None:
         self.blocks: BlockState = state_of(model)
+        self.blocks.optimizer = lambda: None
+        self.blocks.follow()
         named = [(n, p) for p, n in self.blocks.names.items() if p.requires_grad]
         thin = 1 if self.blocks.plan.compat is None else -1
         members: dict[str, list[tuple[str, nn.Parameter]]] = {
@@ -99,9 +104,24 @@ class BlockAdamW(torch.optim.Optimizer):
         """
         if any(p not in self._names for group in self.param_groups for p in group["params"]):
             raise BlockStateError(
-                "the optimizer's parameters were replaced, as DeepSpeed's ZeRO and FSDP do",
-                advice="train on one process, or on several with Blocks(average=True)",
+                "the optimizer's parameters were replaced, as DeepSpeed's ZeRO and FSDP1 do",
+                advice="shard the model by fully_shard, or train on one process or on several with "
+                "Blocks(average=True)",
             )
+
+    def adopt(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Know the parameters of the model by new objects; False where the groups hold others."""
+        names: dict[Tensor, str] = {p: n for n, p in parameters.items()}
+        names |= {p: n for p, n in self._names.items() if n not in parameters}
+        held = [p for group in self.param_groups for p in group["params"]]
+        if {names.get(p) for p in held} != set(self._names.values()):
+            return False
+        by_name = {names[p]: p for p in held}
+        moved = {by_name[self._names[p]]: entry for p, entry in self.state.items()}
+        self._names = {p: n for n, p in by_name.items()}
+        self.state.clear()
+        self.state.update({p: _copied(entry, p) for p, entry in moved.items()})
+        return True
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -147,18 +167,21 @@ class BlockAdamW(torch.optim.Optimizer):
             for p in group["params"]
             if group["name"] in ("up", "down") or self._names[p] in active
         ]
-        if blocks.plan.average:
+        if blocks.averages:
             average_gradients([p for p, _ in pairs])
+        elif blocks.sharded is not None:  # low-rank terms, of which no engine knows
+            beside = partial(mean_of_ranks, beside=blocks.sharded)
+            average_gradients([p for p, _ in pairs if not is_shard(p)], beside)
         pairs = [(p, group) for p, group in pairs if p.grad is not None]
         grads = [p.grad for p, _ in pairs if p.grad is not None]
         if blocks.plan.guard:
             for grad in grads:
                 blocks.guard.check(grad)
         if self._max_grad_norm is not None:
-            self.grad_norm = torch.nn.utils.get_total_norm(grads)
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for p, _ in pairs], self._max_grad_norm, self.grad_norm
-            )
+            self.grad_norm = total_norm(grads)
+            factor = (self._max_grad_norm / (self.grad_norm + 1e-6)).clamp_max(1.0)
+            for grad in grads:
+                local(grad).mul_(factor.to(grad.device))
         if not (blocks.plan.guard and blocks.guard.raised()):
             for p, group in pairs:
                 self._adamw(p, group, self._warmup(group))
@@ -188,23 +211,28 @@ class BlockAdamW(torch.optim.Optimizer):
         inside = self.blocks.schedule.visit(self.blocks.step)[1]
         return min(1.0, (inside + 1) / steps)
 
-    def _adamw(self, p: Tensor, group: dict[str, Any], factor: float) -> None:
-        state = self.state[p]
+    @staticmethod
+    def _fresh(p: Tensor) -> dict[str, Any]:
         wide = torch.promote_types(p.dtype, torch.float32)
-        if not state:
-            state["step"] = 0
-            # a weight in float32 or wider is its own master
-            if wide is not p.dtype:
-                state["master"] = p.detach().to(wide, copy=True)
-            state["m"], state["v"] = (torch.zeros_like(p, dtype=wide) for _ in range(2))
+        state: dict[str, Any] = {"step": 0}
+        # a weight in float32 or wider is its own master
+        if wide is not p.dtype:
+            state["master"] = p.detach().to(wide, copy=True)
+        return state | {k: torch.zeros_like(p.detach(), dtype=wide) for k in ("m", "v")}
+
+    def _adamw(self, p: Tensor, group: dict[str, Any], factor: float) -> None:
+        state = self.state[p] = self.state.get(p) or self._fresh(p)
         assert p.grad is not None
         (b1, b2), lr = group["betas"], group["lr"] * factor
         state["step"] += 1
-        master = state.get("master", p)
+        master, copy = (state["master"], local(p)) if "master" in state else (p, None)
         find("adamw")(
-            master, p.grad, state["m"], state["v"], None if master is p else p, step=state["step"],
-            lr=lr, beta1=b1, beta2=b2, eps=group["eps"], weight_decay=group["weight_decay"],
+            local(master), local(p.grad), local(state["m"]), local(state["v"]), copy,
+            step=state["step"], lr=lr, beta1=b1, beta2=b2, eps=group["eps"],
+            weight_decay=group["weight_decay"],
         )  # fmt: skip
+        if is_shard(p):  # whose local tensor has a version of its own
+            torch.autograd.graph.increment_version(p)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resume needs, as tensors and plain values; keyed by names."""
@@ -214,8 +242,18 @@ class BlockAdamW(torch.optim.Optimizer):
                 {k: [self._names[p] for p in v] if k == "params" else v for k, v in group.items()}
                 for group in self.param_groups
             ],
-            "blocks": saved_state.state_dict(self.blocks) | {"base_lr": self._base_lr},
-        }
+            "blocks": saved_state.state_dict(self.blocks) | {
+                "base_lr": self._base_lr, "moments": sorted(self._names[p] for p in self.state),
+            },
+        }  # fmt: skip
+
+    def blank_state_dict(self, blocks: Mapping[str, Any]) -> dict[str, Any]:
+        """A `state_dict` with tensors to load into, as torch.distributed.checkpoint does: shaped as
+        one whose ``"blocks"`` are these.
+        """
+        mine = {n: p for p, n in self._names.items()}
+        state = {n: self._fresh(mine[n]) for n in blocks["moments"] if n in mine}
+        return self.state_dict() | {"state": state, "blocks": deepcopy(dict(blocks))}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -258,7 +296,7 @@ class BlockAdamWFactory:
 
 def _copied(entry: dict[str, Any], p: Tensor) -> dict[str, Any]:
     return {
-        k: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v
+        k: cut(v.detach().to(p.device, copy=True), p) if isinstance(v, Tensor) else v
         for k, v in entry.items()
     }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fxmem.blocks.shards import local, sum_of_parts
 from fxmem.errors import BlockStateError
 
 
@@ -27,7 +28,7 @@ def check_world(average: bool) -> None:
         raise BlockStateError(
             "several processes train, but updates inside the backward are not averaged; "
             "DistributedDataParallel comes too late for them",
-            advice="set Blocks(average=True) and do not wrap the model",
+            advice="use fully_shard, or set Blocks(average=True) and do not wrap the model",
         )
 
 
@@ -39,18 +40,19 @@ def mean_over_processes(grad: Tensor) -> Tensor:
     return grad
 
 
-def average_gradients(parameters: Sequence[Tensor]) -> None:
+def average_gradients(
+    parameters: Sequence[Tensor], mean: Callable[[Tensor], Tensor] = mean_over_processes
+) -> None:
     """Average every ``.grad`` that some process has; one that is None counts as zeros there."""
     if world_size() == 1 or not parameters:
         return
-    found = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
-    found = found.to(torch.int32)
-    dist.all_reduce(found)
-    for p, count in zip(parameters, found.tolist(), strict=True):
-        if count:
+    there = [float(p.grad is not None) for p in parameters]
+    found = mean(torch.tensor(there, device=parameters[0].device))
+    for p, some in zip(parameters, found.tolist(), strict=True):
+        if some:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            mean_over_processes(p.grad)
+            mean(p.grad)
 
 
 def is_last_micro_batch() -> bool:
@@ -93,10 +95,13 @@ class Clip:
         self._squares: list[Tensor] = []
 
     def factor(self, grad: Tensor, scale: float, tensors: int) -> Tensor | float:
-        """What to multiply ``scale * grad`` with, the gradient of one of ``tensors`` parameters."""
+        """What to multiply ``scale * grad`` with, the gradient of one of ``tensors`` parameters,
+        or of a shard.
+        """
         if self.kind not in ("per_tensor", "delayed"):
             return 1.0
-        norm = scale * torch.linalg.vector_norm(grad, dtype=_wide(grad))
+        norm = torch.linalg.vector_norm(local(grad), dtype=_wide(grad))
+        norm = scale * sum_of_parts(norm.square(), grad).sqrt()
         if self.kind == "per_tensor":
             return (self.limit / tensors**0.5 / norm.clamp_min(1e-30)).clamp_max(1.0)
         self._squares.append(norm.double().square())
@@ -123,8 +128,11 @@ class Guard:
         self._flags: dict[torch.device, Tensor] = {}
 
     def check(self, grad: Tensor) -> None:
-        """Raise the flag if ``grad`` has an entry that is not finite."""
-        self._note(~_largest(grad).isfinite())
+        """Raise the flag if ``grad``, or another rank's part of it, has an entry that is not
+        finite.
+        """
+        bad = ~_largest(local(grad)).isfinite()
+        self._note(sum_of_parts(bad.float(), grad) > 0)
 
     def blocks(self, device: torch.device) -> bool:
         """The flag is known to be up; False where knowing it would wait for the device."""

@@ -24,6 +24,7 @@ from fxmem.blocks.policies import (
     is_last_micro_batch,
 )
 from fxmem.blocks.rounding import key
+from fxmem.blocks.shards import first_element, is_shard, local
 from fxmem.errors import BlockStateError, PlanError
 from fxmem.plan.blocks import SGD, Blocks, LowRank, SignSGD
 from fxmem.roles.kernel_update import Rule
@@ -63,25 +64,57 @@ class BlockState(RoleTable):
         self.lr_scale: Callable[[], float] = lambda: 1.0
         self.is_last_micro_batch: Callable[[], bool] = is_last_micro_batch
         self.optimizer: Callable[[], Any] = lambda: None
-        self.names = {p: n for n, p in model.named_parameters()}
-        self.shapes = {n: tuple(p.shape) for p, n in self.names.items()}
         self.guard, self.clip = Guard(), Clip(plan.clip, plan.clip_norm)
-        self._averager = Averager(self.names, self._move)
         foreign.watch()
         self._model = weakref.ref(model)
-        self._order = {p: i for i, p in enumerate(self.names)}
         self._moved: dict[str, int] = {}
         self._kept: dict[nn.Parameter, Tensor] = {}
         self._backwards, self._backward, self._held = 0, -1, False
         self._cache: dict[nn.Parameter, Role] = {}
         self.adapters: dict[str, Adapter] = {}
+        self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         if isinstance(plan.inactive, LowRank):
             names = {n for b in self.blocks for n in b.names} | set(self.parts.inactive)
             if not plan.update_head:
                 names -= set(self.parts.head)
             self.adapters = low_rank.create(model, plan.inactive, names, plan.seed)
-        by_name = {n: p for p, n in self.names.items()}
-        self._adapters = {by_name[n]: a for n, a in self.adapters.items()}
+        self._name(dict(model.named_parameters()))
+
+    def _name(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Know the model's parameters by these objects."""
+        self.names = {p: n for n, p in parameters.items()}
+        self.sharded = next((p for p in self.names if is_shard(p)), None)
+        self.averages = self.plan.average and self.sharded is None
+        self._averager = Averager(self.names, self._move)
+        self._order = {p: i for i, p in enumerate(self.names)}
+        self._adapters = {parameters[n]: a for n, a in self.adapters.items()}
+        self._cache.clear()
+        fixed = set(self.parts.frozen)
+        for p, n in self.names.items():
+            if self.sharded is not None and p.requires_grad and not is_shard(p) and n not in fixed:
+                raise PlanError(
+                    f"parameter `{n}` is not sharded, so nothing reduces its gradient",
+                    advice="leave it to fully_shard, or name it in Blocks(frozen=...)",
+                )
+
+    def follow(self) -> None:
+        """Take over parameters by name where ``fully_shard`` has put shards in their place, in the
+        model and in its optimizer.
+
+        Raises:
+            PlanError: a parameter that learns is not sharded among others that are.
+        """
+        if (model := self._model()) is None:
+            return
+        now = dict(model.named_parameters())
+        if all(p in self.names for p in now.values()):
+            return
+        optimizer = self.optimizer()
+        if {n: tuple(p.shape) for n, p in now.items()} != self.shapes:
+            return  # what reads them next says so
+        if optimizer is not None and not optimizer.adopt(now):
+            return
+        self._name(now)
 
     def table(self) -> BlockState:
         """Begin a forward; the table that it follows.
@@ -93,7 +126,7 @@ class BlockState(RoleTable):
         model = self._model()
         if model is None or not model.training:
             return self
-        check_world(self.plan.average)
+        check_world(self.plan.average or self.sharded is not None)
         if isinstance(self.plan.inactive, (SGD, SignSGD)):
             check_precision(self.names)
         if (optimizer := self.optimizer()) is not None:
@@ -124,7 +157,7 @@ class BlockState(RoleTable):
             return
         self._backwards += 1
         self._backward = number
-        if self.plan.average and self.plan.accumulation != "accumulate":
+        if self.averages and self.plan.accumulation != "accumulate":
             self._begin_averaging()
             _compat.after_backward(self._end_backward)
 
@@ -147,7 +180,7 @@ class BlockState(RoleTable):
         if not first_use.keys() <= self.names.keys():
             raise BlockStateError(
                 "parameters were replaced after fxmem.transform (sharding does that)",
-                advice="transform the model as it trains; sharded parameters are not supported",
+                advice="make the BlockAdamW of the model as it trains, last",
             )
         if first_use != self._order:
             self._order = dict(first_use)
@@ -244,13 +277,13 @@ class BlockState(RoleTable):
             raise BlockStateError("an update was asked for a parameter that has none in this step")
         if self.plan.accumulation == "accumulate":
             if parameter in self._kept:
-                self._kept[parameter] += grad
+                local(self._kept[parameter]).add_(local(grad))
             else:
                 self._kept[parameter] = grad
             return
         if name in self._moved and self.plan.accumulation != "micro":
             raise BlockStateError(f"{name!r} got a second gradient before the optimizer step")
-        if self.plan.average:
+        if self.averages:
             self._averager.put(parameter, grad)
         else:
             self._move(parameter, grad)
@@ -264,7 +297,7 @@ class BlockState(RoleTable):
         self._moved[name] = micro + 1
         if plan.guard:
             self.guard.check(grad)
-            grad = self.guard.select_(grad)
+            self.guard.select_(local(grad))
         factor = self.clip.factor(grad, scale, sum(r is Role.UPDATE for r in self._cache.values()))
         if plan.guard and self.guard.blocks(grad.device):
             return
@@ -272,10 +305,12 @@ class BlockState(RoleTable):
         if sign and plan.accumulation == "micro":
             rate /= plan.micro_batches or 1
         move(
-            parameter, grad, rate, scale * factor, sign=sign,
+            local(parameter), local(grad), rate, scale * factor, sign=sign,
             limit=plan.clip_norm if plan.clip == "value" else None,
-            bits=key(plan.seed, name, self.step, micro),
+            bits=key(plan.seed, name, self.step, micro), first=first_element(parameter),
         )  # fmt: skip
+        if is_shard(parameter):  # whose local tensor has a version of its own
+            torch.autograd.graph.increment_version(parameter)
 
     def rehearse(self, parameter: nn.Parameter, weight: Tensor, grad: Tensor) -> bool:
         if self.plan.accumulation == "accumulate":
@@ -298,10 +333,10 @@ class BlockState(RoleTable):
                 'accumulation="last", but no forward of this step was said to be the last one',
                 advice="set is_last_micro_batch of the model's block state",
             )
-        if self.plan.average and self.plan.accumulation == "accumulate":
+        if self.averages and self.plan.accumulation == "accumulate":
             self._begin_averaging()
         for parameter in list(self._kept):
-            (self._averager.put if self.plan.average else self._move)(
+            (self._averager.put if self.averages else self._move)(
                 parameter, self._kept.pop(parameter)
             )
         self._averager.finish()

@@ -169,7 +169,7 @@ class CompiledGraph:
                 outputs = run_region(run, tensors)
             else:
                 chosen = self.selected[i]
-                run = RoleRun.of(chosen, step, state, chunk, seed, call.shared, away)
+                run = RoleRun.of(chosen, step, state, chunk, seed, call.shared, away, shard)
                 outputs = run_selected(run, tensors)
             del tensors
             if shard is not None:
@@ -221,8 +221,10 @@ class CompiledGraph:
             self._tell_order(table, env)
         self.table = table
         codes = [(c.code, c.leaves, c.outputs) for c in self.calls]
-        self.selected = select(codes, env, table, _adapted, armed=self.roles.armed)
-        updates = any(s.updates for s in self.selected)
+        sharding = current()
+        shard = None if sharding is None else sharding.shard
+        self.selected = select(codes, env, table, _adapted, armed=self.roles.armed, shard=shard)
+        updates = any(s.updates or s.reduced for s in self.selected)
         return Step(table, updates, table.generation)
 
     def _tell_order(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> None:
@@ -232,8 +234,9 @@ class CompiledGraph:
             self._first_use = {
                 n.name: min((at[u] for u in n.users), default=len(at)) for n in self.capture.inputs
             }
-        order = {
-            value: position
+        sharding = current()
+        order: dict[Any, int] = {
+            value if sharding is None else sharding.shard(value): position
             for name, position in self._first_use.items()
             if isinstance(value := env.get(("input", name)), nn.Parameter)
         }

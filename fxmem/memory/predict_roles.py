@@ -119,9 +119,12 @@ class RoleStep(Step):
             leaves += [("input", f"{leaves[i][1]}.up"), ("input", f"{leaves[i][1]}.down")]
         for i, gradient in enumerate(gradients):
             if gradient is not None and i not in chosen.updates:
-                shared = i in entry.call.shared and chosen.roles.get(i) is Role.ACTIVE
+                returned = chosen.roles.get(i) is Role.ACTIVE or i in chosen.reduced
                 storage, output = gradient
-                self._accumulate(leaves[i], storage, output, shared)
+                self._accumulate(leaves[i], storage, output, i in entry.call.shared and returned)
+        for i, parameter in chosen.reduced.items():
+            if not self._rehearse(parameter, 0)[0]:
+                self.groups.used.add(leaves[i])
         for i, parameter in chosen.updates.items():
             if gradients[i] is not None:
                 storage, output = gradients[i]

@@ -27,6 +27,8 @@ class Groups:
         self.uses: list[list[int]] = []
         self.first: dict[int, int] = {}
         self.last: dict[int, int] = {}
+        self.used: set[Leaf] = set()
+        """Parameters whose gradients go once they are reduced."""
         for i, call in enumerate(calls):
             groups = [self._owner(leaf) for leaf in call.leaves]
             self.uses.append(list(dict.fromkeys(g for g in groups if g)))
@@ -123,3 +125,5 @@ class Groups:
             self.book.release(gradients[leaf])
             gradients[leaf] = "shard", leaf
         self.book.mark("reduced")
+        for leaf in self.used & sizes.keys():
+            self.book.release(gradients.pop(leaf))

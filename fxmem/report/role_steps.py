@@ -24,8 +24,9 @@ class GradientReport:
 
     Attributes:
         parameter: name of the parameter; of an adapter, the weight's with ``.up`` or ``.down``.
-        goes: ``returned`` (to autograd), ``consumed`` (inside the program, one alive at a time) or
-            ``handed over`` (to the update after the program).
+        goes: ``returned`` (to autograd), ``consumed`` (inside the program, one alive at a time),
+            ``handed over`` (to the update after the program) or ``reduced`` (over the ranks that
+            have shards, which then update them).
         bytes: of the gradient.
     """
 
@@ -55,7 +56,7 @@ class RegionStep:
     @property
     def live_gradient_bytes(self) -> int:
         """Most bytes of gradients of UPDATE parameters alive at once in this region."""
-        held = sum(g.bytes for g in self.gradients if g.goes == "handed over")
+        held = sum(g.bytes for g in self.gradients if g.goes in ("handed over", "reduced"))
         one = max((g.bytes for g in self.gradients if g.goes == "consumed"), default=0)
         return held + one
 
@@ -112,7 +113,9 @@ def _step(
     for i, parameter in chosen.parameters.items():
         if chosen.wanted[i]:
             goes = "returned"
-            if i in chosen.updates:
+            if i in chosen.reduced:
+                goes = "reduced"
+            elif i in chosen.updates:
                 goes = "consumed" if i in inside else "handed over"
             role = chosen.roles.get(i, Role.LOW_RANK).value
             out.gradients.append(GradientReport(owners[i], role, goes, parameter.nbytes))

@@ -3,7 +3,9 @@
 As :class:`~fxmem.runtime.autograd.Run`, with two differences: autograd sees only the inputs whose
 gradients are returned, and gradients of UPDATE parameters go to the role table. A region that runs
 in one chunk hands them over inside its program, one alive at a time; one that runs in several needs
-its weights until its last chunk, so their sums are handed over after it, one by one.
+its weights until its last chunk, so their sums are handed over after it, one by one. Where
+parameters are sharded, all gradients go to what reduces them, and the table takes those of updates
+from there.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from fxmem.roles.variants import Selection
 from fxmem.runtime.autograd import Run, run_region
 from fxmem.runtime.loops import CallState
 from fxmem.runtime.region_code import RegionCode
+from fxmem.runtime.sharding import RegionShards
 from fxmem.runtime.shared_grads import Shared
 
 
@@ -58,31 +61,34 @@ class RoleRun(Run):
     @classmethod
     def of(
         cls, selection: Selection, step: Step, state: CallState, chunk: int, seed: Tensor | None,
-        shared: Shared, away: Sequence[bool],
+        shared: Shared, away: Sequence[bool], shards: RegionShards | None,
     ) -> RoleRun:  # fmt: skip
         """Of tied parameters autograd gets the gradients that are returned; those of updates wait
         in the table.
         """
-        code, roles = selection.code, selection.roles
-        returned = {i: s for i, s in shared.items() if roles.get(i) is Role.ACTIVE}
+        code, roles, reduced = selection.code, selection.roles, selection.reduced
+        returned = {i: s for i, s in shared.items() if roles.get(i) is Role.ACTIVE or i in reduced}
         sole = [False] * len(code.differentiable)
         return cls(
-            code, state, chunk, seed, returned, sole, away=away, selection=selection, step=step
-        )
+            code, state, chunk, seed, returned, sole, away=away, shards=shards,
+            selection=selection, step=step,
+        )  # fmt: skip
 
     def variant(self, code: RegionCode, wanted: Sequence[bool]) -> str:
         """Of autograd's wishes nothing follows: it does not see the updates."""
-        return code.variant(self.selection.wanted, self.selection.updates)
+        return self.selection.variant
 
     def remember(self, saved: Sequence[Tensor | None]) -> None:
-        updates = self.selection.updates
+        updates, reduced = self.selection.updates, self.selection.reduced
         self.step.read += [
             (p, p._version) for i, p in self.selection.parameters.items()
-            if saved[i] is not None or i in updates
+            if saved[i] is not None or i in updates or i in reduced
         ]  # fmt: skip
         for parameter in updates.values():
             self.step.table.expect(parameter)
-        self.step.expected += updates.values()
+        for parameter in reduced.values():
+            self.step.table.expect_reduced(parameter)
+        self.step.expected += [*updates.values(), *reduced.values()]
 
     def enter(self) -> None:
         """Raise, before anything has changed, where weights are not those of the forward."""
@@ -128,13 +134,16 @@ class RoleRun(Run):
             )
         # not the zeros of what depends on no tangent: plain PyTorch has no gradient there
         there = _reached(code, [t is not None for t in given])
-        kept = {*updates, *self.shared}
+        kept = {*updates, *self.selection.reduced, *self.shared}
         return [g if r or i in kept else None
                 for i, (g, r) in enumerate(zip(out, there, strict=True))]  # fmt: skip
 
     def hand_in(self, grads: list[Tensor | None]) -> None:
         """The table gets one gradient per update, the last parameter's first."""
         self.done = True
+        for parameter in self.selection.reduced.values():
+            self.step.table.arrive(parameter)
+        Run.hand_in(self, grads)
         for i, parameter in reversed(self.selection.updates.items()):
             grad, grads[i] = grads[i], None
             if grad is not None:  # else its update ran in the program
@@ -170,7 +179,7 @@ def run_selected(run: RoleRun, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     chosen = run.selection
     given = [*tensors, *chosen.extra]
     seen = [
-        t if w and i not in chosen.updates else t.detach()
+        t if w and i not in chosen.updates and i not in chosen.reduced else t.detach()
         for i, (t, w) in enumerate(zip(given, chosen.wanted, strict=True))
     ]
     return run_region(run, seen, _anchor(given[0].device) if chosen.learns else None)

@@ -9,6 +9,7 @@ or neither; the compiler reads it at every forward and selects variants of its p
 from __future__ import annotations
 
 import enum
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,8 @@ class RoleTable:
         self._adapters = dict(adapters or {})
         self._expected: dict[nn.Parameter, int] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._arrived: dict[nn.Parameter, None] = {}
+        self._hooked: set[nn.Parameter] = set()
         self.generation = 0
 
     def role(self, parameter: nn.Parameter) -> Role:
@@ -160,6 +163,28 @@ class RoleTable:
         if grad is not None:
             self._apply(parameter, grad)
 
+    def expect_reduced(self, parameter: nn.Parameter) -> None:
+        """As :meth:`expect`, of a shard: what shards it reduces the gradient into ``.grad``, which
+        is taken from there once nothing more is expected.
+        """
+        self.expect(parameter)
+        if parameter not in self._hooked:
+            self._hooked.add(parameter)
+            parameter.register_post_accumulate_grad_hook(_taker(self))
+
+    def arrive(self, parameter: nn.Parameter) -> None:
+        """One expected gradient of a shard is on its way to be reduced."""
+        self.forget([parameter])
+        self._arrived[parameter] = None
+
+    def take_reduced(self, parameter: nn.Parameter) -> None:
+        """Apply a shard's gradient; another table's, or one that waits for more, stays."""
+        if parameter in self._arrived and not self._expected.get(parameter):
+            self._arrived.pop(parameter)
+            grad, parameter.grad = parameter.grad, None
+            if grad is not None:
+                self._apply(parameter, grad)
+
     def flush(self) -> None:
         """Apply the gradients that still wait and forget what was expected.
 
@@ -169,6 +194,8 @@ class RoleTable:
         self._expected.clear()
         for parameter in list(self._sums):
             self._apply(parameter, self._sums.pop(parameter))
+        for parameter in list(self._arrived):
+            self.take_reduced(parameter)
         self.generation += 1
 
     @property
@@ -181,6 +208,17 @@ class RoleTable:
             self.update(parameter, grad)
 
 
+def _taker(table: RoleTable) -> Callable[[Tensor], None]:
+    """A hook that does not keep the table alive."""
+    this = weakref.ref(table)
+
+    def take(parameter: Tensor) -> None:
+        if (alive := this()) is not None:
+            alive.take_reduced(parameter)  # type: ignore[arg-type]
+
+    return take
+
+
 @dataclass(slots=True)
 class RoleSource:
     """Where a compiled model reads its roles at every forward.
@@ -188,10 +226,12 @@ class RoleSource:
     Attributes:
         table: the table in force, or None: every parameter that requires a gradient is ACTIVE.
         armed: updates may happen: the model is in training mode.
+        follow: told before a call of a model whose parameters are shards.
     """
 
     table: Callable[[], RoleTable | None]
     armed: bool = True
+    follow: Callable[[], None] = lambda: None
 
 
 __all__ = ["Adapter", "Role", "RoleSource", "RoleTable", "Update"]

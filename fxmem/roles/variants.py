@@ -29,6 +29,7 @@ class Selection:
         roles: role of each input position that is a parameter.
         wanted: which inputs get a gradient.
         updates: parameters by input position whose gradient the backward consumes.
+        reduced: shards by input position that move once their gradient is reduced.
         parameters: every parameter and adapter by input position.
         adapted: positions of the weights with adapters, in order of the further inputs.
         hands_on: the region makes the gradient of its input states.
@@ -39,6 +40,7 @@ class Selection:
     roles: dict[int, Role] = field(default_factory=dict)
     wanted: list[bool] = field(default_factory=list)
     updates: dict[int, nn.Parameter] = field(default_factory=dict)
+    reduced: dict[int, nn.Parameter] = field(default_factory=dict)
     parameters: dict[int, nn.Parameter] = field(default_factory=dict)
     adapted: list[int] = field(default_factory=list)
     hands_on: bool = False
@@ -70,6 +72,7 @@ def select(
     adapted: Adapted,
     *,
     armed: bool,
+    shard: Callable[[Any], Any] | None = None,
 ) -> list[Selection]:
     """The variants of one call; ``codes`` holds code, inputs and outputs of each region in order.
 
@@ -77,6 +80,7 @@ def select(
         arguments: values of the call's inputs; parameters are found here.
         adapted: the code of a region with the adapters of its inputs.
         armed: updates may happen; otherwise their parameters count as frozen.
+        shard: of a parameter that is whole for the call: the one that roles are of.
 
     Raises:
         RoleError: a role that no program can honour.
@@ -84,7 +88,7 @@ def select(
     learned: set[Leaf] = set()
     out = []
     for code, leaves, outputs in codes:
-        chosen = _region(code, leaves, arguments, table, adapted, learned, armed)
+        chosen = _region(code, leaves, arguments, table, adapted, learned, armed, shard)
         if chosen.learns:
             learned.update(outputs)
         out.append(chosen)
@@ -93,7 +97,7 @@ def select(
 
 def _region(
     code: RegionCode, leaves: Sequence[Leaf], arguments: Mapping[Leaf, Any], table: RoleTable,
-    adapted: Adapted, learned: set[Leaf], armed: bool,
+    adapted: Adapted, learned: set[Leaf], armed: bool, shard: Callable[[Any], Any] | None,
 ) -> Selection:  # fmt: skip
     chosen = Selection(code)
     adapters: dict[int, Adapter] = {}
@@ -101,6 +105,7 @@ def _region(
         value = arguments.get(leaf)
         wanted = leaf in learned
         if isinstance(value, nn.Parameter):
+            value = value if shard is None else shard(value)
             chosen.parameters[i] = value
             chosen.roles[i] = role = table.role(value)
             _check(value, role)
@@ -122,7 +127,8 @@ def _region(
     chosen.wanted = [w and g is not None for w, g in zip(chosen.wanted, grads, strict=True)]
     for i, role in chosen.roles.items():
         if role is Role.UPDATE and chosen.wanted[i]:
-            chosen.updates[i] = arguments[leaves[i]]
+            spread = chosen.parameters[i] is not arguments[leaves[i]]
+            (chosen.reduced if spread else chosen.updates)[i] = chosen.parameters[i]
     chosen.hands_on = any(
         w and leaf[0] == "main" for w, leaf in zip(chosen.wanted, leaves, strict=False)
     )

@@ -9,8 +9,9 @@ import pytest
 import tiny
 import torch
 import torch.multiprocessing as mp
-from data_parallel import inputs, run_rank, run_trainer
+from data_parallel import hook_runs, inputs, run_rank, run_trainer
 from double import everything_in_double, largest_difference
+from ranks import on_ranks
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,13 @@ def test_the_trainer_on_two_ranks_equals_plain(tmp_path: Path) -> None:
     for rank in (0, 1):
         plain, streamed = torch.load(tmp_path / f"{rank}.pt")
         assert largest_difference(streamed, plain)[0] < 1e-10
+
+
+@pytest.mark.distributed
+def test_hooks_that_compress_what_is_sent() -> None:
+    (first, one), (second, two) = on_ranks(hook_runs)
+    assert first == second
+    for name, (difference, compressed) in first.items():
+        assert difference < 1e-10, name
+        assert compressed == (name in ("bf16", "fp16")), name
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import tiny
 import torch
 import transformers as tf
-from double import everything_in_double
+from double import everything_in_double, largest_difference
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powerSGD
 
 import fxmem
 
@@ -73,3 +76,51 @@ def run_trainer(rank: int, port: int, out: str) -> None:
         both = [weights_of_trainer(out, stream=s) for s in (False, True)]
     torch.save(both, f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def hook_runs(rank: int) -> tuple[dict[str, tuple[float, bool]], dict[str, Tensor]]:
+    """Steps with hooks that compress what is sent: how far streamed is from plain, and whether the
+    hook made a difference; and streamed weights of one that is not comparable.
+    """
+    ways: dict[str, Callable[[], tuple[Any, Any]]] = {
+        "none": lambda: (None, default_hooks.allreduce_hook),
+        # under its own name it is refused without a GPU
+        "bf16": lambda: (
+            None,
+            lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket),
+        ),
+        "fp16": lambda: (None, default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook)),
+        "power": lambda: _power(64),
+    }
+    found: dict[str, tuple[float, bool]] = {}
+    exact: dict[str, Tensor] = {}
+    for name, way in ways.items():
+        weights = [_hooked(rank, way, stream=stream) for stream in (False, True)]
+        exact = exact or weights[0]
+        compressed = largest_difference(weights[0], exact)[0] > 1e-6
+        found[name] = largest_difference(weights[1], weights[0])[0], compressed
+    return found, _hooked(rank, lambda: _power(2), stream=True)
+
+
+def _power(rank: int) -> tuple[Any, Any]:
+    """PowerSGD starts from noise that depends on the order in which gradients arrive, which DDP
+    keeps to, so that two orders are comparable at full rank only.
+    """
+    state = powerSGD.PowerSGDState(
+        None, matrix_approximation_rank=rank, start_powerSGD_iter=2, min_compression_rate=0
+    )
+    return state, powerSGD.powerSGD_hook
+
+
+def _hooked(rank: int, way: Callable[[], tuple[Any, Any]], *, stream: bool) -> dict[str, Tensor]:
+    model = tiny.model().double()
+    if stream:
+        fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=9)))
+    net = nn.parallel.DistributedDataParallel(model)
+    net.register_comm_hook(*way())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        net(**inputs(rank)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: p.detach() for n, p in model.named_parameters()}

@@ -252,14 +252,19 @@ def narrow(rank: int) -> Any:
     return errors
 
 
-def predicted(rank: int, options: dict[str, Any], stay: bool) -> tuple[float, float, list[str]]:
-    """Predicted and measured peak of a step, in bytes, and the moments of the former."""
+def large() -> Any:
+    """A model whose layers are larger than what a peak may be off by."""
     config = transformers.LlamaConfig(
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=1024, max_position_embeddings=4096, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(config).train()
+    return transformers.LlamaForCausalLM(config).train()
+
+
+def predicted(rank: int, options: dict[str, Any], stay: bool) -> tuple[float, float, list[str]]:
+    """Predicted and measured peak of a step, in bytes, and the moments of the former."""
+    model = large()
     by_layer(model, **({"reshard_after_forward": False} if stay else {}))
     stream(model, 64, **options)
     ids = torch.randint(1024, (1, 640 - 64 * rank))

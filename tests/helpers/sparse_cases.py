@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from prune_cases import build
+from sharded import by_layer
 
 import fxmem
 
@@ -48,3 +51,47 @@ def run_rank(rank: int, store: str, out: str) -> None:
     )
     torch.save((loss, gradients(model)), f"{out}/{rank}.pt")
     dist.destroy_process_group()
+
+
+ROWS = (5, 9, 17, 12)
+OPTIONS: dict[str, Any] = {"gates": {"batches": 2}, "score": {"samples": 2}}
+
+
+def searched(estimator: str, group: Any = None) -> fxmem.Masks:
+    """A search on batches of unequal lengths, which ranks take in turn."""
+    batches = []
+    for n in ROWS:
+        ids = torch.randint(3, 97, (1, n), generator=torch.Generator().manual_seed(n))
+        batches.append({"input_ids": ids, "labels": ids})
+    options = fxmem.Prune(steps=6, estimator=estimator, advanced=OPTIONS[estimator])
+    return fxmem.search(build("llama"), batches, options, group=group)
+
+
+def in_groups(rank: int) -> tuple[list[fxmem.Masks], float, dict[str, torch.Tensor], list[str]]:
+    """Searches of two ranks, a sparse step on batches of their own, and what is refused."""
+    world = dist.group.WORLD
+    found = [searched(estimator, world) for estimator in OPTIONS]
+    model: Any = build("llama")
+    units = fxmem.coupling(model)
+    masks = drawn(units, ("kv_groups", "mlp_channels"))
+    own = {k: v[:, : 9 - 4 * rank] for k, v in batch().items()}
+    loss = fxmem.sparse_backward(model, masks, own, ratios=RATIOS, coupled=units, group=world)
+    sharded: Any = build("llama")
+    by_layer(sharded)
+    messages = []
+    for one in (torch.nn.parallel.DistributedDataParallel(build("llama")), sharded):
+        tries: list[Callable[[], Any]] = [
+            partial(fxmem.coupling, one),
+            partial(fxmem.materialize, one, masks[0], units),
+            partial(fxmem.sparse_backward, one, masks, own, coupled=units, group=world),
+            partial(fxmem.search, one, [own], coupled=units),
+            partial(fxmem.score, one, [own], "magnitude", coupled=units),
+            fxmem.masked(one, masks[0], units).__enter__,
+        ]
+        for call in tries:
+            try:
+                call()
+                messages.append("no error")
+            except fxmem.PlanError as error:
+                messages.append(str(error))
+    return found, loss, gradients(model), messages

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmem._compat.tracing import decompositions
+from fxmem.distributed.whole import check_whole
 from fxmem.errors import CaptureError
 from fxmem.frontend.experts import streamable
 from fxmem.prune.coupling.calls import Inputs, inputs, results
@@ -43,7 +44,9 @@ def coupling(
 
     Raises:
         CaptureError: where the forward cannot be exported, or what it reads is not known.
+        PlanError: the model is wrapped or sharded.
     """
+    check_whole(model)
     given = inputs(model, example, kwargs)
     was = [(m, m.training) for m in model.modules()]
     try:

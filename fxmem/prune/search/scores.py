@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxmem.distributed.whole import check_whole
 from fxmem.errors import PlanError, UnsupportedOpError
 from fxmem.frontend.experts import Watch, watching
 from fxmem.prune.shrink.gate_gradients import Gates
@@ -50,6 +51,7 @@ def importance(
         PlanError: unknown method, or no batch where one is needed.
         UnsupportedOpError: a consumer whose input cannot be observed ("wanda").
     """
+    check_whole(model)
     if method not in METHODS:
         raise PlanError(f"method is {method!r}", advice=f"one of {', '.join(METHODS)}")
     if method in ("wanda", "taylor") and not batches:

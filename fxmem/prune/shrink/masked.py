@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fxmem.distributed.whole import check_whole
 from fxmem.errors import MaskError
 from fxmem.prune.coupling.find_groups import coupling as couple
 from fxmem.prune.units.masks import Masks, axis_keeps, consumer_keeps, router_keeps
@@ -34,6 +35,7 @@ def masked(model: nn.Module, masks: Masks, coupling: Coupling | None = None) -> 
     Removed experts get the score minus infinity from their router, so the softmax is over the
     others and no token chooses them.
     """
+    check_whole(model)
     plan = couple(model) if coupling is None else coupling
     with contextlib.ExitStack() as stack:
         homes = _homes(model)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fxmem.distributed.whole import check_whole
 from fxmem.frontend.experts import settle
 from fxmem.prune.coupling.calls import same_inputs
 from fxmem.prune.coupling.find_groups import coupling as trace
@@ -37,6 +38,7 @@ def coupling(
     Raises:
         CaptureError: where the forward cannot be exported, or there is no example and the model
             reads no token ids.
+        PlanError: the model is wrapped or sharded.
     """
     made = origin(model)
     return trace(model, example, kwargs) if made is None else reduced(*made)
@@ -63,7 +65,7 @@ def materialize(
 
     Raises:
         MaskError: masks of another model, or no consistent sizes.
-        PlanError: batches that nothing can be repaired from.
+        PlanError: batches that nothing can be repaired from; the model is wrapped or sharded.
     """
     if coupling is None:
         made = origin(model)
@@ -79,6 +81,7 @@ def cut_out(
     model: nn.Module, masks: Masks, coupling: Coupling, *, share: bool = False
 ) -> nn.Module:
     """As `materialize`; `share`: parameters that are not cut are those of ``model``, not copies."""
+    check_whole(model)
     made = origin(model)
     masks = masks.on(coupling)
     found = attributes(model, coupling, masks)
