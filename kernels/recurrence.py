@@ -23,7 +23,7 @@ from fxmem.rules.carried import CALLS, Called
 
 
 def _sizes(called: Called, tensors: Sequence[Tensor]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(called.sizes)
     for dims, t in zip(called.ins, tensors, strict=True):
         found.update(zip(dims, t.shape, strict=True))
     return found

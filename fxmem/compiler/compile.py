@@ -90,7 +90,7 @@ def compile_graph(
         parts = [regions.make(capture, pre, capture.main)]
         between: list[list[fx.Node]] = [[], []]
     else:
-        parts, between = regions.split(capture, pre, mixes)
+        parts, between = regions.split(capture, pre, mixes, one_length=group is not None)
     if late is not None:
         defer_outputs(capture, pre, parts, between, learns=learns)
     borders = Borders(capture, pre, between)

@@ -49,7 +49,8 @@ def _region_call(
 
     code = _CODES.take(f"{revision()} {lowering} {own} {region.key()}", region, make)
     outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
-    return RegionCall(code, region.leaves, outputs, modules=region.modules)
+    length = region.capture.length
+    return RegionCall(code, region.leaves, outputs, modules=region.modules, length=length)
 
 
 def _adapted(code: RegionCode, adapters: Mapping[int, Adapter]) -> RegionCode:

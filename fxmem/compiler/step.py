@@ -161,15 +161,16 @@ class CompiledGraph:
                 shard.before_forward()
             seed = call.code.draw_seed(tensors[0].device)
             away = call.movable if i in kept.away else ()
+            own = replace(state, sizes=call.sizes(sizes))
             if step is None:
                 run = Run(
-                    call.code, state, chunk, seed, call.shared, call.sole, kept.levels[i], away,
+                    call.code, own, chunk, seed, call.shared, call.sole, kept.levels[i], away,
                     shard,
                 )  # fmt: skip
                 outputs = run_region(run, tensors)
             else:
                 chosen = self.selected[i]
-                run = RoleRun.of(chosen, step, state, chunk, seed, call.shared, away, shard)
+                run = RoleRun.of(chosen, step, own, chunk, seed, call.shared, away, shard)
                 outputs = run_selected(run, tensors)
             del tensors
             if shard is not None:
@@ -208,11 +209,11 @@ class CompiledGraph:
 
     def chunk(self, at: int) -> int:
         """Rows per chunk of a region in the latest call."""
+        call, shrink = self.calls[at], self.kept.shrink
         if self.plan.stream is None or self.chunker.whole(self.sizes) or self.kept.whole:
-            return self.sizes.get("T", 1)
+            return call.sizes(self.sizes).get("T", 1)
         updates = bool(self.selected) and bool(self.selected[at].updates)
-        code, shrink = self.calls[at].code, self.kept.shrink
-        return self.chunker(code, self.sizes, updates=updates, shrink=shrink)
+        return self.chunker(call, self.sizes, updates=updates, shrink=shrink)
 
     def _step(self, table: RoleTable, env: dict[pre_.Leaf, Any]) -> Step:
         """Select the variant of every region for this call."""

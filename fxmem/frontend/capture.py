@@ -29,7 +29,7 @@ from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat.data_sizes import evaluating
 from fxmem.axes.size_calls import fold
-from fxmem.axes.sizes import Size, T, degree, per_token, size
+from fxmem.axes.sizes import Size, T, per_token, size
 from fxmem.errors import CaptureError
 
 NARROW_LIMIT = 512
@@ -81,6 +81,8 @@ class Capture:
     bindings: list[tuple[int, int | None, Size]]
     assumed: list[Any]
     """Comparisons of sizes that Dynamo and the passes before have decided."""
+    length: sympy.Symbol = T
+    """What the capture of the whole calls the length that is ``T`` here."""
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """Canonical sizes of a tensor node."""
@@ -135,9 +137,10 @@ def is_size(value: Any) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def is_wide(shape: Sequence[Size]) -> bool:
+def is_wide(shape: Sequence[Size], lengths: Sequence[sympy.Symbol] = (T,)) -> bool:
     """Too large per token to stand whole without need."""
-    return degree(shape) > 1 or (degree(shape) == 1 and per_token(shape) > NARROW_LIMIT)
+    count = sum(any(s in d.free_symbols for s in lengths) for d in shape)
+    return count > 1 or (count == 1 and per_token(shape) > NARROW_LIMIT)
 
 
 def analyse(

@@ -79,7 +79,7 @@ def defer_outputs(
         return
     parts.pop()
     if others:
-        parts.append(make(capture, pre, _cone(last.nodes, others)))
+        parts.append(make(last.capture, pre, _cone(last.nodes, others)))
     else:
         between[-2:] = [between[-2]]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from fxmem.frontend.methods import Method, method_of, methods_at
 from fxmem.frontend.piece import Again, Piece
 from fxmem.frontend.random_state import RandomState
 from fxmem.frontend.recording import Recording
+from fxmem.frontend.stateful import Stateful, places
 
 KINDS = 16
 """Kinds of pieces of one model before its error is the user's to see."""
@@ -56,6 +58,8 @@ class Opaque:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.pieces: list[Piece] = []
+        self.stateful: dict[CodeType, list[Stateful]] = {}
+        """Functions that hand a state from chunk to chunk, by their code."""
         self.version = 0
         self._any_length = True
         """The code must not need the length as a number, until nothing can be done about it."""
@@ -73,6 +77,8 @@ class Opaque:
         if self.pieces and not self._recorded:
             # a call of another sort, in which pieces are called otherwise than in those before
             return self._record(again, given)
+        if self._carried(error, again, given):
+            return True
         reason = self._reason(error)
         if len({p.kind for p in self.pieces}) < KINDS:
             for method in self._methods(error):
@@ -84,6 +90,23 @@ class Opaque:
         fixed = self._any_length and capture_stack.demanded()
         self._any_length &= not fixed
         return fixed
+
+    def _carried(
+        self, error: BaseException, again: Callable[[], Any], given: Mapping[str, Tensor]
+    ) -> bool:
+        """Whether a function in which the capture failed hands a state on, which was not known."""
+        for code, found in places(capture_stack.callers(error), self.model):
+            found = self.stateful.setdefault(code, found)
+            with contextlib.ExitStack() as stack:
+                for one in found:
+                    stack.enter_context(one.replaced(one.record))
+                if not self._record(again, given):
+                    return False
+            (length,) = _lengths(given) or {0}
+            if any([one.learn(length) for one in found]):
+                self.version += 1
+                return True
+        return False
 
     def _methods(self, error: BaseException) -> list[Method]:
         """Methods of submodules in which the capture failed, innermost first."""
@@ -125,7 +148,8 @@ class Opaque:
         """
         with capture_stack.keep_symbolic(_lengths(given) if self._any_length else set()):
             if not self.pieces:
-                return call()
+                with self._stubs():
+                    return call()
             calls = [c for piece in self.pieces for c in piece.calls]
             for one in calls:
                 one.begin(given)
@@ -155,6 +179,9 @@ class Opaque:
     @contextlib.contextmanager
     def _stubs(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            for one in (s for found in self.stateful.values() for s in found if s.forms):
+                self.version += one.outdated()
+                stack.enter_context(one.replaced(one.stub))
             for piece in self.pieces:
                 if piece.calls:
                     stack.enter_context(piece.replaced(piece.stub))

@@ -33,6 +33,7 @@ from fxmem.frontend.capture import (
 )
 from fxmem.frontend.hidden_writes import without_writes
 from fxmem.frontend.origin import module_path, source_line
+from fxmem.frontend.waists import lengths
 from fxmem.rules import WRITTEN_OUT
 
 Leaf = tuple[str, str]
@@ -146,8 +147,11 @@ def _trace(
     capture: Capture, inputs: list[fx.Node], nodes: list[fx.Node], wanted: list[fx.Node],
     drawing: Drawing,
 ) -> fx.GraphModule:  # fmt: skip
+    axes = lengths(capture)
+
     def wide(shapes: Sequence[Sequence[Any]]) -> bool:
-        return any(is_wide([canonical(s, capture.symbols) for s in shape]) for shape in shapes)
+        given = [[canonical(s, capture.symbols) for s in shape] for shape in shapes]
+        return any(is_wide(shape, axes) for shape in given)
 
     def fn(*values: Any) -> list[Any]:
         env: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
@@ -170,6 +174,7 @@ def _split(
     results = output.args[0]
     pre = Preamble(gm, inputs, [])
     keep: dict[fx.Node, Leaf] = {}
+    axes = lengths(capture)
 
     def name(node: fx.Node) -> Leaf:
         if node in origin:
@@ -181,7 +186,7 @@ def _split(
         return leaf
 
     for source, node in zip(wanted, results, strict=True):
-        wide = is_wide(canonical_shape(value_of(node), capture.symbols))
+        wide = is_wide(canonical_shape(value_of(node), capture.symbols), axes)
         if wide and node not in origin and not _compat.is_random(node.target):
             pre.cones[source] = _cone(capture, gm, node, origin, name)
         else:
@@ -198,13 +203,14 @@ def _cone(
 ) -> Cone:
     order: list[fx.Node] = []
     leaves: dict[fx.Node, None] = {}
+    axes = lengths(capture)
 
     def visit(node: fx.Node) -> None:
         if node in order or node in leaves:
             return
         value = value_of(node)
         narrow = isinstance(value, torch.Tensor) and not is_wide(
-            canonical_shape(value, capture.symbols)
+            canonical_shape(value, capture.symbols), axes
         )
         drawn = _compat.is_random(node.target)  # once: a second draw gives other numbers
         kept = drawn or (narrow and node is not root and not _is_constant(node))

@@ -165,11 +165,16 @@ def _describe(value: torch.Tensor, symbols: Any) -> str:
 
 
 def split(
-    capture: Capture, pre: Preamble, mixes: Callable[[Region], bool]
+    capture: Capture, pre: Preamble, mixes: Callable[[Region], bool], *, one_length: bool = False
 ) -> tuple[list[Region], list[list[fx.Node]]]:
     """The regions of a capture in order, and what runs between them: the nodes before each region,
-    then those after the last. ``mixes`` says whether a segment needs other tokens.
+    then those after the last. ``mixes`` says whether a segment needs other tokens. Each region
+    streams along the length that most of its values have; ``one_length``: all along the same.
     """
+
+    def of(nodes: list[fx.Node]) -> Region:
+        return make(capture if one_length else along(capture, nodes), pre, nodes)
+
     main = capture.main
     borders_ = {p for p, n in enumerate(main) if is_border(n)}
     own = {*borders_, *(p + 1 for p in borders_)}
@@ -177,10 +182,7 @@ def split(
     bounds = [0, *cuts, len(main)]
     segments = [main[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
     between = [is_border(s[0]) for s in segments]
-    atoms = [
-        None if b else make(along(capture, s), pre, s)
-        for s, b in zip(segments, between, strict=True)
-    ]
+    atoms = [None if b else of(s) for s, b in zip(segments, between, strict=True)]
     keys = ["" if a is None else a.key() for a in atoms]
     known: dict[str, bool] = {"": False}
     for atom, key in zip(atoms, keys, strict=True):
@@ -194,7 +196,7 @@ def split(
             if hook:
                 borders[-1] += nodes
             else:
-                regions.append(make(capture, pre, nodes))
+                regions.append(of(nodes))
                 borders.append([])
     return regions, borders
 

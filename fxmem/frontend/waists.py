@@ -26,7 +26,7 @@ def waists(capture: Capture, main: Sequence[fx.Node]) -> set[int]:
     """
     streamed = _large_states(capture, main, T)
     found = {p for p, _ in _changes(streamed)}
-    for length in _other_lengths(capture):
+    for length in lengths(capture)[1:]:
         seen: set[fx.Node] = set()
         for p, state in _changes(_large_states(capture, main, length)):
             beside = streamed[p]
@@ -37,15 +37,18 @@ def waists(capture: Capture, main: Sequence[fx.Node]) -> set[int]:
 
 
 def along(capture: Capture, nodes: Sequence[fx.Node]) -> Capture:
-    """The capture with another length in the place of the streamed one, which ``nodes`` lack."""
-    sizes = set().union(*(_symbols(capture, n) for n in nodes))
-    own = [] if T in sizes else [s for s in _other_lengths(capture) if s in sizes]
-    if not own:
+    """The capture in which ``T`` is the length that most of ``nodes`` have, by bytes."""
+    count: dict[sympy.Symbol, float] = dict.fromkeys(lengths(capture), 0.0)
+    for n in nodes:
+        for s in _symbols(capture, n) & count.keys():
+            count[s] += _per_token(capture, n)
+    own = max(count, key=lambda s: count[s])
+    if own == T:
         return capture
-    swap = {T: own[0], own[0]: T}
+    swap = {T: own, own: T}
     return replace(
         capture, symbols={s: e.xreplace(swap) for s, e in capture.symbols.items()},
-        assumed=[g.xreplace(swap) for g in capture.assumed],
+        assumed=[g.xreplace(swap) for g in capture.assumed], length=own,
     )  # fmt: skip
 
 
@@ -62,8 +65,8 @@ def _changes(states: Sequence[Sequence[State] | None]) -> list[tuple[int, fx.Nod
     ]  # fmt: skip
 
 
-def _other_lengths(capture: Capture) -> list[sympy.Symbol]:
-    """Sizes that stand last in the shape of an input, and before no other."""
+def lengths(capture: Capture) -> list[sympy.Symbol]:
+    """``T``, and sizes that stand last in the shape of an input, and before no other."""
     last: set[sympy.Symbol] = {T}
     before: set[sympy.Symbol] = set()
     for n in capture.inputs:
@@ -71,7 +74,7 @@ def _other_lengths(capture: Capture) -> list[sympy.Symbol]:
             found = [d.free_symbols for d in capture.shape(n) if d.free_symbols]
             last.update(*found[-1:])
             before.update(*found[:-1])
-    return sorted(last - before - {T}, key=str)
+    return [T, *sorted(last - before - {T}, key=str)]
 
 
 def _symbols(capture: Capture, node: fx.Node) -> set[sympy.Symbol]:
@@ -80,6 +83,11 @@ def _symbols(capture: Capture, node: fx.Node) -> set[sympy.Symbol]:
     if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
         return set()
     return set().union(*(d.free_symbols for d in capture.shape(node)))
+
+
+def _per_token(capture: Capture, node: fx.Node) -> float:
+    """Bytes of a tensor."""
+    return per_token(capture.shape(node)) * float(value_of(node).dtype.itemsize)
 
 
 def _large_states(
@@ -107,7 +115,6 @@ def _large_states(
         tuples = -1 if tuples <= p else tuples
         sizes = _symbols(capture, n) if last > p else set()
         if axis in sizes and (axis == T or T not in sizes):
-            assert isinstance(value, torch.Tensor)
-            alive[n] = per_token(capture.shape(n)) * value.dtype.itemsize
+            alive[n] = _per_token(capture, n)
             ends.setdefault(last + 1, []).append(n)
     return out

@@ -155,7 +155,7 @@ class Budget:
         made: dict[tuple[Any, ...], list[Option]] = {}
         options = []
         for i, call in enumerate(self.graph.calls):
-            key = (id(call.code), *call.movable)  # alive as long as the graph
+            key = (id(call.code), call.length, *call.movable)  # alive as long as the graph
             if key not in made:
                 made[key] = self._options(i, sizes, shrink)
             options.append(made[key])
@@ -199,12 +199,12 @@ class Budget:
         if not code.learns or code.is_loss:
             return [Option(0, False, 0.0, 0)]
         out: list[Option] = []
-        own = with_chunks(sizes, self.graph.chunker(code, sizes, shrink=shrink))
-        compute = cost_of(code.joint, code.joint.graph.nodes, sizes).seconds(device.compute)
+        own = with_chunks(call.sizes(sizes), self.graph.chunker(call, sizes, shrink=shrink))
+        compute = cost_of(code.joint, code.joint.graph.nodes, own).seconds(device.compute)
         least = 0
         for level in range(1 if code.hands_on else 0, len(code.levels)):
             again = made_again(code.joint, code.level(level))
-            seconds = cost_of(code.joint, again, sizes).seconds(device.compute)
+            seconds = cost_of(code.joint, again, own).seconds(device.compute)
             kept, saved = kept_bytes(code, own, level), saved_bytes(call, own, again)
             least = least or sum(saved)
             more = sum(kept) + sum(saved) - least

@@ -57,9 +57,12 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How a region runs: code, rows per chunk, names of programs, and whether a backward comes."""
+    """How a region runs: code, sizes, rows per chunk, names of programs, and whether a backward
+    comes.
+    """
 
     code: RegionCode
+    sizes: Mapping[str, int]
     chunk: int
     forward: str
     backward: str
@@ -167,12 +170,13 @@ class Step:
         return [(position, alive) for position, (_, alive) in moments]
 
     def use(self, index: int) -> Use:
-        code = self.graph.calls[index].code
+        call = self.graph.calls[index]
+        code = call.code
         kind = "loss" if code.learns and code.early else "forward"
         level = self.kept.levels[index]
         held = f"+{level}" if level else ""
-        rows = self.graph.chunker(code, self.sizes, shrink=self.kept.shrink)
-        return Use(code, rows, kind + held, "backward" + held, code.learns)
+        rows = self.graph.chunker(call, self.sizes, shrink=self.kept.shrink)
+        return Use(code, call.sizes(self.sizes), rows, kind + held, "backward" + held, code.learns)
 
     def forward(self) -> list[tuple[int, Saved]]:
         self.groups.begin()
@@ -182,7 +186,7 @@ class Step:
             self.ledger.position = index
             self.groups.enter(index)
             use = self.use(index)
-            run = profile(use.code, use.forward, self.sizes, use.chunk)
+            run = profile(use.code, use.forward, use.sizes, use.chunk)
             self._masks(call, run)
             self.ledger.mark(f"forward {call.modules}", run.peak)
             values = self._results(("forward", index), run)
@@ -273,7 +277,7 @@ class Step:
         use = entry.use
         over = self._overwritten(entry, tangents) if tangents else {}
         begin = [*self._started(index, entry), *over]
-        run = profile(use.code, use.backward, self.sizes, use.chunk, begin)
+        run = profile(use.code, use.backward, use.sizes, use.chunk, begin)
         self._masks(entry.call, run)
         self.ledger.mark(f"backward {entry.call.modules}", run.peak)
         return self._results(("backward", index), run, over)

@@ -80,16 +80,16 @@ class RoleStep(Step):
 
     def use(self, index: int) -> Use:
         chosen, call = self.graph.selected[index], self.graph.calls[index]
-        length = self.sizes.get("T", 1)
-        updates = bool(chosen.updates)
-        chunk = length if self.whole else self.graph.chunker(call.code, self.sizes, updates=updates)
+        own, updates = call.sizes(self.sizes), bool(chosen.updates)
+        chunk = self.graph.chunker(call, self.sizes, updates=updates)
+        chunk = own.get("T", 1) if self.whole else chunk
         kind = "loss" + chosen.variant if chosen.learns and chosen.code.early else "forward"
-        return Use(chosen.code, chunk, kind, "backward" + chosen.variant, chosen.learns)
+        return Use(chosen.code, own, chunk, kind, "backward" + chosen.variant, chosen.learns)
 
     def region(self, index: int, entry: Saved, tangents: list[Any]) -> list[Any]:
         chosen, use = self.graph.selected[index], entry.use
         ties = any(i in entry.call.shared for i, r in chosen.roles.items() if r is Role.ACTIVE)
-        if not chosen.updates or ties or use.chunk < self.sizes.get("T", 1):
+        if not chosen.updates or ties or use.chunk < use.sizes.get("T", 1):
             return super().region(index, entry, [])  # its tangents are not written over
         causal = (use.backward, False) not in use.code.programs
         updating = updating_of(use.code, use.backward, causal, tuple(sorted(chosen.updates)))
@@ -104,7 +104,7 @@ class RoleStep(Step):
                 env[name] = _Sink(chosen.updates[i], table, flipped, use.code.lowering.uses)
 
         devices = [v.device for v in use.code.values]
-        run = run_fake(updating, self.sizes, use.chunk, devices, (), fill)
+        run = run_fake(updating, use.sizes, use.chunk, devices, (), fill)
         self._masks(entry.call, run)
         self.ledger.mark(f"backward {entry.call.modules}", run.peak)
         for i, _ in updating.updates:

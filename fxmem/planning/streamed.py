@@ -85,6 +85,7 @@ class Streamed:
     def _cost(self, at: int, sizes: Mapping[str, int], level: int) -> Cost:
         """Of one region; ``level`` -1 makes its whole forward again."""
         code = self.graph.calls[at].code
+        sizes = self.graph.calls[at].sizes(sizes)
         wanted = self.graph.selected[at].wanted if self.graph.selected else None
         key = (id(code), level, *(wanted or ()), *sorted(sizes.items()))
         if key not in self._costs:

@@ -38,13 +38,17 @@ class Buffer:
 
 @dataclass(slots=True)
 class Mask:
-    """Rows of an attention mask: ``module(*ints, lo, hi, *tensors) -> [B|1, H|1, hi - lo, S]``."""
+    """Rows of an attention mask: ``module(*ints, lo, hi, *tensors) -> [B|1, H|1, hi - lo, S]``.
+
+    ``ordered``: of some call whose keys are the tokens, so that it can be causal.
+    """
 
     name: str
     module: fx.GraphModule
     ints: list[str]
     tensors: list[str]
     key: str
+    ordered: bool = True
 
 
 @dataclass(slots=True)

@@ -83,8 +83,11 @@ def _add_steps(report: Report, engine: api.Backend, model: nn.Module | api.Backe
     names = {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
     regions = []
     for graph in [g for g in engine.graphs if g.sizes and g.selected][-1:]:
-        calls = [(c.modules, c.leaves, graph.chunk(i)) for i, c in enumerate(graph.calls)]
-        given = (calls, graph.selected, graph.sizes, names)
+        calls = [
+            (c.modules, c.leaves, graph.chunk(i), c.sizes(graph.sizes))
+            for i, c in enumerate(graph.calls)
+        ]
+        given = (calls, graph.selected, names)
         report.steps, regions = region_steps(*given), known_regions(*given)
     if isinstance(model, nn.Module) and engine.plan.blocks is not None:
         report.blocks = block_epoch(state_of(model), model, regions)
@@ -145,10 +148,10 @@ def _region(uses: list[tuple[CompiledGraph, RegionCall]]) -> RegionReport:
     kind = "loss" if code.is_loss else "tokens"
     if kind == "tokens" and any(p.masks or _reads_all(p) for p in code.programs.values()):
         kind = "mixing"
-    length = graph.sizes.get("T", 0)
+    own = call.sizes(graph.sizes) if graph.sizes else {}
     at = next(i for i, c in enumerate(graph.calls) if c is call)
-    chunk = min(length, graph.chunk(at)) if graph.sizes else 0
-    sizes = with_chunks(graph.sizes, chunk)
+    chunk = min(own.get("T", 0), graph.chunk(at)) if own else 0
+    sizes = with_chunks(own, chunk)
     rows = sizes if graph.together is None else graph.together.of_a_rank(sizes)
     loops = [
         LoopReport(
@@ -177,12 +180,12 @@ def _keeps(uses: list[tuple[CompiledGraph, RegionCall]]) -> list[KeepReport]:
     for i, one in enumerate(graph.calls):
         if one.code is code:
             at.setdefault((kept.levels[i], i in kept.away), []).append(i)
-    with_rows = with_chunks(sizes, graph.chunker(code, sizes, shrink=kept.shrink))
+    with_rows = with_chunks(call.sizes(sizes), graph.chunker(call, sizes, shrink=kept.shrink))
     found = []
     for (level, away), positions in sorted(at.items()):
         again = made_again(code.joint, code.level(level))
         size = sum(kept_bytes(code, with_rows, level)) + sum(saved_bytes(call, with_rows, again))
-        seconds = cost_of(code.joint, again, sizes).seconds(rates(code.device).compute)
+        seconds = cost_of(code.joint, again, with_rows).seconds(rates(code.device).compute)
         where = kept.where if away else "device"
         found.append(KeepReport(level, tuple(positions), size, seconds, where))
     return found

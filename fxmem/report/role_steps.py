@@ -71,6 +71,9 @@ class RegionStep:
         return f"{self.modules}: {self.variant}, saves {_size(self.saved_bytes)}, {text}"
 
 
+Called = tuple[str, Sequence[Leaf], int, Mapping[str, int]]
+
+
 def _size(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
@@ -80,21 +83,18 @@ def _size(count: float) -> str:
 
 
 def region_steps(
-    calls: Sequence[tuple[str, Sequence[Leaf], int]],
-    selected: Sequence[Selection],
-    sizes: Mapping[str, int],
-    names: Mapping[nn.Parameter, str],
+    calls: Sequence[Called], selected: Sequence[Selection], names: Mapping[nn.Parameter, str]
 ) -> list[RegionStep]:
     """One report per region of a call.
 
     Args:
-        calls: modules, inputs and rows per chunk of each region.
+        calls: modules, inputs, rows per chunk and sizes of each region.
         selected: the variants that ran.
         names: of the model's parameters.
     """
     return [
         _step(modules, leaves, chunk, chosen, sizes, names)
-        for (modules, leaves, chunk), chosen in zip(calls, selected, strict=True)
+        for (modules, leaves, chunk, sizes), chosen in zip(calls, selected, strict=True)
     ]
 
 
@@ -134,10 +134,7 @@ def _state_bytes(
 
 
 def known_regions(
-    calls: Sequence[tuple[str, Sequence[Leaf], int]],
-    selected: Sequence[Selection],
-    sizes: Mapping[str, int],
-    names: Mapping[nn.Parameter, str],
+    calls: Sequence[Called], selected: Sequence[Selection], names: Mapping[nn.Parameter, str]
 ) -> list[Region]:
     """What a block-epoch needs to know of each region; arguments as for `region_steps`."""
     return [
@@ -146,7 +143,7 @@ def known_regions(
             _state_bytes(s.code, leaves, [True] * len(leaves), sizes),
             s.code.is_loss or chunk < sizes.get("T", 1),
         )
-        for (_, leaves, chunk), s in zip(calls, selected, strict=True)
+        for (_, leaves, chunk, sizes), s in zip(calls, selected, strict=True)
     ]
 
 

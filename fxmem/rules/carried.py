@@ -85,6 +85,7 @@ class Called:
         call: ``call(tensors, state) -> (result, next state)``.
         out_type, state_type: dtypes of the results.
         autocast: what autocast lowers to in the call, or None.
+        sizes: of letters that no tensor has.
     """
 
     ins: tuple[str, ...]
@@ -94,6 +95,7 @@ class Called:
     out_type: Callable[[], torch.dtype]
     state_type: Callable[[], torch.dtype]
     autocast: torch.dtype | None
+    sizes: tuple[tuple[str, int], ...] = ()
 
 
 CALLS: dict[str, Called] = {}

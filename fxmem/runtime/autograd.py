@@ -198,13 +198,13 @@ def _saved(ctx: Any, state: CallState) -> Sequence[Any]:
     """The saved tensors, unchanged since the forward."""
     try:
         saved: Sequence[Any] = ctx.saved_tensors
-        state.begin_backward()
+        state.versions.check()
         if ctx.away is not None:
             back = ctx.away.get()
             saved = [back.get(i, t) for i, t in enumerate(saved)]
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
-            state.begin_backward()
+            state.versions.check()
             raise ModifiedParameterError(
                 "a parameter or input was changed in place between forward and backward"
             ) from error

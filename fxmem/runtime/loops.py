@@ -22,6 +22,31 @@ from fxmem.runtime.shared_grads import SharedGrads
 
 
 @dataclass(slots=True)
+class Versions:
+    """Of the parameters that the backwards of a call will read."""
+
+    watched: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    entered: int = -1
+    """The latest autograd pass that has run a backward of the call."""
+
+    def check(self) -> None:
+        """Once per pass, before its first region's backward, so that an error comes before any
+        gradient.
+
+        Raises:
+            ModifiedParameterError: a parameter was changed in place since the forward.
+        """
+        if (number := _compat.backward_id()) <= self.entered:
+            return
+        for name, parameter, version in self.watched:
+            if parameter._version != version:
+                raise ModifiedParameterError(
+                    f"parameter `{name}` was changed in place between forward and backward"
+                )
+        self.entered = number
+
+
+@dataclass(slots=True)
 class CallState:
     """What one call of the model shares between its regions: sizes, masks already classified,
     and parts of gradients of parameters that several regions use."""
@@ -32,9 +57,7 @@ class CallState:
     shared: SharedGrads = field(default_factory=SharedGrads)
     names: Mapping[int, str] = field(default_factory=dict)
     """``id`` of each parameter of the call -> its name, for errors."""
-    watched: list[tuple[str, Tensor, int]] = field(default_factory=list)
-    entered: int = -1
-    """The latest autograd pass that has run a backward of the call."""
+    versions: Versions = field(default_factory=Versions)
     fresh: set[int] = field(default_factory=set)
     """Storages of gradients on their way between regions that nothing else holds."""
     sharding: Sharding | None = None
@@ -50,25 +73,7 @@ class CallState:
             if tensor is not None and name is not None:
                 if self.sharding is not None:
                     tensor = self.sharding.shard(tensor)
-                self.watched.append((name, tensor, tensor._version))
-
-    def begin_backward(self) -> None:
-        """Before the first region's backward of a pass, so that an error comes before any gradient.
-
-        Later in the pass each region only checks what it saved: a hook may step a parameter as soon
-        as its gradient is there.
-
-        Raises:
-            ModifiedParameterError: a parameter was changed in place since the forward.
-        """
-        if (number := _compat.backward_id()) <= self.entered:
-            return
-        for name, parameter, version in self.watched:
-            if parameter._version != version:
-                raise ModifiedParameterError(
-                    f"parameter `{name}` was changed in place between forward and backward"
-                )
-        self.entered = number
+                self.versions.watched.append((name, tensor, tensor._version))
 
     def chunks(self, chunk: int) -> list[tuple[int, ...]]:
         """The bounds of each chunk that this process runs, in order."""
@@ -178,10 +183,10 @@ def tile_map(
 ) -> masks.TileMap:
     """The classified mask, shared by all regions of the call that use the same one."""
     tensors = [env[t] for t in mask.tensors]
-    key = (mask.key, tuple(parts[:1]), *(id(t) for t in tensors))
+    sizes = with_chunks(state.sizes, parts[0][1] - parts[0][0] if parts else 1)
+    ints = [sizes[i] for i in mask.ints]
+    key = (mask.key, *ints, tuple(parts[:1]), len(parts), *(id(t) for t in tensors))
     if key not in state.tiles:
-        sizes = with_chunks(state.sizes, parts[0][1] - parts[0][0] if parts else 1)
-        ints = [sizes[i] for i in mask.ints]
         tiles = masks.build(
             lambda lo, hi: _compat_hooks.function(mask.module)(*ints, lo, hi, *tensors),
             [(part[0], part[1]) for part in parts],
@@ -196,10 +201,9 @@ def is_causal(
     """No attention mask of these inputs shows a later key."""
     env = dict(zip(program.inputs, tensors, strict=True))
     parts = chunks(state.sizes["T"], chunk)
-    known = [m for m in program.masks if all(t in env for t in m.tensors)]
-    return len(known) == len(program.masks) and all(
-        tile_map(m, state, env, parts).causal for m in known
-    )
+    ordered = [m for m in program.masks if m.ordered]
+    known = [m for m in ordered if all(t in env for t in m.tensors)]
+    return len(known) == len(ordered) and all(tile_map(m, state, env, parts).causal for m in known)
 
 
 def accumulators(program: Program, start: dict[int, Tensor]) -> dict[str, Tensor]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import sympy
+
+from fxmem.axes.sizes import Size, T
 from fxmem.frontend import parameter_free as pre_
 from fxmem.runtime.region_code import RegionCode
 
@@ -20,6 +24,19 @@ class RegionCall:
     shared: dict[int, tuple[pre_.Leaf, bool]] = field(default_factory=dict)
     sole: list[bool] = field(default_factory=list)
     """Which outputs have one reader, a later region."""
+    length: sympy.Symbol = T
+    """What the capture calls the length that streams here; the two change their names."""
+
+    def sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Those of a call under the names that the region's code has for them."""
+        own = dict(sizes)
+        if self.length != T:
+            own["T"], own[str(self.length)] = own[str(self.length)], own["T"]
+        return own
+
+    def named(self, size: Size) -> Size:
+        """A size of the region's code under the names of the capture."""
+        return size.xreplace({T: self.length, self.length: T})
 
     @property
     def movable(self) -> list[bool]:

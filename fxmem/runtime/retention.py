@@ -183,16 +183,16 @@ def moments(
 ) -> list[Moment]:
     """One per region."""
     ledger = _Once()
-    every = [with_chunks(sizes, chunker(c.code, sizes)) for c in calls]
+    every = [with_chunks(c.sizes(sizes), chunker(c, sizes)) for c in calls]
     late = [
-        _late(c, own, chunker.working(c.code, sizes), ledger, chunker.shards)
+        _late(c, own, chunker.working(c, sizes), ledger, chunker.shards)
         for c, own in zip(reversed(calls), reversed(every), strict=True)
     ]
     out = []
     for call, own, (working, gradients) in zip(calls, every, reversed(late), strict=True):
         code = call.code
         held = sum(_bytes(code.joint.info[n], own) for n in code.held)
-        saved = _saved(call, sizes, ledger)
+        saved = _saved(call, own, ledger)
         if code.hands_on:
             saved, held = saved + held, 0
         out.append(Moment(saved, held, working, gradients))

@@ -146,18 +146,18 @@ class Fixed:
 
 
 class Chunker:
-    """Chunk sizes for one plan; ``chunker(code, sizes)`` is the answer for one region and call.
+    """Chunk sizes for one plan; ``chunker(call, sizes)`` is the answer for one region and the sizes
+    of a call.
 
     ``body_bytes(code, kind, sizes, rows)`` measures the working set of the largest loop body.
     """
 
     def __init__(
-        self, stream: Stream, fixed: Fixed, footprints: Sequence[Footprint],
+        self, stream: Stream, fixed: Fixed, forward: Size, calls: Sequence[Any],
         body_bytes: Callable[[Any, str, Mapping[str, int], int], int],
     ) -> None:  # fmt: skip
         self.stream, self.fixed, self._body_bytes = stream, fixed, body_bytes
-        self.footprints, self.shards = footprints, WHOLE
-        self.forward = expand(sum((f.forward for f in footprints), ZERO))
+        self.forward, self._calls, self.shards = expand(forward), calls, WHOLE
 
     @classmethod
     def of(
@@ -166,16 +166,18 @@ class Chunker:
     ) -> Chunker:  # fmt: skip
         """For the regions of a capture in order."""
         saved: Size = ZERO
+        forward: Size = ZERO
         for call in calls:
             for value, leaf in zip(call.code.values, call.leaves, strict=True):
                 if leaf[0] == "main":
                     shape = canonical_shape(value, call.code.joint.symbols)
-                    saved = saved + byte_count(shape, value.dtype)
+                    saved = saved + call.named(byte_count(shape, value.dtype))
+            forward = forward + call.named(call.code.footprint.forward)
         distinct = {id(w): w for w in weights}
         count = sum(w.numel() * w.element_size() for w in distinct.values())
         kind = next(((w.device, w.dtype) for w in weights if w.is_floating_point()), _DEFAULT)
         fixed = Fixed(count, expand(saved), *kind)
-        return cls(stream, fixed, [call.code.footprint for call in calls], body_bytes)
+        return cls(stream, fixed, forward, calls, body_bytes)
 
     def spread(self, shards: Shards) -> None:
         """Ranks have parts of the parameters: so much less is there whatever the chunks."""
@@ -183,16 +185,18 @@ class Chunker:
         self.fixed = replace(self.fixed, weights=shards.resident(self.fixed.weights))
 
     def __call__(
-        self, code: Any, sizes: Mapping[str, int], *, updates: bool = False, shrink: int = 1
+        self, call: Any, sizes: Mapping[str, int], *, updates: bool = False, shrink: int = 1
     ) -> int:
         """``updates``: the region's backward changes weights, which in one chunk it does one
         gradient at a time. ``shrink`` divides an automatic chunk, where a budget asks for it.
         """
+        code = call.code
         wanted = self.stream.loss_chunk if code.is_loss else self.stream.chunk
         if wanted != "auto":
             return int(wanted)
-        batch = code.footprint.batch(sizes)
         saved = evaluate(self.fixed.saved, sizes)
+        sizes = call.sizes(sizes)
+        batch = code.footprint.batch(sizes)
         budget = max(FLOOR_BYTES, (2 * self.fixed.weights + saved) / FIXED_SHARE)
         tokens = budget / max(1.0, self._working(code, sizes))
         cap = knee(self.fixed.device, self.fixed.dtype)
@@ -205,10 +209,11 @@ class Chunker:
         rows = max(1, int(tokens) // batch)
         return rows - rows % 64 if rows >= FLOOR_TOKENS else 1 << (rows.bit_length() - 1)
 
-    def working(self, code: Any, sizes: Mapping[str, int]) -> float:
+    def working(self, call: Any, sizes: Mapping[str, int]) -> float:
         """Bytes that a chunk of the region takes, about."""
-        rows = min(self(code, sizes), length(sizes))
-        return self._working(code, sizes) * rows * code.footprint.batch(sizes)
+        own, code = call.sizes(sizes), call.code
+        rows = min(self(call, sizes), length(own))
+        return self._working(code, own) * rows * code.footprint.batch(own)
 
     def whole(self, sizes: Mapping[str, int]) -> bool:
         """The call is small enough to run without streaming."""
@@ -219,7 +224,8 @@ class Chunker:
 
     def tokens(self, sizes: Mapping[str, int]) -> int:
         """Tokens of a call, in all sequences together."""
-        return length(sizes) * max((f.batch(sizes) for f in self.footprints), default=1)
+        every = [(c.code.footprint, c.sizes(sizes)) for c in self._calls]
+        return max((f.batch(own) * length(own) for f, own in every), default=length(sizes))
 
     def _working(self, code: Any, sizes: Mapping[str, int]) -> float:
         """Bytes per token of a chunk's working set, about.

@@ -181,6 +181,9 @@ class Emitter:
                 (operand,) = (u.operand for u in self.labels.uses[node] if u.mask)
                 if operand not in self.masks:
                     self.masks[operand] = self._mask(operand, body.gathered)
+                signature = signature_of(node, self.joint)
+                assert signature is not None and signature.order is not None
+                self.masks[operand].ordered |= not signature.order.placed
                 name = self.masks[operand].name
                 if name not in names:
                     names.append(name)
@@ -199,7 +202,9 @@ class Emitter:
         body.graph.output(value)
         gathered |= body.gathered
         module = body.finish()
-        return ir.Mask(f"mask{len(self.masks)}", module, self.ints, list(body.tensors), module.code)
+        return ir.Mask(
+            f"mask{len(self.masks)}", module, self.ints, list(body.tensors), module.code, False
+        )
 
     def _node(self, body: Body, node: fx.Node) -> None:
         label = self.labels.label[node]

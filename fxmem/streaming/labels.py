@@ -208,7 +208,8 @@ def _ordered(
     tokens = same(labels.joint.info[operands[order.rows]].shape[-2], T)
     if mask in (Kind.STRAIGHT, Kind.FLEX) and tokens:
         labels.masked.add(node)
-        hides = causal
+        # keys of another length (of an encoder) come neither before nor after a token
+        hides = causal and not order.placed
     # a key's row tells its place in the stream only where neither it nor the queries are shifted
     cuts = [labels.of(operands[i]).cut for i in (order.rows, *order.keys)]
     return signature.hiding(later=hides and all(c is None or c.offset == 0 for c in cuts))

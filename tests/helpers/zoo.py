@@ -39,6 +39,7 @@ _NAMES: dict[int, tuple[str, ...]] = {
 """The size of everything that a configuration may have."""
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _LINEAR,
     "bamba": {"attn_layer_indices": [1]},
     "bloom": {"hidden_dropout": 0.0},
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -53,6 +54,7 @@ _OWN: dict[str, dict[str, Any]] = {
               "expert_layer_offset": 1, "use_mamba_kernels": False},
     "kimi_linear": {**_LINEAR, "num_key_value_heads": 4, "q_lora_rank": None,
                     "mlp_layer_types": ["dense", "sparse"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "sliding_attention"]},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"],
                    "num_hidden_layers": 3},
@@ -64,6 +66,14 @@ _OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"num_hidden_layers": 2, "hidden_size": 64, "embedding_dim": 64,
               "qk_dim_factor": 1.0, "use_cache": False},
+    "zamba": {
+        "num_hidden_layers": 4, "attention_hidden_size": 64, "attention_head_dim": 16,
+        "num_key_value_heads": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4, "num_key_value_heads": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
 }  # fmt: skip
 EVALUATED = ("phimoe",)
 """Their router draws random numbers in training."""
