@@ -77,7 +77,7 @@ class Opaque:
         if self.pieces and not self._recorded:
             # a call of another sort, in which pieces are called otherwise than in those before
             return self._record(again, given)
-        if self._carried(error, again, given):
+        if capture_stack.demanded() and self._carried(error, again, given):
             return True
         reason = self._reason(error)
         if len({p.kind for p in self.pieces}) < KINDS:

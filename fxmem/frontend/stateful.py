@@ -135,8 +135,11 @@ def _alone(module: nn.Module, name: str, code: CodeType) -> Callable[..., Any] |
     """A method, without its module where it does not read that; None where it reads its tensors,
     or whether it trains.
     """
+    method = getattr(type(module), name, None)
+    if not isinstance(method, FunctionType) or name in vars(module):
+        return None
     if not any(i.argval == code.co_varnames[0] for i in dis.get_instructions(code)):
-        return functools.partial(getattr(type(module), name), None)
+        return functools.partial(method, None)
     reads = [*module.parameters(), *module.buffers()] or "training" in code.co_names
     return None if reads else getattr(module, name)
 

@@ -71,9 +71,10 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
     },
     "zamba2": {
-        "num_hidden_layers": 4, "num_key_value_heads": 4,
+        "num_hidden_layers": 4, "attention_hidden_size": 64, "num_key_value_heads": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
     },
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 EVALUATED = ("phimoe",)
 """Their router draws random numbers in training."""
