@@ -150,6 +150,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
         shards = engine.sharded
         if shards is not None and engine.roles is not None:
             engine.roles.follow()
+            engine.roles.shard = shards.shard
         try:
             with shards.call(args, kwargs) if shards else nullcontext((args, kwargs)) as call_of:
                 return streamed(engine, *call_of)

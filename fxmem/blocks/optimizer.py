@@ -145,6 +145,14 @@ class BlockAdamW(torch.optim.Optimizer):
                 advice="make one BlockAdamW, after fxmem.transform",
             )
         self.check_parameters()
+        held = [p for group in self.param_groups for p in group["params"]]
+        idle = any(self._names[p] not in self.blocks.active for p in held)
+        if idle and all(p.grad is not None for p in held):
+            raise BlockStateError(
+                "all parameters have gradients, inactive ones too: a step that fills the state of "
+                "an optimizer (torch.distributed.checkpoint.state_dict) would count as one",
+                advice="save optimizer.state_dict() as it is, and load into blank_state_dict(...)",
+            )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -154,8 +162,8 @@ class BlockAdamW(torch.optim.Optimizer):
         which still counts as a step of the schedule.
 
         Raises:
-            BlockStateError: a closure was given, the model has another optimizer by now, or its
-                parameters were replaced.
+            BlockStateError: a closure was given, the model has another optimizer by now, its
+                parameters were replaced, or all of them have gradients.
         """
         self._check(closure)
         blocks = self.blocks

@@ -222,9 +222,9 @@ class CompiledGraph:
             self._tell_order(table, env)
         self.table = table
         codes = [(c.code, c.leaves, c.outputs) for c in self.calls]
-        sharding = current()
-        shard = None if sharding is None else sharding.shard
-        self.selected = select(codes, env, table, _adapted, armed=self.roles.armed, shard=shard)
+        self.selected = select(
+            codes, env, table, _adapted, armed=self.roles.armed, shard=self.roles.shard
+        )
         updates = any(s.updates or s.reduced for s in self.selected)
         return Step(table, updates, table.generation)
 
@@ -235,9 +235,9 @@ class CompiledGraph:
             self._first_use = {
                 n.name: min((at[u] for u in n.users), default=len(at)) for n in self.capture.inputs
             }
-        sharding = current()
+        assert self.roles is not None
         order: dict[Any, int] = {
-            value if sharding is None else sharding.shard(value): position
+            self.roles.shard(value): position
             for name, position in self._first_use.items()
             if isinstance(value := env.get(("input", name)), nn.Parameter)
         }

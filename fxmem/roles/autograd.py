@@ -178,8 +178,10 @@ def run_selected(run: RoleRun, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Outputs of a region; autograd enters only where the selection learns."""
     chosen = run.selection
     given = [*tensors, *chosen.extra]
+    # without shards (a loss outside the call) autograd hands gradients to what reduces them
+    taken = {**chosen.updates, **(chosen.reduced if run.shards is not None else {})}
     seen = [
-        t if w and i not in chosen.updates and i not in chosen.reduced else t.detach()
+        t if w and i not in taken else t.detach()
         for i, (t, w) in enumerate(zip(given, chosen.wanted, strict=True))
     ]
     return run_region(run, seen, _anchor(given[0].device) if chosen.learns else None)

@@ -12,6 +12,7 @@ import enum
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,11 +228,13 @@ class RoleSource:
         table: the table in force, or None: every parameter that requires a gradient is ACTIVE.
         armed: updates may happen: the model is in training mode.
         follow: told before a call of a model whose parameters are shards.
+        shard: of a parameter that is whole for the time of a call: the one that roles are of.
     """
 
     table: Callable[[], RoleTable | None]
     armed: bool = True
     follow: Callable[[], None] = lambda: None
+    shard: Callable[[Any], Any] = lambda parameter: parameter
 
 
 __all__ = ["Adapter", "Role", "RoleSource", "RoleTable", "Update"]

@@ -72,7 +72,7 @@ def select(
     adapted: Adapted,
     *,
     armed: bool,
-    shard: Callable[[Any], Any] | None = None,
+    shard: Callable[[Any], Any] = lambda parameter: parameter,
 ) -> list[Selection]:
     """The variants of one call; ``codes`` holds code, inputs and outputs of each region in order.
 
@@ -97,7 +97,7 @@ def select(
 
 def _region(
     code: RegionCode, leaves: Sequence[Leaf], arguments: Mapping[Leaf, Any], table: RoleTable,
-    adapted: Adapted, learned: set[Leaf], armed: bool, shard: Callable[[Any], Any] | None,
+    adapted: Adapted, learned: set[Leaf], armed: bool, shard: Callable[[Any], Any],
 ) -> Selection:  # fmt: skip
     chosen = Selection(code)
     adapters: dict[int, Adapter] = {}
@@ -105,7 +105,7 @@ def _region(
         value = arguments.get(leaf)
         wanted = leaf in learned
         if isinstance(value, nn.Parameter):
-            value = value if shard is None else shard(value)
+            value = shard(value)
             chosen.parameters[i] = value
             chosen.roles[i] = role = table.role(value)
             _check(value, role)

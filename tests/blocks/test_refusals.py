@@ -8,6 +8,7 @@ import pytest
 import torch
 from blocks_cases import STREAM, Small, Tensor, ids, make, position, small, train, weights
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import fxmem
 from fxmem import SGD, BlockAdamW, Blocks, LowRank, Plan, SignSGD, Stream
@@ -169,6 +170,18 @@ def test_impossible_policies_are_refused(options: Any, match: str) -> None:
         fxmem.transform(net, Plan(blocks=Blocks(**options)))
     with pytest.raises(NotTransformedError):
         fxmem.restore(net)
+
+
+def test_a_step_that_is_none_is_refused() -> None:
+    """It would move the schedule on."""
+    net, opt, state = make(inactive=SGD(BETA))
+    with pytest.raises(BlockStateError, match="blank_state_dict"):
+        get_optimizer_state_dict(net, opt)
+    assert state.step == 0
+    everything = make(inactive=None, partition=[("embed", "layers", "norm", "head")])[1:]
+    for p in everything[1].names:
+        p.grad = torch.ones_like(p)
+    everything[0].step()
 
 
 def test_data_parallel_wrappers_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from blocks_cases import STREAM, Small, ids, small
 from sharded import WAYS, by_layer, counted, inputs
-from sharded_runs import large
+from sharded_runs import large, smoothed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -231,15 +231,23 @@ def ignored(rank: int) -> str:
     return ""
 
 
-CASES: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("qwen2", "accelerate", "after", {"inactive": SGD(0.1), "reach": "all"}),
-    ("qwen3_moe", "layers", "after", {"inactive": SGD(0.1), "reach": "all", "guard": False}),
-    ("llama", "head", "before", {"inactive": LowRank(rank=2)}),
+def inside(net: Any, batch: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = net(**batch).loss
+    return loss
+
+
+SUMS: dict[str, Any] = {"inactive": SGD(0.1), "reach": "all", "accumulation": "accumulate"}
+CASES: list[tuple[str, str, str, dict[str, Any], Any]] = [
+    ("qwen2", "accelerate", "after", {"inactive": SGD(0.1), "reach": "all"}, inside),
+    ("qwen3_moe", "layers", "after", {"inactive": SGD(0.1), "guard": False}, inside),
+    ("llama", "head", "before", {"inactive": LowRank(rank=2), "reach": "all"}, smoothed),
+    ("qwen2", "layers", "before", SUMS, smoothed),
 ]
+"""The last two have a loss outside the model."""
 
 
 def trained_model(
-    rank: int, world: int, name: str, way: str, order: str, plan: Any
+    rank: int, world: int, name: str, way: str, order: str, plan: Any, loss: Any
 ) -> tuple[list[Tensor], list[dict[str, int]]]:
     """Three visits of one step; and what is sent in each."""
     net: Any = tiny.model(name).double()
@@ -251,7 +259,7 @@ def trained_model(
     opt, sent = BlockAdamW(net, lr=1e-2), []
     for step in range(3):
         with counted() as collectives:
-            losses = [net(**inputs(r, step)).loss for r in range(2) if world == 1 or r == rank]
+            losses = [loss(net, inputs(r, step)) for r in range(2) if world == 1 or r == rank]
             torch.stack(losses).mean().backward()
             opt.step()
             opt.zero_grad()
