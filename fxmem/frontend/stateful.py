@@ -64,7 +64,7 @@ class Stateful:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             for form in forms:
                 if form.fits(given):
-                    y, last = call_stateful(form.name, *[given[n] for n, _, _ in form.types])
+                    y, last = call_stateful(form.name, *[given[n] for n, *_ in form.types])
                     return y, form.result(last)
             return own(*args, **kwargs)
 

@@ -24,7 +24,8 @@ class Form:
 
     Attributes:
         key: of what runs: the function, and what it is bound to.
-        types: names of its tensors with dtype and rank. ``rest``: its other arguments.
+        types: names of its tensors with dtype, rank, and whether they have one row.
+        rest: its other arguments.
         ins, out: letters of their axes; ``b`` and ``t`` are the batch and the sequence.
         sizes: of letters of results alone.
         out_type: dtype of the result.
@@ -35,7 +36,7 @@ class Form:
 
     key: str
     function: Callable[..., Any]
-    types: tuple[tuple[str, torch.dtype, int], ...]
+    types: tuple[tuple[str, torch.dtype, int, bool], ...]
     rest: tuple[tuple[str, Any], ...]
     ins: tuple[str, ...]
     out: str
@@ -94,9 +95,11 @@ class Form:
         there = [n for n, v in given.items() if v is not None]
         if len(there) != count or self.cast != _cast(given):
             return False
-        for n, dtype, rank in self.types:
+        for n, dtype, rank, one in self.types:
             value = given.get(n)
             if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != rank:
+                return False
+            if rank and (value.shape[0] != 1 if one else value.shape[0] == 1):
                 return False
         return all(given.get(n) == v for n, v in self.rest)
 
@@ -140,7 +143,8 @@ def states_of(function: Callable[..., Any], given: Mapping[str, Any]) -> tuple[s
     """Parameters that may take a state, and have got none."""
     return tuple(
         n for n, p in inspect.signature(function).parameters.items()
-        if n not in given and p.default in (None, p.empty) and any(word in n for word in _STATES)
+        if n not in given and p.default in (None, p.empty)
+        and any(word in n for word in _STATES) and not n.startswith("return")
     )  # fmt: skip
 
 
@@ -162,7 +166,7 @@ def form_of(
     fixed = all(isinstance(v, (bool, float, str, torch.dtype, int)) for v in rest.values())
     if not fixed or not tensors or length in rest.values() or length < 3:
         return None
-    types = tuple((n, t.dtype, t.dim()) for n, t in tensors.items())
+    types = tuple((n, t.dtype, t.dim(), t.shape[:1] == (1,)) for n, t in tensors.items())
     gives = None if result[1] is None else type(result[1])
     gives = Tensor if gives is not None and issubclass(gives, Tensor) else gives
     for last in (False, True):
@@ -183,8 +187,8 @@ def form_of(
 
 
 class _Letters:
-    """Axes by their sizes: the batch stands first, beside one of the length, the first or the last
-    of such a size. Any other axis has a letter of its own.
+    """Axes by their sizes: the batch, or a single row, stands first, beside one of the length, the
+    first or the last of such a size. Any other axis has a letter of its own.
     """
 
     def __init__(self, length: int, batch: Sequence[int], last: bool) -> None:
@@ -194,8 +198,9 @@ class _Letters:
         dims = [chr(self.count + 1 + d) for d in range(tensor.dim())]
         self.count += len(dims)
         found = [d for d, size in enumerate(tensor.shape) if d and size == self.length]
-        if found and tensor.shape[:1] == self.batch:
-            dims[0], dims[found[-1 if self.last else 0]] = "b", "t"
+        if found and tensor.shape[:1] in (self.batch, (1,)):
+            dims[found[-1 if self.last else 0]] = "t"
+            dims[0] = "b" if tensor.shape[:1] == self.batch else dims[0]
         return "".join(dims)
 
 
@@ -221,7 +226,7 @@ def _tried(form: Form, tensors: list[Tensor], whole: Tensor, length: int) -> For
         found = []
         for lo, hi, end in zip(cuts, cuts[1:], ends, strict=False):
             given = zip(part(lo, hi), form.ins, strict=True)
-            y, state = form.run([t[rows] if "t" in dims else t for t, dims in given], state)
+            y, state = form.run([t[rows] if "b" in dims else t for t, dims in given], state)
             found.append(y)
             if not _near(state, form.packed(end)[rows]):
                 return None

@@ -41,6 +41,15 @@ def softmax_so_far(
     return out, [total, most] if return_state or state is not None else None
 
 
+def begun_anew(x: Tensor, starts: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``starts [1, T, 1]``: of documents."""
+    now, rows = torch.zeros_like(x[:, 0]) if states is None else states, []
+    for t in range(x.shape[1]):
+        now = torch.where(starts[:, t], 0.0, now) / 2 + x[:, t]
+        rows.append(now)
+    return torch.stack(rows, 1), now
+
+
 def forgetful(x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Takes a state and does nothing with it."""
     rows, now = [], torch.zeros_like(x[:, 0])
@@ -67,7 +76,11 @@ class Back(nn.Module):
         self.scale = scale
 
     def forward(
-        self, x: Tensor, keep: Tensor, c_initial: Tensor | None = None
+        self,
+        x: Tensor,
+        keep: Tensor,
+        c_initial: Tensor | None = None,
+        return_last_states: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         state = torch.zeros_like(x[:, 0]) if c_initial is None else c_initial
         rows = []
@@ -87,6 +100,9 @@ class Layer(nn.Module):
         y = torch.tanh(self.up(x))
         if self.kind == "method":
             return x + self.inner(y, self.keep)[0]
+        if self.kind == "starts":
+            starts = torch.arange(x.shape[1])[None, :, None] % 5 == 0
+            return x + begun_anew(y, starts, None)[0]
         if self.kind == "function":
             return x + decay(y, self.keep)[0]
         return (
@@ -127,7 +143,7 @@ def check(kind: str, chunk: int, shapes: list[tuple[int, int]], layers: int = 2)
     return fxmem.explain(net)
 
 
-@pytest.mark.parametrize("kind", ["function", "parts", "method"])
+@pytest.mark.parametrize("kind", ["function", "parts", "method", "starts"])
 def test_the_state_goes_from_chunk_to_chunk(kind: str) -> None:
     report = check(kind, 4, [(2, 13), (3, 9), (2, 4)], layers=3)
     assert not report.pieces
@@ -155,7 +171,7 @@ def test_a_module_whose_settings_change() -> None:
 @settings(max_examples=3, deadline=None)
 @example("parts", 1, [(1, 9), (2, 5)])
 @given(
-    st.sampled_from(["function", "parts", "method"]), st.sampled_from([1, 3, 7, 20]),
+    st.sampled_from(["function", "parts", "method", "starts"]), st.sampled_from([1, 3, 7, 20]),
     st.lists(st.tuples(st.integers(1, 3), st.integers(4, 14)), min_size=1, max_size=2),
 )  # fmt: skip
 def test_any_shape(kind: str, chunk: int, shapes: list[tuple[int, int]]) -> None:
