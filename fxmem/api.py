@@ -36,6 +36,7 @@ from fxmem.errors import (
     RoleError,
 )
 from fxmem.frontend import faults
+from fxmem.frontend.collector import resting
 from fxmem.frontend.experts import streamable
 from fxmem.frontend.inputs import named, uniform, without_cache
 from fxmem.frontend.layer_kinds import layer_kinds
@@ -179,7 +180,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
             streamable(model), carried_kernels(model),
             uniform(args, kwargs) as (own, given), of.flags.shown(model), plain_head(),
-            reported(on_capture),
+            reported(on_capture), resting(on_capture),
         ):  # fmt: skip
             for leaf in _compat.tree_leaves((own, given)):
                 if isinstance(leaf, Tensor):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxmem._compat import graph as _compat
@@ -53,7 +54,9 @@ def inline_layers(
     gm = copy_graph(gm)
     bodies = {name: getattr(gm, name) for name in (str(_body_of(n).target) for n in calls)}
     around = (gm, *bodies.values())
+    views: dict[Any, fx.Node] | None = None
     if not any(writes(n) or is_hook(n) for part in around for n in part.graph.nodes):
+        views = {}
         for name, body in bodies.items():
             setattr(gm, name, run_passes(passes, body))
         gm = run_passes(passes, gm)
@@ -62,7 +65,7 @@ def inline_layers(
     for node in filter(is_shared_call, list(gm.graph.nodes)):
         layer = layer_of(node)
         traced = first.setdefault(str(node.args[1]), layer)
-        made = _inline(gm, node)
+        made = _inline(gm, node, views)
         for inner in made if traced != layer else ():
             _rename(inner, traced, layer)
         again.update(made if traced != layer else ())
@@ -102,8 +105,14 @@ def _body_of(node: fx.Node) -> fx.Node:
     return body
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """Put the body in place of its call; the nodes that are new."""
+def _inline(
+    gm: fx.GraphModule, node: fx.Node, views: dict[Any, fx.Node] | None = None
+) -> list[fx.Node]:
+    """Put the body in place of its call; the nodes that are new.
+
+    ``views``: of values without a gradient, such as positions, by what makes them. One is enough
+    for all bodies where nothing writes in place.
+    """
     function, operands = _body_of(node), _compat.inlined_operands(node) or ()
     body = getattr(gm, str(function.target))
     placeholders = body.graph.find_nodes(op="placeholder")
@@ -113,7 +122,13 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
             if inner.op == "output":
                 results = fx.map_arg(inner.args[0], lambda a: env[a])
             elif inner.op != "placeholder":
+                key = None if views is None or not _is_view(inner) else _call(inner, env)
+                if views is not None and key in views:
+                    env[inner] = views[key]
+                    continue
                 env[inner] = gm.graph.node_copy(inner, lambda a: env[a])
+                if views is not None and key is not None:
+                    views[key] = env[inner]
                 if inner.op == "get_attr":
                     env[inner].target = _adopt(gm, body, str(inner.target))
     for user in list(node.users):
@@ -126,7 +141,27 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     gm.graph.erase_node(node)
     if not function.users:
         gm.graph.erase_node(function)
-    return [n for n in env.values() if n not in operands]
+    known = {*operands, *(views or {}).values()}
+    return [n for n in env.values() if n not in known]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """A view, without a gradient, of its first operand."""
+    source = node.args[0] if node.args else None
+    made, of = (
+        n.meta.get("example_value") if isinstance(n, fx.Node) else None for n in (node, source)
+    )
+    return (
+        isinstance(made, torch.Tensor) and isinstance(of, torch.Tensor)
+        and not made.requires_grad and not of.requires_grad
+        and made._base is not None and made._base is (of if of._base is None else of._base)
+    )  # fmt: skip
+
+
+def _call(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """What is called on what."""
+    given = fx.map_arg((node.args, dict(node.kwargs)), lambda a: env[a])
+    return node.op, node.target, repr(given)
 
 
 def _adopt(gm: fx.GraphModule, body: fx.GraphModule, target: str) -> str:

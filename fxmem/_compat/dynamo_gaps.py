@@ -6,16 +6,20 @@
 - ``x.requires_grad = False`` where that is so already.
 - ``x.uniform_(low, high)`` with bounds that are tensors (NEFTune), as numbers in [0, 1) scaled.
 - Names of torch's classes: ``type(weight).__module__.startswith("torchao.")``.
+- In which function of its file a line stands, for a log that nobody reads: Dynamo takes every file
+  that it traces to pieces for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from torch._dynamo import symbolic_convert
 from torch._dynamo.variables import BuiltinVariable, ConstantVariable, TensorVariable, builtin
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
@@ -73,6 +77,13 @@ def _getattro(self: Any, tx: Any, name: str) -> Any:
     return _named(self, name) or _PLAIN_GETATTR(self, tx, name)
 
 
+def _function_name(filename: str, lineno: int) -> str | None:
+    logs = (symbolic_convert.trace_source_log, symbolic_convert.trace_call_log)
+    if _capturing() and not any(log.isEnabledFor(logging.DEBUG) for log in logs):
+        return None
+    return _PLAIN_FUNCTION_NAME(filename, lineno)
+
+
 # PyTorch 2.14 looks methods up in tables and asks the owner for its attributes.
 _PLAIN_REQUIRES_GRAD: Any = TensorVariable.method_requires_grad_
 if "requires_grad_" in (methods := getattr(TensorVariable, "tp_methods", {})):
@@ -94,6 +105,10 @@ if "tp_getattro_impl" in vars(owners):
     _PLAIN_GETATTR, owners.tp_getattro_impl = owners.tp_getattro_impl, _getattro
 elif getter is not None:
     _PLAIN_GETATTR, getter._call_getattr = getter._call_getattr, _getattr
+
+_PLAIN_FUNCTION_NAME: Any = getattr(symbolic_convert, "get_funcname", None)
+if _PLAIN_FUNCTION_NAME is not None:
+    vars(symbolic_convert)["get_funcname"] = _function_name
 
 
 @contextlib.contextmanager

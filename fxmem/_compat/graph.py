@@ -150,7 +150,8 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
 def capture_config() -> contextlib.AbstractContextManager[Any]:
     """How Dynamo captures a model: logger calls are skipped, Python floats stay constants, a model
     inside DistributedDataParallel is not split at its buckets, captures of other models of the
-    process, which run the same code, do not count, and errors keep the frames they came through.
+    process, which run the same code, do not count, errors keep the frames they came through, and
+    garbage is left to the collector.
     What Dynamo takes for unchanged by default is compared at every call: hooks, ties of parameters,
     parameters of unchanged modules, code of functions.
     """
@@ -160,6 +161,7 @@ def capture_config() -> contextlib.AbstractContextManager[Any]:
     return torch._dynamo.config.patch(
         ignore_logging_functions={*known, *methods}, specialize_float=True, optimize_ddp=False,
         accumulated_recompile_limit=1 << 30, verbose=True, skip_nnmodule_hook_guards=False,
+        run_gc_after_compile=False,
         skip_no_tensor_aliasing_guards_on_parameters=False,
         skip_tensor_guards_with_matching_dict_tags=False,
         assume_dunder_attributes_remain_unchanged=False,

@@ -33,24 +33,27 @@ def lazy_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def unguarded(module: torch.nn.Module) -> Hashable:
     """What a capture of ``module`` depends on and Dynamo does not compare at the next call: whether
-    there are hooks on all modules, and the forwards of classes.
+    there are hooks on all modules, which modules inside have some, and the forwards of classes.
     """
     m = torch.nn.modules.module
     kinds = (m._global_forward_pre_hooks, m._global_forward_hooks, m._global_backward_pre_hooks,
              m._global_backward_hooks)  # fmt: skip
-    forwards = {(c, f := c.forward, getattr(f, "__code__", None))
-                for c in {type(m) for m in module.modules()}}  # fmt: skip
-    return tuple(bool(hooks) for hooks in kinds), frozenset(forwards)
+    inside = list(module.modules())
+    forwards = {
+        (c, f := c.forward, getattr(f, "__code__", None)) for c in {type(m) for m in inside}
+    }
+    hooked = [(i, kind) for i, one in enumerate(inside) for kind in _KINDS if getattr(one, kind)]
+    return tuple(bool(hooks) for hooks in kinds), tuple(hooked), frozenset(forwards)
 
 
 def has_old_hooks(module: torch.nn.Module) -> bool:
     """Whether ``register_backward_hook`` was used, which watches whatever op came last."""
     return any(m._is_full_backward_hook is False and m._backward_hooks for m in module.modules())
-
-
-_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import fields, replace
+from traceback import StackSummary
 from types import FunctionType
 from typing import Any
 
@@ -49,8 +50,15 @@ _TRACES = 3
 """Layers of one kind, more than took another's graph, before the kind is traced as it stands."""
 _LAYER = "fxmem_layer"
 _LOCAL = threading.local()
-_BY_VALUE = ("TENSOR_MATCH", "DUPLICATE_INPUT")
-"""Guards that hold the tensor itself; Dynamo makes them where it makes the input."""
+_ELSEWHERE = ("TENSOR_MATCH", "DUPLICATE_INPUT", "EMPTY_NN_MODULE_HOOKS_DICT")
+"""Guards that need not be installed again. Those that hold the tensor itself Dynamo makes where it
+makes the input; whether a module of the model has hooks is compared before every call, by
+`fxmem._compat.hooks.unguarded`.
+"""
+_NO_STACK = StackSummary()
+"""Of a guard: else Dynamo writes the line of the user's code into each, which takes most of the
+time of making it.
+"""
 
 
 class Sharing:
@@ -232,9 +240,9 @@ def _guarded(tx: Any, layers: Sharing, condition: Any, roots: Any, moved: _Moved
             holds = False
         if not holds:
             return False
-        if guard.create_fn_name() not in _BY_VALUE:
+        if guard.create_fn_name() not in _ELSEWHERE:
             made.append(source.make_guard(guard.create_fn))
-            made[-1].user_stack = guard.user_stack
+            made[-1].user_stack = _NO_STACK
     _guards.install_guard(*made)
     return True
 

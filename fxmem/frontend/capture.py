@@ -17,7 +17,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import sympy
@@ -83,6 +83,11 @@ class Capture:
     """Comparisons of sizes that Dynamo and the passes before have decided."""
     length: sympy.Symbol = T
     """What the capture of the whole calls the length that is ``T`` here."""
+    sizes: list[fx.Node] = field(init=False)
+    """The inputs that are sizes."""
+
+    def __post_init__(self) -> None:
+        self.sizes = [n for n in self.inputs if isinstance(value_of(n), torch.SymInt)]
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """Canonical sizes of a tensor node."""
@@ -109,8 +114,12 @@ def value_of(node: fx.Node) -> Any:
 
 
 def canonical(expr: Any, symbols: Mapping[sympy.Symbol, Size]) -> Size:
-    if isinstance(expr, torch.SymInt):
-        expr = expr.node.expr
+    if isinstance(expr, int):
+        return sympy.Integer(expr)
+    expr = expr.node.expr if isinstance(expr, torch.SymInt) else expr
+    found = symbols.get(expr)
+    if isinstance(found, sympy.Symbol):
+        return found
     return sympy.expand(sympy.sympify(expr).xreplace(dict(symbols)))
 
 

@@ -92,8 +92,7 @@ class Region:
     def _every_size(self, given: Sequence[Any]) -> dict[fx.Node, Any]:
         """What ``given`` has for ``ints``, for every input that is one of these sizes."""
         values = dict(zip(map(self._size, self.ints), given, strict=True))
-        inputs = [n for n in self.capture.inputs if isinstance(value_of(n), torch.SymInt)]
-        return {n: values[name] for n in inputs if (name := self._size(n)) in values}
+        return {n: values[name] for n in self.capture.sizes if (name := self._size(n)) in values}
 
     def _size(self, node: fx.Node) -> str:
         return str(canonical(value_of(node), self.capture.symbols))
@@ -192,12 +191,14 @@ def split(
     borders: list[list[fx.Node]] = [[]]
     for group in _group(keys, [known[k] for k in keys]):
         for hook, run_ in itertools.groupby(group, key=lambda i: between[i]):
-            nodes = [n for i in run_ for n in segments[i]]
+            at = list(run_)
+            nodes = [n for i in at for n in segments[i]]
             if hook:
                 borders[-1] += nodes
-            else:
-                regions.append(of(nodes))
-                borders.append([])
+                continue
+            same = atoms[at[0]] if len(at) == 1 else None
+            regions.append(same or of(nodes))
+            borders.append([])
     return regions, borders
 
 
@@ -266,12 +267,9 @@ def make(capture: Capture, pre: Preamble, nodes: list[fx.Node]) -> Region:
 def _ints(capture: Capture) -> list[fx.Node]:
     """One input for each size that varies, in order of their names."""
     found: dict[str, fx.Node] = {}
-    for n in capture.inputs:
+    for n in capture.sizes:
         value = value_of(n)
-        if (
-            isinstance(value, torch.SymInt)
-            and value.node.expr.free_symbols <= capture.symbols.keys()
-        ):
+        if value.node.expr.free_symbols <= capture.symbols.keys():
             found.setdefault(str(canonical(value, capture.symbols)), n)
     return [found[name] for name in sorted(found)]
 
@@ -289,4 +287,4 @@ def _closure(capture: Capture, scalars: list[fx.Node]) -> list[fx.Node]:
 
     for a in scalars:
         visit(a)
-    return [n for n in capture.nodes if n in needed]
+    return [n for n in capture.nodes if n in needed] if needed else []

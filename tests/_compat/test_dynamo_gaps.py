@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import funcname_cache, symbolic_convert
 
 from fxmem._compat.dynamo_gaps import answered
 
@@ -59,3 +61,20 @@ def test_dynamo_needs_the_answer(fn: Callable[[Tensor], Tensor]) -> None:
     torch._dynamo.reset()
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
         torch.compile(fn, backend="eager", fullgraph=True)(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_names_of_functions_are_for_a_log_alone(
+    reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(funcname_cache, "cache", {})
+    torch._dynamo.reset()
+    log = symbolic_convert.trace_call_log
+    before = log.level
+    log.setLevel(logging.DEBUG if reads else logging.WARNING)
+    try:
+        with answered():
+            torch.compile(embeddings_that_learn, backend="eager")(torch.randn(2, 3))
+    finally:
+        log.setLevel(before)
+    assert bool(funcname_cache.cache) == reads
