@@ -16,7 +16,7 @@ import contextlib
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,8 +83,7 @@ class Capture:
     """Comparisons of sizes that Dynamo and the passes before have decided."""
     length: sympy.Symbol = T
     """What the capture of the whole calls the length that is ``T`` here."""
-    sizes: list[fx.Node] = field(init=False)
-    """The inputs that are sizes."""
+    sizes: list[fx.Node] = field(init=False)  # among the inputs
 
     def __post_init__(self) -> None:
         self.sizes = [n for n in self.inputs if isinstance(value_of(n), torch.SymInt)]
@@ -161,7 +160,8 @@ def analyse(
     contexts, nodes = contexts_of(gm, ambient)
     inputs = list(gm.graph.find_nodes(op="placeholder"))
     output = next(iter(gm.graph.find_nodes(op="output")))
-    nodes = _live(nodes, output)
+    needed = live(nodes, output.all_input_nodes)
+    nodes = [n for n in nodes if n in needed or n.op == "placeholder"]
     parameters = {
         n for n, v in zip(inputs, example_inputs, strict=True)
         if isinstance(v, torch.nn.Parameter) or (isinstance(v, torch.Tensor) and v.requires_grad)
@@ -253,13 +253,13 @@ def contexts_of(
     return contexts, nodes
 
 
-def _live(nodes: list[fx.Node], output: fx.Node) -> list[fx.Node]:
-    needed = set(output.all_input_nodes)
+def live(nodes: Sequence[fx.Node], results: Iterable[fx.Node]) -> set[fx.Node]:
+    """What must run: for ``results``, or because it is a piece of the model, which may write."""
+    needed = set(results)
     for n in reversed(nodes):
         if n in needed or capture_stack.is_piece(n):
-            needed.add(n)
-            needed.update(n.all_input_nodes)
-    return [n for n in nodes if n in needed or n.op == "placeholder"]
+            needed.update((n, *n.all_input_nodes))
+    return needed
 
 
 def _symbols(

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxmem._compat import graph as _compat
 from fxmem.axes.sizes import Size, evaluate_shape, per_token
 from fxmem.errors import DroppedLogitsError
-from fxmem.frontend.capture import Capture, is_tensor, value_of
+from fxmem.frontend.capture import Capture, is_tensor, live, value_of
 
 KEEP_PER_TOKEN = 8
 """Elements per token up to which an output that wants a gradient leaves the graph (metrics,
@@ -124,11 +124,7 @@ def drop_outputs(capture: Capture, *, states: bool = False) -> None:
     capture.outputs = [
         Dropped(value_of(o)) if isinstance(o, fx.Node) and o in drop else o for o in capture.outputs
     ]
-    keep = {o for o in capture.outputs if isinstance(o, fx.Node)}
-    needed = set(keep)
-    for n in reversed(capture.main):
-        if n in needed:
-            needed.update(n.all_input_nodes)
+    needed = live(capture.main, (o for o in capture.outputs if isinstance(o, fx.Node)))
     gone = capture.main_set - needed
     capture.nodes = [n for n in capture.nodes if n not in gone]
     capture.main = [n for n in capture.main if n in needed]

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import overrides as _compat
+from fxmem.frontend.attributes import Attributes
 from fxmem.frontend.piece import Piece, PieceCall
 from fxmem.frontend.random_state import RandomState
 from fxmem.frontend.structure import IrregularError, describe, rebuild
@@ -23,8 +24,8 @@ WORTH = 2
 
 class Recording:
     """Within it, calls of the pieces are recorded while the model runs as it is, without gradients
-    (each piece alone has them) and hooks, from the random numbers and buffers that are there after
-    it again. What a hook would change is learnt when the piece runs.
+    (each piece alone has them) and hooks, from the random numbers, buffers and attributes of
+    modules that are there after it again. What a hook would change is learnt when the piece runs.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Recording:
     def __enter__(self) -> Recording:
         stack = self._stack
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+        self._attributes = Attributes(self.model)
         self._random = RandomState.now([*self.given.values(), *self.model.parameters()])
         stack.enter_context(torch.no_grad())
         stack.enter_context(_compat_hooks.without_hooks(self.model))
@@ -49,6 +51,7 @@ class Recording:
         with torch.no_grad():
             for buffer, value in self._buffers:
                 buffer.copy_(value)
+        self._attributes.restore()
         self._random.restore()
 
     @contextlib.contextmanager

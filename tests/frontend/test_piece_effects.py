@@ -1,0 +1,126 @@
+"""Parts that are there for what they do, not for what they give: all of it happens, once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import fxmem
+
+D = 8
+
+
+class Watches(nn.Module):
+    """``.item()`` cannot be captured, so each of these methods runs as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(D))
+        self.seen: list[float] = []
+        self.last: deque[float] = deque(maxlen=2)
+        self.named: dict[str, float] = {}
+        self.kinds: set[int] = set()
+        self.calls = 0
+
+    def update(self, x: Tensor) -> None:
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean((0, 1)))
+        self.note(x)
+
+    def note(self, x: Tensor) -> None:
+        value = x.detach().sum().item()
+        self.seen.append(value)
+        self.last.append(value)
+        self.named[f"{self.calls}"] = value
+        self.kinds.add(int(value))
+        self.calls += 1
+        self.found = value
+
+    def unused(self, x: Tensor) -> Tensor:
+        self.update(x)
+        return self.mean * 2
+
+    def held(self) -> Any:
+        return self.seen, self.last, self.named, self.kinds, self.calls, self.found
+
+
+class Updates(Watches):
+    def forward(self, x: Tensor) -> Tensor:
+        self.update(x)
+        return x - self.mean
+
+
+class GivesWhatNobodyReads(Watches):
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        return x * 2
+
+
+class Notes(Watches):
+    def forward(self, x: Tensor) -> Tensor:
+        self.note(x)
+        return torch.tanh(x)
+
+
+class UpdatesAfter(Watches):
+    def forward(self, x: Tensor) -> Tensor:
+        out = x - self.mean
+        self.update(x)
+        return out
+
+
+class Net(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.head, self.part = nn.Embedding(11, D), nn.Linear(D, 11), part
+        self.mix = nn.Linear(D, 3 * D)
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.embed(ids)
+        q, k, v = self.mix(self.part(x)).unsqueeze(1).chunk(3, -1)
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+        logits = self.head(x)
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten()), logits
+
+
+@pytest.mark.parametrize("logits", ["drop", "keep"])
+@pytest.mark.parametrize("kind", [Updates, GivesWhatNobodyReads, Notes, UpdatesAfter])
+def test_every_effect_is_there_once(kind: type[Watches], logits: Any) -> None:
+    torch.manual_seed(0)
+    plain = Net(kind()).double()
+    plan = fxmem.Plan(stream=fxmem.Stream(chunk=5, loss_chunk=4, logits=logits))
+    streamed = fxmem.transform(copy.deepcopy(plain), plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxmem.FxmemWarning)
+        agree(streamed, plain)
+    for a, b in zip(streamed.part.held(), plain.part.held(), strict=True):  # type: ignore[operator]
+        assert a == pytest.approx(b, rel=1e-9) if not isinstance(a, set) else a == b
+
+
+def test_a_power_iteration_goes_on() -> None:
+    """It gives nothing: the weight is made from buffers that it writes."""
+    torch.manual_seed(0)
+    plain = Net(spectral_norm(nn.Linear(D, D))).double()
+    plan = fxmem.Plan(stream=fxmem.Stream(chunk=5, loss_chunk=4))
+    streamed = fxmem.transform(copy.deepcopy(plain), plan)
+    with pytest.warns(fxmem.FxmemWarning, match="runs whole"):
+        agree(streamed, plain)
+
+
+def agree(streamed: nn.Module, plain: nn.Module) -> None:
+    for length in (13, 13, 9):
+        ids = torch.randint(11, (2, length), generator=torch.Generator().manual_seed(length))
+        for net in (streamed, plain):
+            net.zero_grad()
+            net(ids)[0].backward()
+        for p, q in zip(streamed.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+        for p, q in zip(streamed.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
