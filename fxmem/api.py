@@ -120,9 +120,9 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     recorder = recorder_of(plan, told, lambda: getattr(this(), "roles", None))
     engine = kind(plan, raises=True, recorder=recorder, told=told)
     this, opaque = weakref.ref(engine), Opaque(model)
-    engine.opaque = weakref.ref(opaque)
     # a capture without gradients has nothing to share with one that learns
     idle = Backend(plan, raises=True, recorder=recorder, idle=True, told=told)
+    engine.opaque = idle.opaque = weakref.ref(opaque)
     plain = _compat.call_impl(model)
 
     layers = Sharing(lambda: {} if engine.sharded else layer_kinds(model))

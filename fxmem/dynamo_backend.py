@@ -15,7 +15,7 @@ from fxmem._compat import errors as _compat_errors
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import tracing
-from fxmem._compat.capture_stack import keep_symbolic
+from fxmem._compat.capture_stack import keep_symbolic, sources
 from fxmem.compiler.compile import LAYER_PASSES, compile_graph
 from fxmem.compiler.step import CompiledGraph
 from fxmem.deferred.recorder import Recorder
@@ -67,6 +67,8 @@ class Backend:
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
     ) -> Callable[..., Any]:
         try:
+            if (opaque := self.opaque()) is not None:
+                opaque.check(sources())
             gm = inline_layers(gm, LAYER_PASSES)
             if not self.flags.captured(watched=any(map(_compat_hooks.is_hook, gm.graph.nodes))):
                 raise CaptureError("the capture depends on which parameters require a gradient")

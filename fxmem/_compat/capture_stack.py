@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables import LazyVariableTracker, UnspecializedNNModuleVariable
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 from torch.fx.experimental.sym_node import SymNode
 
 from fxmem._compat.errors import frames
@@ -23,7 +23,7 @@ from fxmem._compat.graph import STAND_IN
 
 __all__ = [
     "FixedSizeError", "callers", "demanded", "is_piece", "is_stand_in",
-    "keep_symbolic", "piece_call", "stand_in",
+    "keep_symbolic", "piece_call", "sources", "stand_in", "writes",
 ]  # fmt: skip
 
 _LOCAL = threading.local()
@@ -76,9 +76,11 @@ def _value(variable: Any) -> Any:
 
 def piece_call(
     run: Callable[[Sequence[Any], Any, Any], Sequence[torch.Tensor]],
+    written: Sequence[torch.Tensor] = (),
 ) -> Callable[..., Any]:
     """``fn(stand_ins, args, kwargs) -> tensors`` as one call of a captured graph: its results are
-    like the stand-ins there; ``run`` makes them where the graph runs.
+    like the stand-ins there; ``run`` makes them where the graph runs. ``written``: tensors that it
+    writes to.
     """
 
     def _fxmem_piece(stand_ins: Sequence[torch.Tensor], args: Any, kwargs: Any) -> tuple[Any, ...]:
@@ -86,12 +88,28 @@ def piece_call(
             return tuple(s.clone() for s in stand_ins)
         return tuple(run(stand_ins, args, kwargs))
 
+    vars(_fxmem_piece)["written"] = written
     return torch.compiler.allow_in_graph(_fxmem_piece)
 
 
 def is_piece(node: fx.Node) -> bool:
     """The node is a :func:`piece_call`."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") == _PIECE
+
+
+def sources() -> list[str]:
+    """Names of what the capture under way depends on, as Dynamo has them:
+    ``L['self']._modules['layers']._modules['0'].scale``.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return []
+    return [guard.originating_source.name for guard in context.guards_context.dynamo_guards]
+
+
+def writes(nodes: Iterable[fx.Node], value: Any) -> bool:
+    """A piece among ``nodes`` writes to this very tensor."""
+    return any(value is t for n in nodes if is_piece(n) for t in vars(n.target).get("written", ()))
 
 
 def stand_in(

@@ -75,6 +75,8 @@ class CompiledGraph:
             for i, n in enumerate(capture.inputs)
             if n in capture.parameters
         ]
+        # a copy of what a piece writes is there for the backward, as it was
+        self._written: set[pre_.Leaf] = {("input", n.name) for n in capture.written}
         _link_shared(calls)
         self._plan_releases()
         self.sizes: dict[str, int] = {}
@@ -155,7 +157,7 @@ class CompiledGraph:
         for i, call in enumerate(self.calls):
             self._cross(i, env, ranks)
             chunk = self.chunk(i)
-            tensors = [env[leaf] for leaf in call.leaves]
+            tensors = [env[x].clone() if x in self._written else env[x] for x in call.leaves]
             shard = None if shards is None else shards[i]
             if shard is not None:
                 shard.before_forward()

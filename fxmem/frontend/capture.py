@@ -83,6 +83,8 @@ class Capture:
     """Comparisons of sizes that Dynamo and the passes before have decided."""
     length: sympy.Symbol = T
     """What the capture of the whole calls the length that is ``T`` here."""
+    written: set[fx.Node] = field(default_factory=set)
+    """The inputs that pieces of the model write to."""
     sizes: list[fx.Node] = field(init=False)  # among the inputs
 
     def __post_init__(self) -> None:
@@ -166,7 +168,11 @@ def analyse(
         n for n, v in zip(inputs, example_inputs, strict=True)
         if isinstance(v, torch.nn.Parameter) or (isinstance(v, torch.Tensor) and v.requires_grad)
     }  # fmt: skip
-    heavy: set[fx.Node] = set(parameters)
+    # what a piece writes is read after it, not at the start
+    written = {
+        n for n, v in zip(inputs, example_inputs, strict=True) if capture_stack.writes(nodes, v)
+    }
+    heavy: set[fx.Node] = parameters | written
     main = []
     for n in nodes:
         if n.op in ("placeholder", "get_attr"):
@@ -175,21 +181,12 @@ def analyse(
             heavy.add(n)
             main.append(n)
     symbols = _symbols(inputs, parameters, main)
-    capture = Capture(
-        gm,
-        nodes,
-        contexts,
-        inputs,
-        list(output.args[0]),
-        parameters,
-        main,
-        frozenset(main),
-        symbols,
-        _compat.fake_mode_of(gm),
-        _bindings(inputs, symbols),
-        size_guards(_compat.fake_mode_of(gm), symbols),
-    )
-    return capture
+    mode = _compat.fake_mode_of(gm)
+    return Capture(
+        gm, nodes, contexts, inputs, list(output.args[0]), parameters, main, frozenset(main),
+        symbols, mode, _bindings(inputs, symbols), size_guards(mode, symbols),
+        written=written,
+    )  # fmt: skip
 
 
 def size_guards(mode: Any, symbols: Mapping[sympy.Symbol, Size]) -> list[Any]:

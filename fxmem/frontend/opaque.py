@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -35,6 +35,7 @@ from fxmem.errors import (
     RoleError,
 )
 from fxmem.frontend import faults
+from fxmem.frontend.attributes import read
 from fxmem.frontend.methods import Method, method_of, methods_at
 from fxmem.frontend.piece import Again, Piece
 from fxmem.frontend.random_state import RandomState
@@ -64,6 +65,22 @@ class Opaque:
         self._any_length = True
         """The code must not need the length as a number, until nothing can be done about it."""
         self._recorded = False
+        self._read: Piece | None = None
+
+    def check(self, sources: Sequence[str]) -> None:
+        """
+        Raises:
+            CaptureError: what is captured around a piece reads what the piece changes: the capture
+                has it as it was before the call. ``sources``: Dynamo's names of what it reads.
+        """
+        for piece in (p for p in self.pieces if p.calls):
+            for path, name in sorted(a for a in piece.changed if read(a, sources)):
+                self._read = piece
+                raise CaptureError(
+                    f"{piece}, which runs as it is, changes `{name}` of {path or 'the model'}, and "
+                    "what is captured around it reads that",
+                    advice="return the value instead, or transform a part of the model without it",
+                )
 
     def found(
         self, error: BaseException, again: Callable[[], Any], given: Mapping[str, Tensor]
@@ -110,14 +127,19 @@ class Opaque:
 
     def _methods(self, error: BaseException) -> list[Method]:
         """Methods of submodules in which the capture failed, innermost first."""
-        inside = set(self.model.modules()) - {self.model}
-        found = [
-            (owner, name) for owner, code in capture_stack.callers(error)
-            if isinstance(owner, nn.Module) and owner in inside and (name := method_of(owner, code))
-        ]  # fmt: skip
-        node = None if found else faults.node_of(dynamo.backend_error(error) or error)
-        found += methods_at(node, self.model) if node is not None else []
-        known = {(p.module, name) for p in self.pieces for name in (p.name, "forward")}
+        piece, self._read = self._read, None
+        if piece is not None:
+            found = _around(self.model, piece)
+        else:
+            inside = set(self.model.modules()) - {self.model}
+            found = [
+                (owner, name) for owner, code in capture_stack.callers(error)
+                if isinstance(owner, nn.Module) and owner in inside
+                and (name := method_of(owner, code))
+            ]  # fmt: skip
+            node = None if found else faults.node_of(dynamo.backend_error(error) or error)
+            found += methods_at(node, self.model) if node is not None else []
+        known = {(p.module, p.name) for p in self.pieces}
         return [m for m in dict.fromkeys(found) if m not in known]
 
     def _reason(self, error: BaseException) -> str:
@@ -212,6 +234,13 @@ def _with(pieces: list[Piece], model: nn.Module, method: Method, reason: str) ->
     covered = nested | {m for _, m in like}
     kept = [p for p in pieces if p.module not in covered]
     return [*kept, *(p for p in new if p.module not in nested)]
+
+
+def _around(model: nn.Module, piece: Piece) -> list[Method]:
+    """The forwards around a piece, innermost first."""
+    path = piece.path.split(".")
+    owners = [model.get_submodule(".".join(path[:i])) for i in range(len(path), 0, -1)]
+    return [(m, "forward") for m in owners if type(m).forward is not nn.Module.forward]
 
 
 def _kind(module: nn.Module, name: str) -> Any:

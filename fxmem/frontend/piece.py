@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxmem._compat import capture_stack
+from fxmem._compat import overrides as _compat
+from fxmem.frontend.attributes import Attribute
 from fxmem.frontend.faults import AS_IT_IS
 from fxmem.frontend.random_state import RandomState
 from fxmem.frontend.structure import describe, rebuild
@@ -26,8 +28,11 @@ class Again(BaseException):
     No error, so that no handler on the way takes it for one.
     """
 
-    def __init__(self, call: PieceCall, description: Any, results: Sequence[Tensor]) -> None:
+    def __init__(
+        self, call: PieceCall, description: Any, results: Sequence[Tensor], writes: bool
+    ) -> None:
         self.call, self.description, self.results = call, description, results
+        self.writes = writes
 
     def learn(self, pieces: Sequence[Piece]) -> bool:
         """Expect what was given now, of every call of this kind of which the same was expected;
@@ -35,7 +40,7 @@ class Again(BaseException):
         """
         kind, before = self.call.piece.kind, self.call.expected()
         like = [c for p in pieces if p.kind == kind for c in p.calls if c.expected() == before]
-        return any([c.expect(self.description, self.results) for c in like])
+        return any([self.writes, *(c.expect(self.description, self.results) for c in like)])
 
 
 class PieceCall:
@@ -53,7 +58,7 @@ class PieceCall:
                        for sizes in self.sizes]  # fmt: skip
         self.stands = [_stand_in(r, r.shape, v, r.requires_grad)
                        for r, v in zip(results, self.varies, strict=True)]  # fmt: skip
-        self.node = capture_stack.piece_call(self.run)
+        self.node = capture_stack.piece_call(self.run, piece.written)
         self.kept: Sequence[Tensor] | None = None
         self.after: RandomState | None = None
 
@@ -106,6 +111,7 @@ class PieceCall:
             self.after.restore()
             return self.kept
         results: list[Tensor] = []
+        before = [(b, _compat.version(b)) for b in self.piece.module.buffers()]
         try:
             description = describe(self.piece.call(args, kwargs), results)
         except Exception as error:
@@ -116,10 +122,11 @@ class PieceCall:
             and r.requires_grad <= s.requires_grad
             for r, s in zip(results, self.stands, strict=True)
         )  # fmt: skip
-        if not fits or self.piece.writes:
+        writes = self.piece.writes_to(b for b, was in before if _compat.version(b) != was)
+        if not fits or self.piece.written:
             self.kept, self.after = results, RandomState.now(results)
-        if not fits:
-            raise Again(self, description, results)
+        if not fits or writes:
+            raise Again(self, description, results, writes)
         return results
 
 
@@ -129,8 +136,9 @@ class Piece:
     Attributes:
         kind: equal for methods that fail together.
         calls: its calls in a forward, in order.
-        writes: it changes buffers; it is not run twice.
+        written: buffers that it changes; with any, it is not run twice.
         saved_bytes, seconds: what autograd keeps of it, and the time of its forward, as recorded.
+        changed: attributes of modules that it changes.
         checkpointed: it keeps its arguments only, and runs again in the backward.
     """
 
@@ -140,7 +148,9 @@ class Piece:
         self.module, self.path, self.name, self.kind, self.reason = module, path, name, kind, reason
         self.calls: list[PieceCall] = []
         self.at, self.told = 0, False
-        self.writes = self.checkpointed = False
+        self.written: list[Tensor] = []
+        self.changed: set[Attribute] = set()
+        self.checkpointed = False
         self.saved_bytes, self.seconds = 0, 0.0
         self._number = next(_NUMBERS)
         self._once, self._several = _once(self._number), _several(self._number)
@@ -169,6 +179,13 @@ class Piece:
     def stub(self) -> Callable[..., Any]:
         """What a capture sees in the method's place."""
         return self._once if len(self.calls) == 1 else self._several
+
+    def writes_to(self, buffers: Iterable[Tensor]) -> bool:
+        """Note that it writes to these; whether that is new."""
+        known = {id(b) for b in self.written}
+        new = [b for b in buffers if id(b) not in known]
+        self.written += new
+        return bool(new)
 
     def call(self, args: Any, kwargs: Any) -> Any:
         if self.checkpointed and torch.is_grad_enabled():

@@ -81,7 +81,8 @@ class Recording:
                 fresh = [_fresh(t) for t in inputs]
                 own_args, own_kwargs = rebuild(described, fresh)
                 before = [_compat.version(t) for t in inputs]
-                buffers = [(b, _compat.version(b)) for b in piece.module.buffers()]
+                buffers = [(b, b.clone()) for b in self.model.buffers()]
+                attributes = Attributes(self.model)
                 start = time.perf_counter()
                 with _counting(inputs, piece.module) as count, self._within():
                     value = piece.own(*own_args, **own_kwargs)
@@ -91,15 +92,21 @@ class Recording:
             results: list[Tensor] = []
             description = describe(value, results)
             self.calls[piece].append(PieceCall(piece, description, results, self.given))
-            piece.writes |= any(_compat.version(b) != v for b, v in buffers)
+            piece.changed |= attributes.changed()
+            piece.writes_to(b for b, was in buffers if not _same(b, was))
             piece.saved_bytes += count[0]
             heavy = count[0] > WORTH * sum(t.nbytes for t in inputs)
             piece.checkpointed = (
-                heavy and not piece.writes and not _compat_hooks.has_hooks(piece.module)
+                heavy and not piece.written and not _compat_hooks.has_hooks(piece.module)
             )
             return rebuild(description, [r.detach() for r in results])
 
         return call
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit, as a write through ``.data`` leaves no other trace."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _fresh(t: Tensor) -> Tensor:

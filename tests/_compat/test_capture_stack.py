@@ -101,3 +101,34 @@ def test_parts_of_a_wrapped_tensor_make_it_again() -> None:
     assert wrapped.described(outer) == wrapped.described(again) != wrapped.described(inner)
     assert not wrapped.is_wrapped(torch.ones(2))
     assert not wrapped.is_wrapped(nn.Parameter(torch.ones(2)))
+
+
+def test_the_names_of_what_a_capture_reads() -> None:
+    seen: list[str] = []
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(2, 2)
+            self.inner.scale = 3  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.inner.scale
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(capture_stack.sources())
+        return gm.forward
+
+    assert capture_stack.sources() == []
+    torch._dynamo.reset()
+    torch.compile(Outer(), backend=backend)(torch.ones(1, 2))
+    assert any(name.endswith("._modules['inner'].scale") for name in seen)
+
+
+def test_what_a_piece_writes_is_told_by_identity() -> None:
+    kept, other = torch.zeros(2), torch.zeros(2)
+    node = capture_stack.piece_call(lambda *_: [], [kept])
+    graph = torch.fx.Graph()
+    graph.call_function(node, ([], (), {}))
+    assert capture_stack.writes(graph.nodes, kept)
+    assert not capture_stack.writes(graph.nodes, other)

@@ -76,6 +76,79 @@ class UpdatesAfter(Watches):
         return out
 
 
+class Scales(Watches):
+    """What is made of the buffer alone, before and after it is written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.tanh(x * (self.mean.clone() + 1))
+        self.update(x)
+        return before * torch.exp(self.mean) + torch.tanh(x - self.mean * 0.5)
+
+
+class WritesLater(Watches):
+    """Only from the second call on."""
+
+    def update(self, x: Tensor) -> None:
+        if self.calls:
+            self.mean.add_(x.detach().mean((0, 1)))
+        self.note(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.update(x)
+        return torch.tanh(x * torch.exp(self.mean))
+
+
+class Remembers(nn.Module):
+    """``look`` cannot be captured, and leaves what others read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.aux, self.values = 1.0, torch.zeros(()), [2.0]
+        self.found: Tensor | None = None
+        self.linear = nn.Linear(D, D)
+
+    def look(self, x: Tensor) -> None:
+        self.scale = x.detach().abs().mean().item()
+        self.aux, self.found = x.square().mean(), x.mean()
+        self.values.append(self.scale)
+
+
+class ReadsANumber(Remembers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.look(x)
+        return self.linear(x) * self.scale
+
+
+class ReadsATensor(Remembers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.look(x)
+        return self.linear(x) + self.aux
+
+
+class ReadsWhatWasNone(Remembers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.look(x)
+        assert self.found is not None
+        return self.linear(x) + self.found
+
+
+class ReadsAList(Remembers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.look(x)
+        return self.linear(x) * self.values[-1]
+
+
+class Around(nn.Module):
+    """The module around it reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ReadsANumber()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.inner.aux
+
+
 class Net(nn.Module):
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -90,8 +163,11 @@ class Net(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), ids.flatten()), logits
 
 
+KINDS = [Updates, GivesWhatNobodyReads, Notes, UpdatesAfter, Scales, WritesLater]
+
+
 @pytest.mark.parametrize("logits", ["drop", "keep"])
-@pytest.mark.parametrize("kind", [Updates, GivesWhatNobodyReads, Notes, UpdatesAfter])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_effect_is_there_once(kind: type[Watches], logits: Any) -> None:
     torch.manual_seed(0)
     plain = Net(kind()).double()
@@ -124,3 +200,44 @@ def agree(streamed: nn.Module, plain: nn.Module) -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
         for p, q in zip(streamed.buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Updates, Scales])
+def test_a_later_call_does_not_change_what_an_earlier_one_read(kind: type[Watches]) -> None:
+    """Plain autograd saves what it made of the buffer; a region makes it again."""
+    torch.manual_seed(0)
+    plain = Net(kind()).double()
+    streamed = fxmem.transform(copy.deepcopy(plain), fxmem.Plan(stream=fxmem.Stream(chunk=5)))
+    ids = torch.arange(22).reshape(2, 11) % 11
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxmem.FxmemWarning)
+        for net in (streamed, plain):
+            first = net(ids)[0]
+            with torch.no_grad():
+                net(ids.flip(1))
+            first.backward()
+    for p, q in zip(streamed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [ReadsANumber, ReadsATensor, ReadsWhatWasNone, ReadsAList, Around])
+def test_what_is_read_beside_a_part_is_inside_it(kind: type[nn.Module]) -> None:
+    """A capture has attributes as they were before the call."""
+    torch.manual_seed(0)
+    plain = Net(kind()).double()
+    streamed = fxmem.transform(copy.deepcopy(plain), fxmem.Plan(stream=fxmem.Stream(chunk=5)))
+    with pytest.warns(fxmem.FxmemWarning, match="runs whole"):
+        agree(streamed, plain)
+
+
+class ReadsAtTheTop(Net):
+    def forward(self, ids: Tensor) -> Any:
+        loss, logits = super().forward(ids)
+        return loss + self.part.aux, logits
+
+
+def test_what_the_model_itself_reads_is_refused() -> None:
+    model = fxmem.transform(ReadsAtTheTop(ReadsANumber()))
+    with pytest.raises(fxmem.CaptureError, match="changes `aux` of part"):
+        model(torch.arange(22).reshape(2, 11) % 11)
+    assert model.part.values == [2.0]  # type: ignore[union-attr]
