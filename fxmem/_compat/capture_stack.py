@@ -23,7 +23,7 @@ from fxmem._compat.graph import STAND_IN
 
 __all__ = [
     "FixedSizeError", "callers", "demanded", "is_piece", "is_stand_in",
-    "keep_symbolic", "piece_call", "sources", "stand_in", "writes",
+    "keep_symbolic", "piece_call", "sources", "stand_in", "written",
 ]  # fmt: skip
 
 _LOCAL = threading.local()
@@ -107,9 +107,9 @@ def sources() -> list[str]:
     return [guard.originating_source.name for guard in context.guards_context.dynamo_guards]
 
 
-def writes(nodes: Iterable[fx.Node], value: Any) -> bool:
-    """A piece among ``nodes`` writes to this very tensor."""
-    return any(value is t for n in nodes if is_piece(n) for t in vars(n.target).get("written", ()))
+def written(nodes: Iterable[fx.Node]) -> list[torch.Tensor]:
+    """What the pieces among ``nodes`` write to."""
+    return [t for n in nodes if is_piece(n) for t in vars(n.target).get("written", ())]
 
 
 def stand_in(

@@ -169,9 +169,8 @@ def analyse(
         if isinstance(v, torch.nn.Parameter) or (isinstance(v, torch.Tensor) and v.requires_grad)
     }  # fmt: skip
     # what a piece writes is read after it, not at the start
-    written = {
-        n for n, v in zip(inputs, example_inputs, strict=True) if capture_stack.writes(nodes, v)
-    }
+    ids = set(map(id, capture_stack.written(nodes)))
+    written = {n for n, v in zip(inputs, example_inputs, strict=True) if id(v) in ids}
     heavy: set[fx.Node] = parameters | written
     main = []
     for n in nodes:

@@ -19,11 +19,11 @@ def test_it_is_as_before_after_every_call(
 ) -> None:
     seen: list[bool] = []
 
-    def split(*_: object) -> object:
+    def split(*_: object, **__: object) -> object:
         seen.append(gc.isenabled())
         if fails:
             raise fxmem.CaptureError("as if it could not be cut")
-        return plain(*_)  # type: ignore[arg-type]
+        return plain(*_, **__)  # type: ignore[arg-type]
 
     plain = compiler.regions.split
     monkeypatch.setattr(compiler.regions, "split", split)
