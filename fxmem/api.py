@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import recorded_outputs
 from fxmem._compat.dynamo_gaps import answered
 from fxmem._compat.repeated_layers import Sharing, sharing
-from fxmem._compat.tracing import on_capture
+from fxmem._compat.tracing import inside_transform, on_capture
 from fxmem._compat.trl import plain_head
 from fxmem.blocks import adapters
 from fxmem.blocks.attach import attach, detach, state_of
@@ -30,6 +31,7 @@ from fxmem.distributed.sequence import Group
 from fxmem.dynamo_backend import Backend, backend, fxmem_backend, recorder_of
 from fxmem.errors import (
     FxmemError,
+    FxmemWarning,
     InternalError,
     NotTransformedError,
     PlanError,
@@ -50,6 +52,7 @@ from fxmem.roles.roles import RoleSource, RoleTable
 from fxmem.runtime import sharding
 
 NO_DDP = "give the model itself, one process each, and Blocks(average=True)"
+_BY_FUNCTION = "a transform of torch.func, or forward-mode differentiation"
 RECAPTURES = 64
 """Captures per model (train and eval, with and without a mask, autocast states) before an error."""
 
@@ -135,6 +138,8 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
         )  # fmt: skip
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if inside_transform():
+            return transformed(args, kwargs)
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs) if fsdp2.of(model) else evaluated(args, kwargs)
         if model.training:
@@ -172,6 +177,16 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
                 raise own from (cause if isinstance(own, InternalError) else None)
         # outside the handler, so that an error of the next try has no other one behind it
         return call(*args, **kwargs)
+
+    def transformed(args: Any, kwargs: Any) -> Any:
+        """Regions have gradients, and no other derivatives."""
+        if torch.is_grad_enabled() and _BY_FUNCTION not in told:
+            told.add(_BY_FUNCTION)
+            warnings.warn(
+                f"{type(model).__name__} runs as plain PyTorch inside {_BY_FUNCTION}", FxmemWarning,
+                stacklevel=3,
+            )  # fmt: skip
+        return plain(*args, **kwargs)
 
     def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
         settle(learning=False)  # of calls before this one, whose backward may change weights

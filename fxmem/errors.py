@@ -108,7 +108,7 @@ class HookError(FxmemError):
 
 
 class DoubleBackwardError(FxmemError):
-    """A gradient of a gradient was asked of a streamed region."""
+    """A gradient of a gradient, or one in forward mode, was asked of a streamed region."""
 
     default_advice = (
         "call backward without create_graph=True; "

@@ -14,13 +14,20 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing as nothing_saved
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxmem._compat.graph import is_mutable
 
 __all__ = [
-    "functional", "make_fx", "nothing_saved", "on_capture", "operator_named", "traced",
+    "functional", "inside_transform", "make_fx", "nothing_saved", "on_capture", "operator_named",
+    "traced",
 ]  # fmt: skip
+
+
+def inside_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) or forward-mode differentiation runs."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 @contextlib.contextmanager

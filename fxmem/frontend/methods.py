@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Iterator
+from traceback import FrameSummary
 from types import CodeType
 from typing import Any
 
@@ -36,6 +39,29 @@ def methods_at(node: fx.Node, model: nn.Module) -> list[Method]:
     return methods
 
 
+@contextlib.contextmanager
+def called_at(place: FrameSummary) -> Iterator[list[nn.Module]]:
+    """The modules that are called in plain PyTorch, by this line itself, inside the context."""
+    found: list[nn.Module] = []
+    last = getattr(place, "end_lineno", None) or place.lineno or 0
+
+    def called(module: nn.Module, _: Any) -> None:
+        frame = inspect.currentframe()
+        while frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) != (
+            place.filename, place.name
+        ):  # fmt: skip
+            frame = frame.f_back
+        at = frame is not None and (place.lineno or 0) <= frame.f_lineno <= last
+        if at and not any(module in set(one.modules()) for one in found):  # nor by another
+            found.append(module)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(called)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 def _submodule(model: nn.Module, path: str | None) -> nn.Module | None:
     """The module of a path, which may begin with a name for ``model`` itself."""
     known = dict(model.named_modules())
@@ -64,4 +90,4 @@ def _codes(module: nn.Module) -> Iterator[tuple[str, CodeType]]:
             function = getattr(function, "__wrapped__", None)
 
 
-__all__ = ["Method", "method_of", "methods_at"]
+__all__ = ["Method", "called_at", "method_of", "methods_at"]

@@ -36,7 +36,7 @@ from fxmem.errors import (
 )
 from fxmem.frontend import faults
 from fxmem.frontend.attributes import read
-from fxmem.frontend.methods import Method, method_of, methods_at
+from fxmem.frontend.methods import Method, called_at, method_of, methods_at
 from fxmem.frontend.piece import Again, Piece
 from fxmem.frontend.random_state import RandomState
 from fxmem.frontend.recording import Recording
@@ -98,9 +98,11 @@ class Opaque:
             return True
         reason = self._reason(error)
         if len({p.kind for p in self.pieces}) < KINDS:
-            for method in self._methods(error):
+            methods = self._methods(error)
+            refused = [] if methods else self._called(error, again, given)
+            for method in methods or refused:
                 before = self.pieces
-                self.pieces = _with(before, self.model, method, reason)
+                self.pieces = _with(before, self.model, method, reason, bool(refused))
                 if self._record(again, given):
                     return True
                 self.pieces = before
@@ -141,6 +143,23 @@ class Opaque:
             found += methods_at(node, self.model) if node is not None else []
         known = {(p.module, p.name) for p in self.pieces}
         return [m for m in dict.fromkeys(found) if m not in known]
+
+    def _called(
+        self, error: BaseException, again: Callable[[], Any], given: Mapping[str, Tensor]
+    ) -> list[Method]:
+        """Modules that the model's own code calls where the capture failed: Dynamo does not enter
+        some, such as a recurrent network's or a script's.
+        """
+        stack = dynamo.captured_stack(error)
+        if not stack:
+            return []
+        try:
+            with Recording(self.model, [], given), called_at(stack[-1]) as found:
+                again()
+        except Exception:
+            return []  # what plain PyTorch raises too
+        known = {p.module for p in self.pieces}
+        return [(m, "forward") for m in found if m is not self.model and m not in known]
 
     def _reason(self, error: BaseException) -> str:
         if capture_stack.demanded():
@@ -222,18 +241,31 @@ class Opaque:
                 piece.told = True
 
 
-def _with(pieces: list[Piece], model: nn.Module, method: Method, reason: str) -> list[Piece]:
-    """``pieces`` with ``method``, of every module of its kind, and without those inside these."""
+def _with(
+    pieces: list[Piece], model: nn.Module, method: Method, reason: str, refused: bool
+) -> list[Piece]:
+    """``pieces`` with ``method``, of every module of its kind, and without those inside these.
+
+    ``refused``: Dynamo does not take modules of this class at all.
+    """
     module, name = method
     kind = _kind(module, name)
     like = [(path, m) for path, m in model.named_modules() if path and _kind(m, name) == kind]
-    new = [Piece(m, path, name, kind, reason) for path, m in like]
+    new = [
+        Piece(m, path, name, kind, reason, list(_places(model, m)) if refused else ())
+        for path, m in like
+    ]
     if name != "forward":
         return [*pieces, *new]
     nested = {m for _, one in like for m in one.modules() if m is not one}
     covered = nested | {m for _, m in like}
     kept = [p for p in pieces if p.module not in covered]
     return [*kept, *(p for p in new if p.module not in nested)]
+
+
+def _places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for owner in model.modules():
+        yield from ((owner, name) for name, held in owner._modules.items() if held is module)
 
 
 def _around(model: nn.Module, piece: Piece) -> list[Method]:

@@ -136,6 +136,7 @@ class Piece:
     Attributes:
         kind: equal for methods that fail together.
         calls: its calls in a forward, in order.
+        places: modules and names that hold the module, where a capture must not see its class.
         written: buffers that it changes; with any, it is not run twice.
         saved_bytes, seconds: what autograd keeps of it, and the time of its forward, as recorded.
         changed: attributes of modules that it changes.
@@ -143,9 +144,11 @@ class Piece:
     """
 
     def __init__(
-        self, module: nn.Module, path: str, name: str, kind: Any, reason: str
+        self, module: nn.Module, path: str, name: str, kind: Any, reason: str,
+        places: Sequence[tuple[nn.Module, str]] = (),
     ) -> None:  # fmt: skip
         self.module, self.path, self.name, self.kind, self.reason = module, path, name, kind, reason
+        self.places, self._classless = places, _classless(module)
         self.calls: list[PieceCall] = []
         self.at, self.told = 0, False
         self.written: list[Tensor] = []
@@ -165,11 +168,15 @@ class Piece:
         own = vars(self.module).get(self.name)
         self.own = getattr(self.module, self.name)
         setattr(self.module, self.name, by)
+        for owner, name in self.places:
+            owner._modules[name] = self._classless
         self.at, CALLED[self._number] = 0, self
         try:
             yield
         finally:
             del CALLED[self._number]
+            for owner, name in self.places:
+                owner._modules[name] = self.module
             if own is None:
                 delattr(self.module, self.name)
             else:
@@ -191,6 +198,16 @@ class Piece:
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(self.own, *args, use_reentrant=False, **kwargs)
         return self.own(*args, **kwargs)
+
+
+class _Classless(nn.Module):
+    """Holds all that another module holds, without its class."""
+
+
+def _classless(module: nn.Module) -> nn.Module:
+    made = _Classless.__new__(_Classless)
+    object.__setattr__(made, "__dict__", vars(module))
+    return made
 
 
 CALLED: dict[int, Piece] = {}

@@ -119,6 +119,13 @@ class RegionFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise DoubleBackwardError(
+            "forward-mode differentiation of a streamed region",
+            advice="use the model without fxmem, or reverse mode",
+        )
+
+    @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise DoubleBackwardError("backward with create_graph=True through a streamed region")
