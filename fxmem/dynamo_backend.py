@@ -93,7 +93,7 @@ class Backend:
         if not (learns or self.idle) or (self.plan.stream is None and self.roles is None):
             return _unstreamed(gm)
         if _compat.mark_inputs(gm, example_inputs):
-            _compat.restart_capture("fxmem streams a symbolic length")
+            tracing.restart_capture("fxmem streams a symbolic length")
         if not has_varying_size(gm) and self.roles is not None:
             raise RoleError(_not_streamed("split into regions"))
         if not has_varying_size(gm):

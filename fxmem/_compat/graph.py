@@ -18,7 +18,6 @@ import torch._dynamo
 import torch._guards
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,15 +30,10 @@ __all__ = [
     "inlined_operands", "input_name", "inside_ddp", "is_control_node", "is_custom_function",
     "is_forward_mode", "is_mutable", "is_random", "is_transformed", "is_view",
     "mark_axis_dynamic", "mark_dynamic", "mark_inputs", "may_alias", "named_arguments",
-    "no_autocast", "origin", "restart_capture", "runs_in_this_pass",
+    "no_autocast", "origin", "runs_in_this_pass",
     "schema_names", "set_compiled_call", "size_guards", "storage_key", "transform_step",
     "tree_leaves", "tree_map_only", "unary_functions", "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
-
-
-def restart_capture(reason: str) -> None:
-    """Ask Dynamo to trace the frame again, with what has been marked dynamic since."""
-    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
 def mark_dynamic(tensor: torch.Tensor) -> list[int]:

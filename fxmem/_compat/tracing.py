@@ -12,6 +12,8 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.callback import callback_handler
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing as nothing_saved
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
@@ -21,13 +23,21 @@ from fxmem._compat.graph import is_mutable
 
 __all__ = [
     "functional", "inside_transform", "make_fx", "nothing_saved", "on_capture", "operator_named",
-    "traced",
+    "restart_capture", "traced",
 ]  # fmt: skip
 
 
 def inside_transform() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp) or forward-mode differentiation runs."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def restart_capture(reason: str) -> None:
+    """Ask Dynamo to trace the frame again, with what has been marked dynamic since; where it was
+    about to break the graph, it finds out anew.
+    """
+    InstructionTranslator.current_tx().speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def test_restart_capture_traces_the_frame_again() -> None:
         symbolic.append(any(isinstance(value, torch.SymInt) for value in example_inputs))
         if not symbolic[-1]:
             _compat.mark_dynamic(tensor)
-            _compat.restart_capture("a test")
+            tracing.restart_capture("a test")
         return gm.forward
 
     torch._dynamo.reset()
