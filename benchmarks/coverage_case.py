@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ def step(net: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[float, dict[str,
     return loss.item(), grads
 
 
-def case(kind: str, name: str) -> dict[str, Any]:
-    """``status`` and what belongs to it."""
+def cases(kind: str, name: str) -> Iterator[dict[str, Any]]:
+    """``status`` and what belongs to it; then the same with peaks, which may take long."""
     _, family, make = KINDS[kind]
     with double.everything_in_double():
         try:
@@ -97,14 +97,17 @@ def case(kind: str, name: str) -> dict[str, Any]:
             given = [make(23, False), make(37, True)]
             want = [_plain(net, inputs) for inputs in given]
         except Exception as error:
-            return {"status": "does not train in plain PyTorch", "reason": _line(error)}
+            yield {"status": "does not train in plain PyTorch", "reason": _line(error)}
+            return
         if any(math.isnan(loss) for _, (loss, _) in want):
-            return {"status": "NaN in plain PyTorch"}
+            yield {"status": "NaN in plain PyTorch"}
+            return
         fxmem.transform(net, Plan(stream=Stream(chunk=CHUNK, loss_chunk=5)))
         try:
             worst = max(_difference(step(net, inputs), w) for inputs, w in want)
         except Exception as error:
-            return {"status": "stopped", "reason": _line(error)}
+            yield {"status": "stopped", "reason": _line(error)}
+            return
         report = fxmem.explain(net)
         found = {
             "status": "exact" if worst <= TOLERANCE else _wrong(net, checkpointed, want),
@@ -112,7 +115,8 @@ def case(kind: str, name: str) -> dict[str, Any]:
             "bodies": report.executed_bodies, "pieces": len(report.pieces),
             "barriers": sorted({b.op for b in report.barriers}),
         }  # fmt: skip
-        return {**found, **_bytes(net, checkpointed, make(LONG // 2, False))}
+        yield found
+        yield {**found, **_bytes(net, checkpointed, make(LONG // 2, False))}
 
 
 def _wrong(net: nn.Module, plain: nn.Module, want: Sequence[Any]) -> str:
@@ -161,4 +165,5 @@ def _line(error: Exception) -> str:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(json.dumps(case(*sys.argv[1:3])))
+    for row in cases(*sys.argv[1:3]):
+        print(json.dumps(row), flush=True)

@@ -1,5 +1,5 @@
 """What the modules of a model hold beside parameters and buffers: counters, lists of what was seen,
-flags, tensors that another module reads.
+objects with a state, tensors that another module reads.
 """
 
 from __future__ import annotations
@@ -7,53 +7,67 @@ from __future__ import annotations
 import operator
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _OWN = frozenset(vars(nn.Module()))
 """Attributes of every module: parameters, buffers, hooks."""
 _CONTAINERS = (list, dict, set, deque)
+_NO_STATE = (
+    nn.Module, Tensor, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType,
+)  # fmt: skip
+_DEPTH = 3
+"""Containers inside containers that are looked into."""
 _GONE = object()
 
 Attribute = tuple[str, str]
-"""The path of a module, and the name of what it holds."""
+"""The path of a module, and the name of what it holds, or of an attribute of that."""
 
 
 class Attributes:
-    """Attributes of all modules inside ``model``, as they are now; of plain containers, what is in
-    them as well.
-    """
+    """Attributes of all modules inside ``model``, as they are now, and what is inside them."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._inside: dict[int, tuple[Any, Any]] = {}  # containers, each with a copy
         self._held = [
-            (path, vars(m), {name: (value, _content(value)) for name, value in vars(m).items()
-                             if name not in _OWN})
+            (path, vars(m), {name: (value, self._ids(name, value))
+                             for name, value in vars(m).items() if name not in _OWN})
             for path, m in model.named_modules()
         ]  # fmt: skip
 
+    def _ids(self, name: str, value: Any) -> list[tuple[str, bool, int]]:
+        found = list(_containers(name, value))
+        for *_, one in found:
+            self._inside.setdefault(id(one), (one, one.copy()))
+        return [(label, attributes, id(one)) for label, attributes, one in found]
+
     def changed(self) -> set[Attribute]:
         """What is another object now, or holds other ones."""
+        other = {key: both for key, both in self._inside.items() if _differ(*both)}
         found: set[Attribute] = set()
         for path, attributes, held in self._held:
-            new = attributes.keys() - _OWN - held.keys()
-            other = {
-                name for name, (value, content) in held.items()
-                if attributes.get(name, _GONE) is not value or _differ(value, content)
-            }  # fmt: skip
-            found.update((path, name) for name in new | other)
+            names = attributes.keys() - _OWN - held.keys()
+            names |= {n for n, (value, _) in held.items() if attributes.get(n, _GONE) is not value}
+            for label, of_object, key in (one for _, inside in held.values() for one in inside):
+                if key in other and of_object:
+                    names |= {f"{label}.{name}" for name in _other_keys(*other[key])}
+                elif key in other:
+                    names.add(label)
+            found.update((path, name) for name in names)
         return found
 
     def restore(self) -> None:
         for _, attributes, held in self._held:
             for name in attributes.keys() - _OWN - held.keys():
                 del attributes[name]
-            for name, (value, content) in held.items():
-                attributes[name] = value
-                if content is not None and _differ(value, content):
-                    value.clear()
-                    (value.extend if isinstance(value, (list, deque)) else value.update)(content)
+            attributes.update((name, value) for name, (value, _) in held.items())
+        for now, was in self._inside.values():
+            if _differ(now, was):
+                now.clear()
+                (now.extend if isinstance(now, (list, deque)) else now.update)(was)
 
 
 def read(attribute: Attribute, sources: Iterable[str]) -> bool:
@@ -64,20 +78,33 @@ def read(attribute: Attribute, sources: Iterable[str]) -> bool:
     return any(map(named.match, sources))
 
 
-def _differ(value: Any, content: Any) -> bool:
-    """A container holds other objects than it did, or in another order."""
-    if content is None:
-        return False
-    now, was = (list(c.items()) if isinstance(c, dict) else list(c) for c in (value, content))
-    return len(now) != len(was) or any(map(operator.is_not, _flat(now), _flat(was)))
+def _containers(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, bool, Any]]:
+    """Plain containers, and the attributes of plain objects, from the outside in: a name, whether
+    it is an object's, and the container or the dictionary of attributes.
+    """
+    of_object = type(value) not in _CONTAINERS
+    if of_object and (isinstance(value, _NO_STATE) or not hasattr(value, "__dict__")):
+        return
+    holder = vars(value) if of_object else value
+    yield name, of_object, holder
+    entries = holder.items() if isinstance(holder, dict) else ((None, v) for v in holder)
+    for key, inner in list(entries):
+        if depth:
+            yield from _containers(f"{name}.{key}" if of_object else name, inner, depth - 1)
+
+
+def _other_keys(now: dict[str, Any], was: dict[str, Any]) -> set[str]:
+    return {k for k in now.keys() | was.keys() if now.get(k, _GONE) is not was.get(k, _GONE)}
+
+
+def _differ(now: Any, was: Any) -> bool:
+    """It holds other objects, or in another order."""
+    a, b = (list(c.items()) if isinstance(c, dict) else list(c) for c in (now, was))
+    return len(a) != len(b) or any(map(operator.is_not, _flat(a), _flat(b)))
 
 
 def _flat(entries: list[Any]) -> list[Any]:
     return [x for e in entries for x in (e if isinstance(e, tuple) else (e,))]
-
-
-def _content(value: Any) -> Any:
-    return value.copy() if type(value) in _CONTAINERS else None
 
 
 __all__ = ["Attribute", "Attributes", "read"]

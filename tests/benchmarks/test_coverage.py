@@ -10,7 +10,7 @@ import benchmarks_package  # noqa: F401
 import pytest
 
 from benchmarks import coverage
-from benchmarks.coverage_case import KINDS, case, types
+from benchmarks.coverage_case import KINDS, cases, types
 
 EXACT: dict[str, Any] = {
     "kind": "causal", "type": "llama", "status": "exact", "barriers": [], "pieces": 0,
@@ -60,7 +60,8 @@ def test_a_type_that_takes_too_long() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # a process of its own shows none
 def test_one_type() -> None:
-    found = case("causal", "llama")
+    exact, found = cases("causal", "llama")
+    assert exact.items() <= found.items() and "streamed" not in exact
     assert found["status"] == "exact" and found["bodies"] > 0 and not found["barriers"]
     assert found["streamed"] > 0 and found["checkpointed"] > 0
 

@@ -138,6 +138,26 @@ class ReadsAList(Remembers):
         return self.linear(x) * self.values[-1]
 
 
+class State:
+    def __init__(self) -> None:
+        self.scale, self.by_name = 1.0, {"last": 2.0}
+
+
+class ReadsAnObject(nn.Module):
+    """What it holds is not the module's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.linear = State(), nn.Linear(D, D)
+
+    def look(self, x: Tensor) -> None:
+        self.state.scale = self.state.by_name["last"] = x.detach().abs().mean().item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.look(x)
+        return self.linear(x) * self.state.scale + self.state.by_name["last"]
+
+
 class Around(nn.Module):
     """The module around it reads it."""
 
@@ -220,7 +240,9 @@ def test_a_later_call_does_not_change_what_an_earlier_one_read(kind: type[Watche
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [ReadsANumber, ReadsATensor, ReadsWhatWasNone, ReadsAList, Around])
+@pytest.mark.parametrize(
+    "kind", [ReadsANumber, ReadsATensor, ReadsWhatWasNone, ReadsAList, ReadsAnObject, Around]
+)
 def test_what_is_read_beside_a_part_is_inside_it(kind: type[nn.Module]) -> None:
     """A capture has attributes as they were before the call."""
     torch.manual_seed(0)
@@ -241,3 +263,26 @@ def test_what_the_model_itself_reads_is_refused() -> None:
     with pytest.raises(fxmem.CaptureError, match="changes `aux` of part"):
         model(torch.arange(22).reshape(2, 11) % 11)
     assert model.part.values == [2.0]  # type: ignore[union-attr]
+
+
+class Caches(nn.Module):
+    """A part fills in one attribute of an object of which others are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.linear = State(), nn.Linear(D, D)
+
+    def look(self, x: Tensor) -> Tensor:
+        self.state.seen = x.detach().sum().item()  # type: ignore[attr-defined]
+        return x * (1 + (self.state.seen > 1e6))  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.look(x)) * self.state.scale
+
+
+def test_other_attributes_of_the_same_object_may_be_read() -> None:
+    torch.manual_seed(0)
+    plain = Net(Caches()).double()
+    streamed = fxmem.transform(copy.deepcopy(plain), fxmem.Plan(stream=fxmem.Stream(chunk=5)))
+    with pytest.warns(fxmem.FxmemWarning, match="part.look runs whole"):
+        agree(streamed, plain)
