@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -48,7 +48,8 @@ from fxmem.plan import carry
 from fxmem.plan.plan import Plan, Stream
 from fxmem.progress import reported
 from fxmem.prune.shrink.materialize import materialize
-from fxmem.roles.roles import RoleSource, RoleTable
+from fxmem.roles.roles import Adapter, ReadOnly, RoleSource, RoleTable
+from fxmem.roles.terms import Uncaptured, leave
 from fxmem.runtime import sharding
 
 NO_DDP = "give the model itself, one process each, and Blocks(average=True)"
@@ -91,13 +92,16 @@ def transform(model: nn.Module, plan: Plan | None = None, *, mesh: Any = None) -
             advice="transform the model itself, then wrap it" if plan.blocks is None else NO_DDP,
         )
     check_called(model)
+    leave(model)
     state = BlockState(model, plan.blocks) if plan.blocks is not None else None
     install(model, plan).group = group
     carry.attach(model, plan, install, group)
     detach(model)
     if state is not None:
         attach(model, state)
-        use_roles(model, state.table, state.follow)
+        use_roles(
+            model, state.table, state.follow, state.adapters_of_all if state.adapters else None
+        )
     return model
 
 
@@ -141,7 +145,8 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
         if inside_transform():
             return transformed(args, kwargs)
         if not torch.is_grad_enabled():
-            return plain(*args, **kwargs) if fsdp2.of(model) else evaluated(args, kwargs)
+            idle.roles = None if engine.roles is None else engine.roles.reading
+            return whole(*args, **kwargs) if fsdp2.of(model) else evaluated(args, kwargs)
         if model.training:
             kwargs = without_cache(model, kwargs, args)
         if engine.roles is not None:
@@ -157,6 +162,8 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
         if shards is not None and engine.roles is not None:
             engine.roles.follow()
             engine.roles.shard = shards.shard
+            if engine.roles.reading is not None:
+                engine.roles.reading.shard = shards.shard
         try:
             with shards.call(args, kwargs) if shards else nullcontext((args, kwargs)) as call_of:
                 return streamed(engine, *call_of)
@@ -186,7 +193,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
                 f"{type(model).__name__} runs as plain PyTorch inside {_BY_FUNCTION}", FxmemWarning,
                 stacklevel=3,
             )  # fmt: skip
-        return plain(*args, **kwargs)
+        return whole(*args, **kwargs)
 
     def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
         settle(learning=False)  # of calls before this one, whose backward may change weights
@@ -226,7 +233,11 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
                 raise
         return evaluates(args, kwargs)
 
-    evaluated = Evaluation(model, stream, plain, evaluates)
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        terms = engine.uncaptured
+        return plain(*args, **kwargs) if terms is None else terms(plain, *args, **kwargs)
+
+    evaluated = Evaluation(model, stream, whole, evaluates)
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine
     return engine
@@ -249,9 +260,11 @@ def use_roles(
     model: nn.Module,
     table: Callable[[], RoleTable | None],
     follow: Callable[[], None] = lambda: None,
+    adapters: Callable[[], Mapping[nn.Parameter, Adapter]] | None = None,
 ) -> None:
     """Let the training steps of a transformed model follow a role table, read at every forward.
-    ``follow`` is told before a call of a model whose parameters are shards.
+    ``follow`` is told before a call of a model whose parameters are shards. ``adapters``: of all
+    weights that have one, read at every call without gradients.
 
     Call it before the first step: what is captured without roles stays without.
 
@@ -267,13 +280,31 @@ def use_roles(
             f"{type(model).__name__} was captured without roles",
             advice="give the roles before the first step, or transform the model anew",
         )
-    engine.roles = RoleSource(table, model.training, follow)
+    reading = None
+    if adapters is not None:
+        reading = RoleSource(lambda: ReadOnly(adapters=adapters()), armed=False)
+        this = weakref.ref(model)
+        engine.uncaptured = Uncaptured(lambda: _as_read(this(), follow, adapters))
+        engine.uncaptured.reach(model, adapters())
+    old, engine.roles = engine.roles, RoleSource(table, model.training, follow, reading=reading)
     engine.flags.truth = True
     recorded = engine.recorder.programs.values() if engine.recorder else ()
     for one in (engine, *(p.backend for p in recorded if p.backend.roles)):
-        one.roles = engine.roles
+        one.roles = engine.roles if one is engine or one.roles is old else reading
         for graph in one.graphs:
-            graph.roles = engine.roles
+            graph.roles = one.roles
+
+
+def _as_read(
+    model: nn.Module | None, follow: Callable[[], None],
+    adapters: Callable[[], Mapping[nn.Parameter, Adapter]],
+) -> Mapping[nn.Parameter, Adapter]:  # fmt: skip
+    """By what plain PyTorch reads: under FSDP2 by whole parameters."""
+    if model is None or (shards := fsdp2.of(model)) is None:
+        return adapters()
+    follow()
+    found = adapters()
+    return {whole: found[shard] for whole, shard in shards.whole() if shard in found}
 
 
 def is_transformed(model: nn.Module) -> bool:
@@ -297,6 +328,7 @@ def restore(model: nn.Module) -> nn.Module:
     if model not in _TRANSFORMED:
         raise NotTransformedError(f"{type(model).__name__} was not transformed")
     carry.detach(model)
+    leave(model)
     detach(model)
     del _TRANSFORMED[model]
     return model

@@ -36,6 +36,7 @@ from fxmem.memory.budget import Budget
 from fxmem.passes.inline_bodies import inline_layers
 from fxmem.plan.plan import Plan, Stream, check_names
 from fxmem.roles.roles import RoleSource
+from fxmem.roles.terms import Uncaptured
 from fxmem.runtime import sharding
 
 
@@ -45,7 +46,8 @@ class Backend:
     ``raises``: errors leave through Dynamo, which then keeps no capture: the next call tries again.
     ``recorder``: takes wide outputs that are not computed in the call. ``one``: a capture is one
     region. ``idle``: calls without gradients stream too. ``told``: operators and calls that a
-    warning has named. ``states``: the call asks for states of the model.
+    warning has named. ``states``: the call asks for states of the model. ``uncaptured``: runs calls
+    without gradients that are not captured.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Backend:
         self.told = set() if told is None else told
         self.flags = Flags()
         self.graphs: list[CompiledGraph] = []
+        self.uncaptured: Uncaptured | None = None
         self.sharded: ShardedModel | None = None
         self.group: Group | None = None
         self.states = False
@@ -187,7 +190,9 @@ def recorder_of(
         return None
 
     def program(learns: bool) -> Backend:
-        own = roles() if learns else None
+        own = roles()
+        if own is not None and not learns:
+            own = own.reading
         return Backend(plan, own, raises=True, one=True, idle=True, told=told)
 
     return Recorder(repr(plan), program, told=told)

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = [
     "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDispatchMode",
     "after_backward", "ambient_autocast", "assume", "backward_id", "call_impl", "compile_times",
+    "compiled_call",
     "enable_python_dispatcher", "fake_mode_of", "fixed_sizes", "hint_bytes", "is_fixed",
     "inlined_operands", "input_name", "inside_ddp", "is_control_node", "is_custom_function",
     "is_forward_mode", "is_mutable", "is_random", "is_transformed", "is_view",
@@ -342,6 +343,11 @@ def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any]) -> None
     forget it, see ``carry.py``.
     """
     module._compiled_call_impl = call
+
+
+def compiled_call(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """What ``module(...)`` runs in place of its forward."""
+    return module._compiled_call_impl
 
 
 def unset_compiled_call(module: torch.nn.Module) -> None:

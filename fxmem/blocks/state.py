@@ -137,9 +137,13 @@ class BlockState(RoleTable):
                 advice='name Blocks(accumulation="micro", "last" or "accumulate"); for "last" set '
                 "is_last_micro_batch; run forwards that do not train under no_grad",
             )
-        low_rank.follow(self._adapters)
         self._cache.clear()
+        self.adapters_of_all()
         return self
+
+    def adapters_of_all(self) -> Mapping[nn.Parameter, Adapter]:
+        low_rank.follow(self._adapters)
+        return self._adapters
 
     def begin_backward(self, number: int) -> None:
         """Count the backward passes of this optimizer step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from fxmem.frontend import origin
 from fxmem.frontend.capture import attribute, canonical, is_size, value_of
 from fxmem.frontend.inputs import uniform
 from fxmem.frontend.late_outputs import Late
+from fxmem.roles.terms import Terms
 from fxmem.runtime.sharding import Sharding, current
 
 KEEP = 'Stream(logits="keep") hands out plain logits'
@@ -118,7 +120,7 @@ class Recorder:
 
     def _values(self, made: Source, wide: bool, name: str) -> Sequence[Tensor]:
         program = self._program(made)
-        bound = program.backend.roles is not None
+        bound = program.backend.roles is not None and torch.is_grad_enabled()
         if wide:
             self._tell(name, f"makes the logits whole at {_line()}")
         if wide and not bound:
@@ -166,8 +168,19 @@ class Recorder:
 
 
 def _plain(program: Program, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    found: Sequence[Tensor] = program.plain(*inputs)
+    with _terms(program, inputs):
+        found: Sequence[Tensor] = program.plain(*inputs)
     return found
+
+
+def _terms(program: Program, inputs: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Low-rank terms of the weights among the inputs, where nothing learns."""
+    roles = program.backend.roles
+    if roles is None:
+        return contextlib.nullcontext()
+    table, weights = roles.table(), [x for x in inputs if isinstance(x, nn.Parameter)]
+    beside = {w: table.adapter(roles.shard(w)) for w in weights}
+    return Terms(lambda: {w: a for w, a in beside.items() if a is not None})
 
 
 def _unchanged(nodes: Sequence[Node]) -> None:

@@ -155,6 +155,10 @@ class ShardedModel:
                 last[group].closes.append(group)
         return found
 
+    def whole(self) -> Iterator[tuple[Any, Any]]:
+        """The whole parameters, each with this rank's shard; after the root was opened once."""
+        return (pair for group in self.groups for pair in group.whole())
+
     def shard(self, parameter: Tensor) -> Tensor:
         """What an optimizer changes."""
         return self.shards.get(parameter, parameter)

@@ -29,7 +29,7 @@ _PRODUCTS: dict[Any, int] = {
     torch.addmm: 2, "addmm": 2,
 }  # fmt: skip
 """Matrix products by target, and the position of the right-hand matrix."""
-_FLIPS = frozenset({"t", "transpose", "swapaxes", "swapdims", "permute", "T", "mT"})
+FLIPS = frozenset({"t", "transpose", "swapaxes", "swapdims", "permute", "T", "mT"})
 _SAME = frozenset({"to", "contiguous", "float", "double", "half", "bfloat16", "type_as"})
 
 
@@ -92,9 +92,10 @@ class LowRank(Canonicalize):
         if not read:
             return out
         name = str(node.args[1]) if node.target is getattr else name_of(node.target)
-        if name in _FLIPS or name in _SAME:
-            position, flipped = self._weights[read[0]]
-            self._weights[node] = (position, flipped != (name in _FLIPS))
+        if name in FLIPS or name in _SAME:
+            position, turned = self._weights[read[0]]
+            turn = name in FLIPS and flipped(args[0], out)
+            self._weights[node] = (position, turned != turn)
             return out
         at = _PRODUCTS.get(node.target)
         if at is None or kwargs or len(read) > 1 or node.args[at] is not read[0]:
@@ -103,15 +104,22 @@ class LowRank(Canonicalize):
                 op=str(name), module=module_path(node), source=source_line(node),
                 advice="give this weight no adapter",
             )  # fmt: skip
-        position, flipped = self._weights[read[0]]
-        transposed = flipped != (node.target is F.linear)
-        return out + self._term(args[at - 1], position, transposed).to(out.dtype)
-
-    def _term(self, x: Tensor, position: int, transposed: bool) -> Tensor:
-        """``s x (up down)``, or ``s x (up down)^T``, through the ``r`` columns between them."""
-        up, down = (m.to(x.dtype) for m in self.adapters[position])
-        first, second = (down, up) if transposed else (up.t(), down.t())
-        return F.linear(F.linear(x, first) * self._scales[position], second)
+        position, turned = self._weights[read[0]]
+        transposed = turned != (node.target is F.linear)
+        up, down = self.adapters[position]
+        return out + term(args[at - 1], up, down, self._scales[position], transposed).to(out.dtype)
 
 
-__all__ = ["AdaptedRegion", "LowRank"]
+def term(x: Tensor, up: Tensor, down: Tensor, scale: float, transposed: bool) -> Tensor:
+    """``s x (up down)``, or ``s x (up down)^T``, through the ``r`` columns between them."""
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    first, second = (down, up) if transposed else (up.t(), down.t())
+    return F.linear(F.linear(x, first) * scale, second)
+
+
+def flipped(before: Tensor, after: Tensor) -> bool:
+    """Whether a view of a matrix has its axes the other way round."""
+    return (before.shape, before.stride()) != (after.shape, after.stride())
+
+
+__all__ = ["FLIPS", "AdaptedRegion", "LowRank", "flipped", "term"]

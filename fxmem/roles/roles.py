@@ -94,6 +94,10 @@ class RoleTable:
     def adapter(self, parameter: nn.Parameter) -> Adapter | None:
         return self._adapters.get(parameter)
 
+    def adapters_of_all(self) -> Mapping[nn.Parameter, Adapter]:
+        """By weight, for a call that learns nothing."""
+        return self._adapters
+
     def rule(self, parameter: nn.Parameter) -> Rule | None:
         """How a kernel may move ``parameter`` in the pass that forms its gradient; None where the
         gradient itself is needed.
@@ -209,6 +213,13 @@ class RoleTable:
             self.update(parameter, grad)
 
 
+class ReadOnly(RoleTable):
+    """Of a call that learns nothing: adapters take part, and every parameter is FROZEN."""
+
+    def role(self, parameter: nn.Parameter) -> Role:
+        return Role.FROZEN
+
+
 def _taker(table: RoleTable) -> Callable[[Tensor], None]:
     """A hook that does not keep the table alive."""
     this = weakref.ref(table)
@@ -229,12 +240,14 @@ class RoleSource:
         armed: updates may happen: the model is in training mode.
         follow: told before a call of a model whose parameters are shards.
         shard: of a parameter that is whole for the time of a call: the one that roles are of.
+        reading: the source of calls without gradients, where there are adapters.
     """
 
     table: Callable[[], RoleTable | None]
     armed: bool = True
     follow: Callable[[], None] = lambda: None
     shard: Callable[[Any], Any] = lambda parameter: parameter
+    reading: RoleSource | None = None
 
 
-__all__ = ["Adapter", "Role", "RoleSource", "RoleTable", "Update"]
+__all__ = ["Adapter", "ReadOnly", "Role", "RoleSource", "RoleTable", "Update"]

@@ -265,9 +265,11 @@ def test_a_compiled_call_replaces_call_and_nothing_else() -> None:
     original, keys = _compat.call_impl(module), list(module.state_dict())
     _compat.set_compiled_call(module, lambda *_: "compiled")
     assert module(torch.ones(1, 2)) == "compiled"
+    assert _compat.compiled_call(module)() == "compiled"  # type: ignore[misc]
     assert original(torch.ones(1, 2)).shape == (1, 2)
     assert list(module.state_dict()) == keys
     _compat.unset_compiled_call(module)
+    assert _compat.compiled_call(module) is None
     assert module(torch.ones(1, 2)).shape == (1, 2)
 
 

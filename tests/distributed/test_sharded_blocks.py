@@ -11,6 +11,7 @@ from blocks_sharded import (
     KINDS,
     around,
     busy,
+    evaluated,
     gradients_left,
     hybrid,
     ignored,
@@ -85,6 +86,14 @@ def test_what_happens_around_a_step() -> None:
     for quiet, disturbed in on_ranks(busy):
         assert difference(quiet, want) < 1e-10
         assert difference(disturbed, quiet) == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_calls_without_gradients_have_low_rank_terms(order: str) -> None:
+    for found in on_ranks(evaluated, 2, order):
+        without, learning = found[::2], found[1::2]
+        assert difference(without, learning) < 1e-10
 
 
 @pytest.mark.distributed

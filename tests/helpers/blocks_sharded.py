@@ -121,6 +121,24 @@ def around(rank: int, world: int = 2, *, busy: bool = False) -> list[Tensor]:
     return values(net, state)
 
 
+def evaluated(rank: int, world: int, order: str) -> list[Tensor]:
+    """A loss without gradients and then with, of unequal lengths, at several steps."""
+    net, opt, _ = make(world, order, KINDS["low_rank"])
+    found = []
+    for step in range(3):
+        if step != 1:
+            train(net, opt, rank, world, range(step, step + 1), False)
+        for seed, length in ((7, 9 + rank), (8, 2)):
+            with torch.no_grad():
+                found.append(whole(net(ids(seed, 2, length))))
+            net.eval()
+            with torch.enable_grad():
+                found.append(whole(net(ids(seed, 2, length))))
+            net.train()
+            opt.zero_grad()
+    return found
+
+
 def busy(rank: int) -> tuple[list[Tensor], list[Tensor]]:
     return around(rank), around(rank, busy=True)
 

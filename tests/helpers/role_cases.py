@@ -83,7 +83,7 @@ def case(
     named = {p: roles[n] for n, p in net.named_parameters()}
     table = RoleTable(named, update, adapters(net) if adapters is not None else None)
     fxmem.transform(net, plan)
-    api.use_roles(net, lambda: table)
+    api.use_roles(net, lambda: table, adapters=table.adapters_of_all if adapters else None)
     return Case(plain, net, dict(roles), table, updated)
 
 
