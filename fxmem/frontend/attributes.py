@@ -60,13 +60,17 @@ class Attributes:
         return found
 
     def restore(self) -> None:
+        """As it was, but for attributes that are new: what is made once, at the first call, such as
+        hooks and the flag that they are there, is not made again.
+        """
+        objects = {key for *_, held in self._held for _, inside in held.values()
+                   for _, of_object, key in inside if of_object}  # fmt: skip
         for _, attributes, held in self._held:
-            for name in attributes.keys() - _OWN - held.keys():
-                del attributes[name]
             attributes.update((name, value) for name, (value, _) in held.items())
-        for now, was in self._inside.values():
+        for key, (now, was) in self._inside.items():
             if _differ(now, was):
-                now.clear()
+                if key not in objects:
+                    now.clear()
                 (now.extend if isinstance(now, (list, deque)) else now.update)(was)
 
 

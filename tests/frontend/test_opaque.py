@@ -242,7 +242,7 @@ def test_any_kind_of_part_in_any_setting(examples: int) -> None:
             st.integers(1, 24), min_size=2, max_size=3), batches=st.integers(1, 3),
         train=st.booleans(), hooked=st.booleans(), frozen=st.booleans(),
     )  # fmt: skip
-    drawn(settings(max_examples=examples, deadline=None)(_any_setting))()
+    settings(max_examples=examples, deadline=None)(drawn(_any_setting))()
 
 
 def _any_setting(

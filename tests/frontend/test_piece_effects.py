@@ -183,7 +183,25 @@ class Net(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), ids.flatten()), logits
 
 
-KINDS = [Updates, GivesWhatNobodyReads, Notes, UpdatesAfter, Scales, WritesLater]
+class InstallsOnce(Watches):
+    """As libraries do that add hooks at a first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def note(self, x: Tensor) -> None:
+        super().note(x)
+        if not getattr(self, "_installed", False):
+            self.linear.register_forward_hook(lambda module, args, out: out * 2)
+            self._installed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note(x)
+        return self.linear(x)
+
+
+KINDS = [InstallsOnce, Updates, GivesWhatNobodyReads, Notes, UpdatesAfter, Scales, WritesLater]
 
 
 @pytest.mark.parametrize("logits", ["drop", "keep"])
