@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fxmem._compat import graph as _compat
+from fxmem._compat.overrides import tree_leaves, tree_map
 from fxmem.errors import RoleError
 from fxmem.frontend.low_rank_terms import FLIPS, flipped, term
 from fxmem.frontend.origin import calling_line
