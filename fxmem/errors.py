@@ -22,6 +22,8 @@ class FxmemError(Exception):
     """
 
     default_advice: ClassVar[str | None] = None
+    by_plan: ClassVar[bool] = False
+    """The plan or the step is at fault, not the model: it need not be captured in another way."""
     original: BaseException | None = None
     """What another library raised, where the message says all that a user needs of it."""
 
@@ -125,6 +127,7 @@ class BackwardTwiceError(FxmemError):
 class ModifiedParameterError(FxmemError):
     """A parameter or input was changed in place between forward and backward."""
 
+    by_plan = True
     default_advice = (
         "call optimizer.step() and other in-place changes after backward, or run the forward again"
     )
@@ -139,6 +142,8 @@ class DroppedLogitsError(FxmemError):
 class PlanError(FxmemError, ValueError):
     """A plan or an option has an unknown name or an impossible value."""
 
+    by_plan = True
+
 
 class BudgetError(FxmemError, ValueError):
     """A pruning budget cannot be met, or a search has nothing to measure it by."""
@@ -149,6 +154,7 @@ class BudgetError(FxmemError, ValueError):
 class MemoryBudgetError(FxmemError, ValueError):
     """A step does not fit into ``Stream(memory=...)``."""
 
+    by_plan = True
     default_advice = (
         'give more memory, a shorter sequence or a smaller batch, Stream(offload="disk"), or '
         "train fewer parameters at a time with Plan(blocks=...)"
@@ -158,6 +164,7 @@ class MemoryBudgetError(FxmemError, ValueError):
 class OffloadError(FxmemError, OSError):
     """Saved tensors cannot be moved off the device, or do not come back."""
 
+    by_plan = True
     default_advice = (
         "free space in the temporary directory or name another one in the environment variable "
         'TMPDIR, or train with Stream(offload="none"); parameters and gradients are as before'
@@ -173,6 +180,7 @@ class DivergedError(FxmemError):
 class LostRankError(FxmemError):
     """A rank that streams the same sequence does not answer."""
 
+    by_plan = True
     default_advice = (
         "see what ended or stopped the other process, then start all of them again, from a "
         "checkpoint; ranks of a sequence call forward and backward alike"
@@ -182,12 +190,14 @@ class LostRankError(FxmemError):
 class RoleError(FxmemError):
     """A parameter has a role that the compiled step cannot honour."""
 
+    by_plan = True
     default_advice = "give the parameter another role, or leave it out of the blocks"
 
 
 class BlockStateError(FxmemError):
     """Block training was asked for something its state does not allow."""
 
+    by_plan = True
     default_advice = "go on with the options and the partition that the state was made with"
 
 

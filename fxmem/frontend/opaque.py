@@ -22,18 +22,7 @@ from torch import Tensor, nn
 
 from fxmem._compat import capture_stack
 from fxmem._compat import errors as dynamo
-from fxmem.errors import (
-    BlockStateError,
-    CaptureError,
-    FxmemError,
-    FxmemWarning,
-    LostRankError,
-    MemoryBudgetError,
-    ModifiedParameterError,
-    OffloadError,
-    PlanError,
-    RoleError,
-)
+from fxmem.errors import CaptureError, FxmemError, FxmemWarning, PlanError
 from fxmem.frontend import faults
 from fxmem.frontend.attributes import read
 from fxmem.frontend.methods import Method, called_at, method_of, methods_at
@@ -46,11 +35,6 @@ KINDS = 16
 """Kinds of pieces of one model before its error is the user's to see."""
 TRIES = 64
 """Wrong guesses in one call before it is given up."""
-NO_PART = (
-    PlanError, RoleError, BlockStateError, LostRankError, MemoryBudgetError, ModifiedParameterError,
-    OffloadError,
-)  # fmt: skip
-"""Errors of a plan or of a step that was captured well."""
 
 
 class Opaque:
@@ -98,11 +82,10 @@ class Opaque:
             return True
         reason = self._reason(error)
         if len({p.kind for p in self.pieces}) < KINDS:
-            methods = self._methods(error)
-            refused = [] if methods else self._called(error, again, given)
-            for method in methods or refused:
+            methods, refused = self._methods(error, again, given)
+            for method in methods:
                 before = self.pieces
-                self.pieces = _with(before, self.model, method, reason, bool(refused))
+                self.pieces = _with(before, self.model, method, reason, refused)
                 if self._record(again, given):
                     return True
                 self.pieces = before
@@ -127,8 +110,13 @@ class Opaque:
                 return True
         return False
 
-    def _methods(self, error: BaseException) -> list[Method]:
-        """Methods of submodules in which the capture failed, innermost first."""
+    def _methods(
+        self, error: BaseException, again: Callable[[], Any], given: Mapping[str, Tensor]
+    ) -> tuple[list[Method], bool]:
+        """Methods of submodules in which the capture failed, innermost first; or, and True, those
+        that the model's own code calls there: Dynamo does not enter some classes, such as a
+        recurrent network's or a script's.
+        """
         piece, self._read = self._read, None
         if piece is not None:
             found = _around(self.model, piece)
@@ -141,25 +129,17 @@ class Opaque:
             ]  # fmt: skip
             node = None if found else faults.node_of(dynamo.backend_error(error) or error)
             found += methods_at(node, self.model) if node is not None else []
-        known = {(p.module, p.name) for p in self.pieces}
-        return [m for m in dict.fromkeys(found) if m not in known]
-
-    def _called(
-        self, error: BaseException, again: Callable[[], Any], given: Mapping[str, Tensor]
-    ) -> list[Method]:
-        """Modules that the model's own code calls where the capture failed: Dynamo does not enter
-        some, such as a recurrent network's or a script's.
-        """
-        stack = dynamo.captured_stack(error)
-        if not stack:
-            return []
-        try:
-            with Recording(self.model, [], given), called_at(stack[-1]) as found:
+        known = {(self.model, "forward"), *((p.module, p.name) for p in self.pieces)}
+        if methods := [m for m in dict.fromkeys(found) if m not in known]:
+            return methods, False
+        if stack := dynamo.captured_stack(error):
+            with (
+                contextlib.suppress(Exception),  # what plain PyTorch raises too
+                Recording(self.model, [], given), called_at(stack[-1]) as modules,
+            ):  # fmt: skip
                 again()
-        except Exception:
-            return []  # what plain PyTorch raises too
-        known = {p.module for p in self.pieces}
-        return [(m, "forward") for m in found if m is not self.model and m not in known]
+                found = [(module, "forward") for module in modules]
+        return [m for m in found if m not in known], True
 
     def _reason(self, error: BaseException) -> str:
         if capture_stack.demanded():
@@ -285,7 +265,7 @@ def _by_capture(error: BaseException) -> bool:
     """The model could not be captured or compiled, which running a part as it is may cure."""
     inner = dynamo.backend_error(error) or error
     if isinstance(inner, FxmemError):
-        return not isinstance(inner, NO_PART)
+        return not inner.by_plan
     known = isinstance(inner, (MemoryError, torch.OutOfMemoryError)) or dynamo.over_limit(error)
     return dynamo.while_capturing(error) and not known
 

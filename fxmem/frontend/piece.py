@@ -148,7 +148,7 @@ class Piece:
         places: Sequence[tuple[nn.Module, str]] = (),
     ) -> None:  # fmt: skip
         self.module, self.path, self.name, self.kind, self.reason = module, path, name, kind, reason
-        self.places, self._classless = places, _classless(module)
+        self.places, self._shown = places, _classless(module) if places else module
         self.calls: list[PieceCall] = []
         self.at, self.told = 0, False
         self.written: list[Tensor] = []
@@ -169,7 +169,7 @@ class Piece:
         self.own = getattr(self.module, self.name)
         setattr(self.module, self.name, by)
         for owner, name in self.places:
-            owner._modules[name] = self._classless
+            owner._modules[name] = self._shown
         self.at, CALLED[self._number] = 0, self
         try:
             yield
