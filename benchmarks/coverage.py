@@ -2,15 +2,16 @@
 
 ``python -m benchmarks.coverage`` runs what is not yet in ``benchmarks/results/coverage.jsonl`` and
 writes ``docs/coverage.md``. ``--kinds causal,masked`` and ``--types llama,t5`` choose, ``--again``
-runs these anew, ``--seconds`` is the limit of one type.
+runs these anew, ``--seconds`` is the limit of one type, in seconds of a processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import subprocess
-import sys
+import multiprocessing
+import signal
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import coverage_case
 from benchmarks.coverage_case import CHUNK, KINDS, TOLERANCE, types
 from fxmem.files import write_text
 
@@ -33,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kinds", default=",".join(KINDS), help="of " + ", ".join(KINDS))
     parser.add_argument("--types", default="", help="model types, by comma; default: all")
     parser.add_argument("--again", action="store_true", help="run what has a result, too")
-    parser.add_argument("--seconds", type=float, default=300.0, help="limit of one type")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="limit of one type, of a processor"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", type=Path, default=TABLE)
     options = parser.parse_args(arguments)
@@ -60,23 +64,23 @@ def read(results: Path) -> dict[tuple[str, str], Row]:
 
 
 def run(kind: str, name: str, seconds: float) -> Row:
-    """One type in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.coverage_case", kind, name]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, check=False
-        )
-    except subprocess.TimeoutExpired as late:
-        known = (late.stdout or b"").decode().splitlines()
-        if known:  # only the peaks are missing
-            return dict(json.loads(known[-1]))
+    """One type in a process of its own, forked from one that has imported everything."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["benchmarks.coverage_case"])
+    rows, sends = forks.Pipe(duplex=False)
+    process = forks.Process(target=coverage_case.run, args=(kind, name, sends, seconds))
+    process.start()
+    sends.close()  # so that the end of the process is the end of the rows
+    known: Row = {}
+    with contextlib.suppress(EOFError):
+        while True:
+            known = rows.recv()
+    process.join()
+    if known:  # or only the peaks are missing
+        return known
+    if process.exitcode == -signal.SIGXCPU:
         return {"status": "out of time", "reason": f"more than {seconds:.0f} s"}
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        return {"status": "died", "reason": f"exit {done.returncode}: {last[:200]}"}
-    found: Row = json.loads(lines[-1])
-    return found
+    return {"status": "died", "reason": f"exit {process.exitcode}"}
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,12 @@ def text_pair(length: int, padded: bool) -> Batch:
     }
 
 
+def text_beside(length: int, padded: bool) -> Batch:
+    """Text for models that do not train without an image."""
+    pixels = images(length, padded)["pixel_values"]
+    return {**zoo.batch(length, padded=padded), "pixel_values": pixels}
+
+
 def images(length: int, padded: bool) -> Batch:
     """As many images as rows of text; ``length`` seeds them."""
     made = torch.Generator().manual_seed(length)
@@ -50,21 +58,26 @@ def images(length: int, padded: bool) -> Batch:
     return {"pixel_values": pixels, "labels": torch.tensor([0, 1])}
 
 
-KINDS: dict[str, tuple[str, Any, Callable[[int, bool], Batch]]] = {
-    "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", tf.AutoModelForCausalLM, text),
-    "masked": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", tf.AutoModelForMaskedLM, text),
+Make = Callable[[int, bool], Batch]
+KINDS: dict[str, tuple[str, Any, tuple[Make, ...]]] = {
+    "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", tf.AutoModelForCausalLM, (text,)),
+    "masked": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", tf.AutoModelForMaskedLM, (text,)),
     "encoder-decoder": (
-        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", tf.AutoModelForSeq2SeqLM, text_pair
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", tf.AutoModelForSeq2SeqLM,
+        (text_pair, text),
     ),
     "image": (
-        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", tf.AutoModelForImageClassification, images
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", tf.AutoModelForImageClassification,
+        (images,),
     ),
     "vision-language": (
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", tf.AutoModelForImageTextToText, text
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", tf.AutoModelForImageTextToText,
+        (text, text_beside),
     ),
 }  # fmt: skip
-"""The table of transformers that lists the types, what builds one, and its inputs. Vision-language
-models are trained on text here: their towers are those of the images.
+"""The table of transformers that lists the types, what builds one, and inputs, of which the first
+that train are used. Vision-language models are trained on text here where they can be: their towers
+are those of the images.
 """
 
 
@@ -86,7 +99,7 @@ def step(net: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[float, dict[str,
 
 def cases(kind: str, name: str) -> Iterator[dict[str, Any]]:
     """``status`` and what belongs to it; then the same with peaks, which may take long."""
-    _, family, make = KINDS[kind]
+    _, family, makes = KINDS[kind]
     with double.everything_in_double():
         try:
             torch.manual_seed(0)
@@ -94,8 +107,7 @@ def cases(kind: str, name: str) -> Iterator[dict[str, Any]]:
             for p in net.parameters():
                 p.data.add_(torch.randn_like(p) * 0.05)
             checkpointed = copy.deepcopy(net)  # now: some keep states of their latest step
-            given = [make(23, False), make(37, True)]
-            want = [_plain(net, inputs) for inputs in given]
+            make, want = _trains(net, makes)
         except Exception as error:
             yield {"status": "does not train in plain PyTorch", "reason": _line(error)}
             return
@@ -127,6 +139,17 @@ def _wrong(net: nn.Module, plain: nn.Module, want: Sequence[Any]) -> str:
     other.compile(backend="eager")
     worst = max(_difference(step(net, inputs), step(other, inputs)) for inputs, _ in want)
     return "exact, to torch.compile" if worst <= TOLERANCE else "wrong"
+
+
+def _trains(net: nn.Module, makes: Sequence[Make]) -> tuple[Make, list[Any]]:
+    """The first inputs that the model trains on, and its steps."""
+    make, *others = makes
+    try:
+        return make, [_plain(net, inputs) for inputs in (make(23, False), make(37, True))]
+    except Exception:
+        if not others:
+            raise
+        return _trains(net, others)
 
 
 def _plain(net: nn.Module, inputs: Batch) -> tuple[Batch, tuple[float, dict[str, Tensor]]]:
@@ -162,8 +185,15 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
-if __name__ == "__main__":
+def run(kind: str, name: str, sends: Connection | None = None, seconds: float = math.inf) -> None:
+    """The rows of :func:`cases`, sent or printed, in so many seconds of a processor."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for row in cases(*sys.argv[1:3]):
-        print(json.dumps(row), flush=True)
+    if seconds < math.inf:
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), resource.RLIM_INFINITY))
+    for row in cases(kind, name):
+        sends.send(row) if sends else print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:3])

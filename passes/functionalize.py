@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from fxmem._compat import graph as _compat
 from fxmem.errors import MutationError
 from fxmem.frontend import functional_writes as functional
-from fxmem.frontend.capture import fake_call, value_of
+from fxmem.frontend.capture import value_of
+from fxmem.frontend.interpret import fake_call
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.rewriting.pipeline import Required, copy_graph
 

@@ -17,7 +17,8 @@ from torch import fx
 from fxmem._compat import graph as _compat
 from fxmem._compat.hooks import is_hook
 from fxmem._compat.repeated_layers import is_shared_call, layer_of
-from fxmem.frontend.capture import contexts_of, fake_call
+from fxmem.frontend.capture import contexts_of
+from fxmem.frontend.interpret import fake_call
 from fxmem.passes.functionalize import writes
 from fxmem.rewriting.pipeline import Pass, Required, copy_graph, run_passes
 

@@ -19,7 +19,8 @@ from torch import Tensor, fx
 
 from fxmem._compat.data_sizes import by_data
 from fxmem.errors import CaptureError
-from fxmem.frontend.capture import fake_call, value_of
+from fxmem.frontend.capture import value_of
+from fxmem.frontend.interpret import fake_call
 from fxmem.frontend.origin import module_path, name_of, source_line
 from fxmem.rewriting.pipeline import Required, call_before, copy_graph
 

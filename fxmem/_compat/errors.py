@@ -17,6 +17,7 @@ from torch._dynamo.exc import (
     TorchRuntimeError,
     Unsupported,
 )
+from torch._dynamo.variables.misc import TracebackVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
@@ -26,7 +27,8 @@ from fxmem._compat.data_sizes import by_data
 __all__ = [
     "GuardOnDataDependentSymNode", "LinAlgError", "RestartAnalysis", "StopRecomputation",
     "backend_error", "captured_stack", "frames", "is_user_exception", "kind_and_reason",
-    "module_source", "over_limit", "recompile_reason", "sized_by_data", "while_capturing",
+    "module_source", "over_limit", "raised_at", "recompile_reason", "sized_by_data",
+    "while_capturing",
 ]  # fmt: skip
 
 
@@ -95,11 +97,24 @@ def kind_and_reason(error: BaseException) -> tuple[str, str]:
 
 def captured_stack(error: BaseException) -> list[Any]:
     """``traceback.FrameSummary`` of the captured code where it failed, outermost first."""
+    if raised := raised_at(error):
+        return raised
     seen: BaseException | None = error
     while seen is not None:
         if stack := getattr(seen, "real_stack", None):
             return list(stack)
         seen = seen.__cause__
+    return []
+
+
+def raised_at(error: BaseException) -> list[Any]:
+    """``traceback.FrameSummary`` of where captured code raised what nothing caught, outermost
+    first: Dynamo's own stack ends at the last ``finally`` that it passed.
+    """
+    for value in (v for frame in frames(error) for v in frame.f_locals.values()):
+        found = getattr(value, "__traceback__", None)  # Dynamo's own, of an exception of the code
+        if isinstance(found, TracebackVariable):
+            return [getattr(f, "frame_summary", f) for f in found.extract_tb()]
     return []
 
 

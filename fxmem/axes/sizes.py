@@ -33,9 +33,17 @@ UNIT: Size = sympy.Integer(1)
 
 def size(value: Any) -> Size:
     """The expression of an ``int``, ``torch.SymInt`` or expression."""
-    if isinstance(value, torch.SymInt):
-        return sympy.sympify(value.node.expr)
-    return sympy.sympify(value)
+    expr = sympy.sympify(value.node.expr if isinstance(value, torch.SymInt) else value)
+    return expr if expr.is_Atom else _divided(expr)
+
+
+@lru_cache(maxsize=65536)
+def _divided(expr: Size) -> Size:
+    """``expr`` with quotients that come out even: the size of a ``-1`` in a reshape is one."""
+    return expr.replace(
+        lambda e: type(e).__name__ == "FloorDiv",
+        lambda e: e if (quotient := divide(*e.args)) is None else quotient,
+    )
 
 
 def sizes(values: Iterable[Any]) -> tuple[Size, ...]:

@@ -16,7 +16,8 @@ from fxmem._compat import capture_stack
 from fxmem._compat import hooks as _compat_hooks
 from fxmem.axes.sizes import degree, evaluate
 from fxmem.errors import HookError, RoleError
-from fxmem.frontend.capture import Capture, call_node, canonical, is_size, is_tensor, value_of
+from fxmem.frontend.capture import Capture, canonical, is_size, is_tensor, value_of
+from fxmem.frontend.interpret import call_node
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.frontend.parameter_free import Leaf, Preamble, leaf_of
 

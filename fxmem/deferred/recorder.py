@@ -20,8 +20,9 @@ from fxmem.deferred.tape import MODE, Memory, Node, needed
 from fxmem.deferred.tensor import handle
 from fxmem.errors import FxmemError, FxmemWarning, ModifiedParameterError
 from fxmem.frontend import origin
-from fxmem.frontend.capture import attribute, canonical, is_size, value_of
+from fxmem.frontend.capture import canonical, is_size, value_of
 from fxmem.frontend.inputs import uniform
+from fxmem.frontend.interpret import attribute
 from fxmem.frontend.late_outputs import Late
 from fxmem.roles.terms import Terms
 from fxmem.runtime.sharding import Sharding, current

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxmem.frontend import functional_writes as functional
 from fxmem.frontend.canonical_attention import attention as canonical_attention
-from fxmem.frontend.capture import call_node
+from fxmem.frontend.interpret import call_node
 from fxmem.frontend.stateless_random import StatelessRandom
 from fxmem.frontend.subgraph import Subgraph
 from fxmem.kernels.carried import running_product

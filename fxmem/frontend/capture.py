@@ -16,8 +16,9 @@ import contextlib
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import sympy
@@ -27,10 +28,7 @@ from torch import fx
 from fxmem._compat import capture_stack
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
-from fxmem._compat.data_sizes import evaluating
-from fxmem.axes.size_calls import fold
 from fxmem.axes.sizes import Size, T, per_token, size
-from fxmem.errors import CaptureError
 
 NARROW_LIMIT = 512
 """Elements per token up to which a parameter-free value is computed whole."""
@@ -117,11 +115,11 @@ def value_of(node: fx.Node) -> Any:
 def canonical(expr: Any, symbols: Mapping[sympy.Symbol, Size]) -> Size:
     if isinstance(expr, int):
         return sympy.Integer(expr)
-    expr = expr.node.expr if isinstance(expr, torch.SymInt) else expr
+    expr = size(expr)
     found = symbols.get(expr)
     if isinstance(found, sympy.Symbol):
         return found
-    return sympy.expand(sympy.sympify(expr).xreplace(dict(symbols)))
+    return sympy.expand(expr.xreplace(dict(symbols)))
 
 
 def canonical_shape(value: torch.Tensor, symbols: Mapping[sympy.Symbol, Size]) -> tuple[Size, ...]:
@@ -264,10 +262,11 @@ def _symbols(
     """Canonical names: ``T`` for the streamed length, ``n0``, ``n1``, ... for the others.
 
     The streamed axis is a symbol that stands last in the shape of an input: tokens in ``[B, T]``
-    ids, in ``[B, T, d]`` states, in packed ``[T]`` streams; of several (the width of an image) the
-    one that stands last in most of what is computed. ``T`` is the length of the longest input, or
-    of most of what is computed where that is longer (a prompt was put before the tokens). Strides
-    and offsets have no name: Dynamo passes them as numbers that nobody reads.
+    ids, in ``[B, T, d]`` states, in packed ``[T]`` streams; of several the one that stands last in
+    most of what is computed. Where nothing computed has that many rows (an image is cut into
+    patches), it may be any size: the batch. ``T`` is the length of the longest input, or of most of
+    what is computed where that is longer (a prompt was put before the tokens). Strides and offsets
+    have no name: Dynamo passes them as numbers that nobody reads.
     """
     votes: Counter[sympy.Symbol] = Counter()
     lengths: dict[sympy.Symbol, int] = {}
@@ -295,9 +294,11 @@ def _symbols(
                 if excess.is_Integer:
                     votes[symbol] += count if first else 0
                     lengths[symbol] = max(lengths.get(symbol, 0), int(excess))
+    if votes and not any(_computed(main, s) for s in votes):
+        votes.update(dict.fromkeys(order, 0))
     streamed = max(votes, key=lambda s: (_computed(main, s), votes[s])) if votes else None
     if streamed is not None:
-        lengths[streamed] = max(lengths[streamed], _excess(main, streamed))
+        lengths[streamed] = max(lengths.get(streamed, 0), _excess(main, streamed))
     rename: dict[sympy.Symbol, Size] = {}
     for s in dict.fromkeys([*order, *numbers]):
         # labels of length T - 1 may have been traced as the symbol itself
@@ -308,16 +309,27 @@ def _symbols(
 
 def _computed(main: Sequence[fx.Node], symbol: sympy.Symbol) -> int:
     """Bytes, at the sizes of this call, of what is computed with ``symbol`` in its last size that
-    varies.
+    grows evenly with anything: the patches of an image do not with its width.
     """
     total = 0
     for n in main:
         value = value_of(n)
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-            sizes: list[Any] = [s for s in value.shape if isinstance(s, torch.SymInt)]
-            if sizes and symbol in sizes[-1].node.expr.free_symbols:
+            shape: Sequence[Any] = value.shape
+            sizes = [s.node.expr for s in shape if isinstance(s, torch.SymInt)]
+            growing = [g for g in map(_grows_with, sizes) if g]
+            if growing and symbol in growing[-1]:
                 total += _compat.hint_bytes(value)
     return total
+
+
+@lru_cache(maxsize=4096)
+def _grows_with(size: Any) -> frozenset[sympy.Symbol]:
+    """The symbols of which a size is a multiple, but for something that does not depend on them."""
+    return frozenset(
+        s for s in size.free_symbols
+        if s not in (size - size.coeff(s) * s).free_symbols | size.coeff(s).free_symbols
+    )  # fmt: skip
 
 
 def _excess(main: Sequence[fx.Node], symbol: sympy.Symbol) -> int:
@@ -335,65 +347,3 @@ def _excess(main: Sequence[fx.Node], symbol: sympy.Symbol) -> int:
             fixed = [int(e) for e in sizes if e.is_Integer]
             weights[int(found[0])] += math.prod(fixed) * value.dtype.itemsize
     return max(weights, key=lambda k: weights[k], default=0)
-
-
-def run(
-    nodes: Sequence[fx.Node],
-    env: dict[fx.Node, Any],
-    capture: Graph,
-    call: Callable[[fx.Node, Any, Any], Any],
-) -> None:
-    """Interpret Dynamo nodes into ``env`` under their contexts; ``call`` may replace single ops.
-
-    Sizes are computed from the ints in ``env``, so that a trace knows where each comes from.
-    """
-    ints: dict[Any, Any] = {
-        value_of(n).node.expr: env[n] for n in capture.inputs
-        if n in env and isinstance(value_of(n), torch.SymInt)
-    }  # fmt: skip
-    for n in nodes:
-        if n in env:
-            continue
-        if n.op == "get_attr":
-            env[n] = attribute(capture.gm, n.target)
-            continue
-        if is_size(value_of(n)):
-            env[n] = _sizes(value_of(n), ints)
-            continue
-        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: env[a])
-        with capture.contexts[n].enter(), _compat.origin(n):
-            env[n] = call(n, args, kwargs)
-
-
-def _sizes(value: Any, ints: dict[Any, Any]) -> Any:
-    if isinstance(value, (tuple, list)):
-        return tuple(_sizes(v, ints) for v in value)
-    expr = size(value)
-    return fold(expr, ints) if all(s in ints for s in expr.free_symbols) else value
-
-
-def attribute(gm: fx.GraphModule, target: str) -> Any:
-    """What a ``get_attr`` node of ``gm`` reads."""
-    value: Any = gm
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def fake_call(node: fx.Node, grad: bool) -> Any:
-    """What a node gives on the recorded values of its arguments, all of them fake."""
-    mode = next(
-        (v.fake_mode for a in node.all_input_nodes
-         if isinstance(v := value_of(a), _compat.FakeTensor)), None,
-    )  # fmt: skip
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    with evaluating(mode), torch.set_grad_enabled(grad):
-        return call_node(node, args, kwargs)
-
-
-def call_node(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "call_function":
-        return node.target(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
-    raise CaptureError(f"node {node.op} {node.target} is not understood", op=str(node.target))

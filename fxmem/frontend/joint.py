@@ -21,8 +21,9 @@ from fxmem._compat import tracing
 from fxmem._compat.data_sizes import by_data
 from fxmem.axes.signature import TensorInfo
 from fxmem.errors import CaptureError
-from fxmem.frontend.capture import canonical_shape, fake_call, value_of
+from fxmem.frontend.capture import canonical_shape, value_of
 from fxmem.frontend.hidden_writes import without_writes
+from fxmem.frontend.interpret import fake_call
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.frontend.regions import Region
 from fxmem.rules import WRITTEN_OUT

@@ -15,16 +15,9 @@ from torch import Tensor, fx
 
 from fxmem._compat import graph as _compat
 from fxmem.axes.sizes import degree, per_token
-from fxmem.frontend.capture import (
-    Capture,
-    canonical_shape,
-    fake_call,
-    is_border,
-    is_size,
-    is_tensor,
-    value_of,
-)
+from fxmem.frontend.capture import Capture, canonical_shape, is_border, is_size, is_tensor, value_of
 from fxmem.frontend.dropped_outputs import KEEP_PER_TOKEN
+from fxmem.frontend.interpret import fake_call
 from fxmem.frontend.parameter_free import Preamble
 from fxmem.frontend.regions import Region, make
 from fxmem.frontend.subgraph import Subgraph

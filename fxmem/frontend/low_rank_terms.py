@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from fxmem.errors import RoleError
 from fxmem.frontend.canonicalize import Canonicalize
-from fxmem.frontend.capture import call_node
+from fxmem.frontend.interpret import call_node
 from fxmem.frontend.origin import module_path, name_of, source_line
 from fxmem.frontend.regions import Region
 

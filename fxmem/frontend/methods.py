@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from traceback import FrameSummary
 from types import CodeType
 from typing import Any
@@ -26,17 +26,22 @@ def method_of(module: nn.Module, code: CodeType) -> str | None:
 def methods_at(node: fx.Node, model: nn.Module) -> list[Method]:
     """Methods of submodules that led to a node, innermost first; of modules with the same code any
     one."""
-    inside = [m for m in model.modules() if m is not model]
-    found = [
-        next(((m, name) for m in inside if (name := _method_at(m, line))), None)
-        for line in reversed(stack_of(node))
-    ]
-    methods = [m for m in found if m is not None]
+    methods = methods_on(stack_of(node), model)
     # lines of torch's own modules are not among those of a node
     last = _submodule(model, module_path(node))
     if last is not None and (not methods or last in set(methods[0][0].modules()) - {methods[0][0]}):
         methods.insert(0, (last, "forward"))
     return methods
+
+
+def methods_on(lines: Sequence[Line], model: nn.Module) -> list[Method]:
+    """Methods of submodules among calls, innermost first; of modules with the same code any one."""
+    inside = [m for m in model.modules() if m is not model]
+    found = [
+        next(((m, name) for m in inside if (name := _method_at(m, line))), None)
+        for line in reversed(lines)
+    ]
+    return [m for m in found if m is not None]
 
 
 @contextlib.contextmanager
@@ -90,4 +95,4 @@ def _codes(module: nn.Module) -> Iterator[tuple[str, CodeType]]:
             function = getattr(function, "__wrapped__", None)
 
 
-__all__ = ["Method", "called_at", "method_of", "methods_at"]
+__all__ = ["Method", "called_at", "method_of", "methods_at", "methods_on"]

@@ -25,7 +25,8 @@ from fxmem._compat import errors as dynamo
 from fxmem.errors import CaptureError, FxmemError, FxmemWarning, PlanError
 from fxmem.frontend import faults
 from fxmem.frontend.attributes import read
-from fxmem.frontend.methods import Method, called_at, method_of, methods_at
+from fxmem.frontend.methods import Method, called_at, method_of, methods_at, methods_on
+from fxmem.frontend.origin import Line
 from fxmem.frontend.piece import Again, Piece
 from fxmem.frontend.random_state import RandomState
 from fxmem.frontend.recording import Recording
@@ -122,7 +123,8 @@ class Opaque:
             found = _around(self.model, piece)
         else:
             inside = set(self.model.modules()) - {self.model}
-            found = [
+            raised = [Line(f.filename, f.lineno, f.name) for f in dynamo.raised_at(error)]
+            found = methods_on(raised, self.model) or [
                 (owner, name) for owner, code in capture_stack.callers(error)
                 if isinstance(owner, nn.Module) and owner in inside
                 and (name := method_of(owner, code))

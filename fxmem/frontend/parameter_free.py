@@ -20,18 +20,9 @@ from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import tracing, wrapped
 from fxmem.errors import UnsupportedOpError
-from fxmem.frontend.capture import (
-    Capture,
-    attribute,
-    call_node,
-    canonical,
-    canonical_shape,
-    is_tensor,
-    is_wide,
-    run,
-    value_of,
-)
+from fxmem.frontend.capture import Capture, canonical, canonical_shape, is_tensor, is_wide, value_of
 from fxmem.frontend.hidden_writes import without_writes
+from fxmem.frontend.interpret import attribute, call_node, run
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.frontend.waists import lengths
 from fxmem.rules import WRITTEN_OUT

@@ -25,16 +25,14 @@ from torch import fx
 from fxmem.frontend.capture import (
     Capture,
     Graph,
-    attribute,
-    call_node,
     canonical,
     canonical_shape,
     is_border,
     is_size,
     is_tensor,
-    run,
     value_of,
 )
+from fxmem.frontend.interpret import attribute, call_node, run
 from fxmem.frontend.origin import module_path
 from fxmem.frontend.parameter_free import Cone, Leaf, Parts, Preamble, leaf_of
 from fxmem.frontend.subgraph import Body, Subgraph

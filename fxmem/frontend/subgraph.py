@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from fxmem._compat import graph as _compat
-from fxmem.frontend.capture import Context, call_node, contexts_of, run
+from fxmem.frontend.capture import Context, contexts_of
+from fxmem.frontend.interpret import call_node, run
 
 Call = Callable[[fx.Node, Any, Any], Any]
 

@@ -17,7 +17,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor, fx
 
 from fxmem._compat.hooks import lazy_module
-from fxmem.frontend.capture import Context, fake_call, value_of
+from fxmem.frontend.capture import Context, value_of
+from fxmem.frontend.interpret import fake_call
 from fxmem.frontend.joint import Joint
 from fxmem.program.steps import Program
 from fxmem.rewriting.fuel import fuel, fuelled

@@ -19,7 +19,8 @@ from fxmem._compat.graph import is_control_node
 from fxmem.axes.signature import TensorInfo
 from fxmem.axes.sizes import same
 from fxmem.errors import VerificationError
-from fxmem.frontend.capture import Context, attribute, contexts_of
+from fxmem.frontend.capture import Context, contexts_of
+from fxmem.frontend.interpret import attribute
 from fxmem.frontend.joint import Joint, info_of
 from fxmem.program.steps import Program
 from fxmem.rewriting.text import Subject, describe, line, lines, value

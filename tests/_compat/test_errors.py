@@ -50,6 +50,23 @@ def test_what_cannot_be_captured_has_a_kind_a_reason_and_a_place() -> None:
     assert "layers" in (_compat_errors.module_source(error) or "")
 
 
+def test_an_exception_that_passes_a_finally_has_its_own_place() -> None:
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        rows: Any = None if torch.compiler.is_compiling() else [x]
+        return rows[0]
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return inner(x)
+        finally:
+            x.abs()
+
+    error = failure(torch.compile(outer, backend="eager", fullgraph=True), torch.randn(3))
+    names = [f.name for f in _compat_errors.raised_at(error)]
+    assert (names[0], names[-1]) == ("outer", "inner")
+    assert _compat_errors.captured_stack(error)[-1].line == "return rows[0]"
+
+
 def test_exceptions_of_the_captured_code_are_known() -> None:
     def raises(x: torch.Tensor) -> torch.Tensor:
         raise ValueError("mine")

@@ -16,7 +16,7 @@ from torch.utils._sympy import functions as torch_sizes
 
 from fxmem._compat.inductor import Symbolic
 from fxmem.axes.size_calls import _FUNCTIONS, fold, operation
-from fxmem.axes.sizes import T, divide, evaluate, linear, number, product, same
+from fxmem.axes.sizes import T, divide, evaluate, linear, number, product, same, size
 from fxmem.errors import CaptureError
 from fxmem.streaming.loop_body import Ints
 
@@ -147,3 +147,9 @@ def test_every_size_function_of_torch_is_known() -> None:
 def test_a_function_that_is_not_known_is_an_error_that_names_it() -> None:
     with pytest.raises(CaptureError, match="`LambertW`"):
         operation(sympy.LambertW(T))
+
+
+def test_a_quotient_that_comes_out_even() -> None:
+    rows = torch_sizes.FloorDiv(N, sympy.Integer(8))
+    assert size(torch_sizes.FloorDiv(rows**2, rows) + 1) == rows + 1
+    assert size(torch_sizes.FloorDiv(rows**2 + 1, rows)) != rows

@@ -273,6 +273,35 @@ def test_advice_names_a_way_out_that_the_user_can_take() -> None:
         net(torch.randint(11, (2, 13)))
 
 
+class Cleans(nn.Module):
+    def __init__(self, fn: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inside = Block(fn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.inside(x)
+        finally:
+            self.inside.train()
+
+
+def none_if_compiled(block: Any, x: Tensor) -> Tensor:
+    rows: Any = None if torch.compiler.is_compiling() else [x]
+    return rows[0]
+
+
+def test_what_raises_inside_a_finally_is_the_part_that_runs_as_it_is() -> None:
+    torch.manual_seed(0)
+    plain = Net().double()
+    plain.blocks[1] = Cleans(none_if_compiled).double()
+    streamed = copy.deepcopy(plain)
+    fxmem.transform(streamed, PLAN)
+    agree(streamed, plain, torch.randint(11, (2, 9)))
+    pieces = fxmem.explain(streamed).pieces
+    assert {p.name for p in pieces} == {"blocks.0", "blocks.1.inside"}  # both are of one class
+    assert all("rows[0]" in p.reason for p in pieces)
+
+
 def test_too_many_captures_say_what_varies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "RECAPTURES", 2)
     streamed, plain, ids = pair()

@@ -190,6 +190,8 @@ def _calls() -> dict[str, list[tuple[Any, ...]]]:
             (x, [None, i(4, 5)]),
             (f(2, 4, 3, 5), [None, i(4, 2, 1), i(3, 1, 3)]),
         ],
+        "_unsafe_index.Tensor": [(x, [None, i(4, 5, 1), i(6, 3)])],
+        "_unsafe_index_put.default": [(x, [None, i(4, 5, 1), i(6, 3)], f(2, 5, 3), True)],
         "searchsorted.Tensor": [(f(4, 6).sort(-1).values, f(4, 3)), (f(6).sort().values, f(3))],
         "index_select.default": [(x, 1, i(4, 6))], "topk.default": [(x, 3), (x, 2, 1)],
         "sort.default": [(x, 1), (x,)],

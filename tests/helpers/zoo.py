@@ -12,7 +12,7 @@ VOCAB, IMAGE = 50, 32
 _NAMES: dict[int, tuple[str, ...]] = {
     VOCAB: ("vocab_size",),
     32: ("hidden_size", "d_model", "n_embd", "embedding_dim", "attention_hidden_size", "lru_width",
-         "image_size", "projection_dim", "embed_dim"),
+         "image_size", "projection_dim", "embed_dim", "out_hidden_size", "text_hidden_size"),
     2: ("num_hidden_layers", "n_layer", "n_layers", "num_blocks", "decoder_layers",
         "encoder_layers", "num_decoder_layers", "num_encoder_layers", "num_key_value_heads",
         "num_experts_per_tok", "num_experts_per_token", "moe_topk", "linear_num_key_heads",
@@ -42,6 +42,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _LINEAR,
     "bamba": {"attn_layer_indices": [1]},
     "bloom": {"hidden_dropout": 0.0},
+    "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
@@ -62,6 +63,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_next": _LINEAR,
     "mamba2": {"head_dim": 16},
+    "mobilebert": {"embedding_size": 32},
     "olmo_hybrid": _LINEAR,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"num_hidden_layers": 2, "hidden_size": 64, "embedding_dim": 64,
@@ -88,9 +90,10 @@ ISSUE = (
 
 
 def config(name: str) -> Any:
-    """A small configuration without dropout; experts run one by one, which float64 needs."""
+    """A small configuration without dropout or noise; experts run one by one: float64 needs it."""
     made = _small(tf.AutoConfig.for_model(name).__class__, name)
     made._experts_implementation = "eager"
+    made.architectures = made.architectures or []
     if getattr(made, "is_encoder_decoder", False) and not hasattr(made, "decoder_start_token_id"):
         made.decoder_start_token_id = 0
     return made
@@ -102,14 +105,26 @@ def _small(kind: Any, name: str) -> Any:
     changes: dict[str, Any] = {
         n: value for value, names in _NAMES.items() for n in names
         if hasattr(default, n) and not isinstance(getattr(kind, n, None), property)
+        and not isinstance(getattr(default, n), list | tuple)
     }  # fmt: skip
+    for n in ("depth", "depths"):
+        if isinstance(stages := getattr(default, n, None), list | tuple):
+            # widths of stages belong together
+            changes = {k: v for k, v in changes.items() if k == "image_size"}
+            changes[n] = [1] * len(stages)
     for n, value in vars(default).items():
-        if "drop" in n and isinstance(value, float):
+        if ("drop" in n or "jitter" in n) and isinstance(value, float):
             changes[n] = 0.0
+        if "drop" in n and isinstance(value, tuple):
+            changes[n] = (0.0,) * len(value)
     rope = getattr(default, "rope_parameters", None) or {}
-    if "rope_theta" in rope and kind.base_config_key == "text_config":
-        # beside images: halves of a head of 8 by time, height and width
-        changes["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
+    if "rope_theta" in rope and ("mrope_section" in rope or kind.base_config_key == "text_config"):
+        # beside images: half of what turns in a head, by time, height and width
+        half = int(changes.get("head_dim", 8) * rope.get("partial_rotary_factor", 1.0)) // 2
+        changes["rope_parameters"] = {
+            **rope,
+            "mrope_section": [half - half // 2, half // 4, half // 4],
+        }
     if hasattr(default, "kv_lora_rank"):  # latent attention makes keys for every head
         changes["num_key_value_heads"] = changes.get("num_attention_heads", 4)
     for part in getattr(kind, "sub_configs", {}):
