@@ -1,5 +1,5 @@
-"""What the modules of a model hold beside parameters and buffers: counters, lists of what was seen,
-objects with a state, tensors that another module reads.
+"""What the modules of a model hold beside parameters and the values of buffers: counters, lists of
+what was seen, objects with a state, tensors that another module reads, and which buffers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_OWN = frozenset(vars(nn.Module()))
-"""Attributes of every module: parameters, buffers, hooks."""
+_BUFFERS = "_buffers"
+_OWN = frozenset(vars(nn.Module())) - {_BUFFERS}
+"""Attributes of every module: parameters, hooks."""
 _CONTAINERS = (list, dict, set, deque)
 _NO_STATE = (
     nn.Module, Tensor, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType,
@@ -24,7 +25,7 @@ _DEPTH = 3
 _GONE = object()
 
 Attribute = tuple[str, str]
-"""The path of a module, and the name of what it holds, or of an attribute of that."""
+"""The path of a module, and the name of what it holds, or of an attribute or entry of that."""
 
 
 class Attributes:
@@ -78,7 +79,8 @@ def read(attribute: Attribute, sources: Iterable[str]) -> bool:
     """Whether one of Dynamo's names of what a capture depends on is this attribute."""
     path, name = attribute
     owner = "".join(rf"\._modules\['{re.escape(p)}'\]" for p in path.split(".") if p)
-    named = re.compile(rf"L\['\w+'\]{owner}\.{re.escape(name)}\b")
+    held = "".join(rf"(?:\.{n}\b|\['{n}'\])" for n in map(re.escape, name.split(".")))
+    named = re.compile(rf"L\['\w+'\]{owner}{held}")
     return any(map(named.match, sources))
 
 
@@ -90,7 +92,7 @@ def _containers(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[st
     if of_object and (isinstance(value, _NO_STATE) or not hasattr(value, "__dict__")):
         return
     holder = vars(value) if of_object else value
-    yield name, of_object, holder
+    yield name, of_object or name == _BUFFERS, holder
     entries = holder.items() if isinstance(holder, dict) else ((None, v) for v in holder)
     for key, inner in list(entries):
         if depth:

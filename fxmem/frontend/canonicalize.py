@@ -8,6 +8,7 @@ position). Everything else is traced as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -63,11 +64,29 @@ class Canonicalize:
     def __call__(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         self._node = node
         form = self._forms.get(node.target) if node.op in _CALLS else None
+        if form is None and isinstance(node.target, FunctionType):
+            form = self._inside(node.target)
         if form is not None:
             return form(*args, **kwargs)
         if isinstance(node.target, Subgraph):
             return node.target.apply(args, self)
         return call_node(node, args, kwargs)
+
+    def _inside(self, function: FunctionType) -> Callable[..., Any] | None:
+        """A function of ``torch.nn.functional`` that Dynamo takes for one operator, with the
+        canonical forms of what it calls: the attention of ``nn.MultiheadAttention``.
+        """
+        if function.__globals__ is not vars(F):
+            return None
+        forms = {name: self._forms[f] for name in function.__code__.co_names
+                 if (f := vars(F).get(name)) in self._forms}  # fmt: skip
+        if not forms:
+            return None
+        made = FunctionType(function.__code__, {**vars(F), **forms}, function.__name__,
+                            function.__defaults__, function.__closure__)  # fmt: skip
+        made.__kwdefaults__ = function.__kwdefaults__
+        made.__globals__[function.__name__] = made  # which it hands to a mode of torch's
+        return made
 
     def cat(self, tensors: Any, dim: int = 0, **kwargs: Any) -> Tensor:
         """Joining with an empty tensor (a cache that holds nothing yet) gives the other tensor."""

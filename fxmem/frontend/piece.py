@@ -123,7 +123,7 @@ class PieceCall:
             for r, s in zip(results, self.stands, strict=True)
         )  # fmt: skip
         writes = self.piece.writes_to(b for b, was in before if _compat.version(b) != was)
-        if not fits or self.piece.written:
+        if not fits or self.piece.written or self.piece.changed:
             self.kept, self.after = results, RandomState.now(results)
         if not fits or writes:
             raise Again(self, description, results, writes)
@@ -137,9 +137,9 @@ class Piece:
         kind: equal for methods that fail together.
         calls: its calls in a forward, in order.
         places: modules and names that hold the module, where a capture must not see its class.
-        written: buffers that it changes; with any, it is not run twice.
+        written: buffers that it changes; with any, it is not run twice in a call.
         saved_bytes, seconds: what autograd keeps of it, and the time of its forward, as recorded.
-        changed: attributes of modules that it changes.
+        changed: attributes of modules that it changes; with any, likewise.
         checkpointed: it keeps its arguments only, and runs again in the backward.
     """
 

@@ -76,6 +76,30 @@ class UpdatesAfter(Watches):
         return out
 
 
+class Assigns(Watches):
+    """A new tensor takes the buffer's place; another one is there from the second call on."""
+
+    def update(self, x: Tensor) -> None:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+        if self.calls:
+            self.register_buffer("late", self.mean * 2)
+        self.note(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.update(x)
+        return x - self.mean
+
+
+class FindsOtherSizes(Notes):
+    """The call starts again after its first part."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x[x.detach()[..., 0] > 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.rows(x).sum(0)
+
+
 class Scales(Watches):
     """What is made of the buffer alone, before and after it is written."""
 
@@ -201,7 +225,10 @@ class InstallsOnce(Watches):
         return self.linear(x)
 
 
-KINDS = [InstallsOnce, Updates, GivesWhatNobodyReads, Notes, UpdatesAfter, Scales, WritesLater]
+KINDS = [
+    InstallsOnce, Updates, GivesWhatNobodyReads, Notes, UpdatesAfter, Scales, WritesLater, Assigns,
+    FindsOtherSizes,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("logits", ["drop", "keep"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from layer_cases import PAD, TABLE, W2, Case, W, check, in_parts, parameter
 from torch import Tensor, nn
 
+import fxmem
 from fxmem import VerificationError
 from fxmem.kernels import attention as kernel
 
@@ -233,6 +236,39 @@ def test_dropout_on_rows_that_see_no_key_is_finite() -> None:
 
 def _switch(streamed: Case, plain: Case) -> Case:
     return lambda x, ids: (streamed if torch.compiler.is_compiling() else plain)(x, ids)
+
+
+class Encoder(nn.Module):
+    """torch's own layers: attention stands inside a function that is one operator of the graph."""
+
+    def __init__(self, dropout: float, **options: Any) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, D), nn.Linear(D, 11)
+        layer = nn.TransformerEncoderLayer(D, 2, 2 * D, dropout, batch_first=True, **options)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, ids: Tensor, causal: bool = True) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1]) if causal else None
+        padded = None if causal else ids == PAD
+        x = self.layers(self.embed(ids), mask, padded, is_causal=causal)
+        return F.cross_entropy(self.head(x)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_torchs_own_layers_streams(causal: bool) -> None:
+    torch.manual_seed(0)
+    plain = Encoder(0.0, norm_first=causal)
+    plan = fxmem.Plan(stream=fxmem.Stream(chunk=5, loss_chunk=4))
+    streamed = fxmem.transform(copy.deepcopy(plain), plan)
+    for length in (13, 9):
+        ids = torch.arange(2 * length).reshape(2, length) % 11
+        for net in (streamed, plain):
+            net.zero_grad()
+            net(ids, causal).backward()
+        for p, q in zip(streamed.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+    report = fxmem.explain(streamed)
+    assert not report.barriers and not report.pieces
 
 
 @pytest.mark.parametrize(

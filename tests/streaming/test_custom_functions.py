@@ -26,10 +26,7 @@ from fxmem import Plan, Stream
 D, V = 8, 11
 Function: Any = torch.autograd.Function
 # torch's own: Dynamo makes an instance to stand for the context
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 
 
 class Straight(Function):
