@@ -38,8 +38,10 @@ from fxmem.errors import (
     RoleError,
 )
 from fxmem.frontend import faults
+from fxmem.frontend.attributes import Counters
 from fxmem.frontend.collector import resting
 from fxmem.frontend.experts import streamable
+from fxmem.frontend.in_parts import InParts
 from fxmem.frontend.inputs import named, uniform, without_cache
 from fxmem.frontend.layer_kinds import layer_kinds
 from fxmem.frontend.opaque import Opaque
@@ -126,7 +128,8 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     # weak: what a Backend has compiled must go with the model, not with a later collection
     recorder = recorder_of(plan, told, lambda: getattr(this(), "roles", None))
     engine = kind(plan, raises=True, recorder=recorder, told=told)
-    this, opaque = weakref.ref(engine), Opaque(model)
+    this, opaque, counters = weakref.ref(engine), Opaque(model), Counters(model)
+    parts = engine.parts = InParts(type(model).__name__)
     # a capture without gradients has nothing to share with one that learns
     idle = Backend(plan, raises=True, recorder=recorder, idle=True, told=told)
     engine.opaque = idle.opaque = weakref.ref(opaque)
@@ -135,9 +138,9 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     layers = Sharing(lambda: {} if engine.sharded else layer_kinds(model))
 
     @functools.cache
-    def compiled(of: Backend, _: Hashable) -> Callable[..., Any]:
+    def compiled(of: Backend, _: Hashable, one: bool) -> Callable[..., Any]:
         return torch.compile(  # type: ignore[call-overload]  # the stub lacks some
-            plain, backend=of, fullgraph=True, isolate_recompiles=True,
+            plain, backend=of, fullgraph=one, isolate_recompiles=True,
             recompile_limit=RECAPTURES,
         )  # fmt: skip
 
@@ -174,15 +177,18 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
                 if shards is not None:
                     shards.reset()
                 again = None if shards is not None else lambda: plain(*args, **kwargs)
-                own = faults.of_call(error, model, again)
-                if own is error:
-                    raise
-                cause = error if own.__cause__ is None else own.__cause__
-                if isinstance(own, FxmemError):
-                    own.original = cause
-                # the many lines of Dynamo's help where fxmem itself fails
-                raise own from (cause if isinstance(own, InternalError) else None)
+                named_ = faults.of_call(error, model, again)
+                if not in_parts(error, named_):
+                    own = parts.failed(error, named_)
+                    if own is error:
+                        raise
+                    cause = error if own.__cause__ is None else own.__cause__
+                    if isinstance(own, FxmemError):
+                        own.original = cause
+                    # the many lines of Dynamo's help where fxmem itself fails
+                    raise own from (cause if isinstance(own, InternalError) else None)
         # outside the handler, so that an error of the next try has no other one behind it
+        parts.take_back()
         return call(*args, **kwargs)
 
     def transformed(args: Any, kwargs: Any) -> Any:
@@ -198,11 +204,12 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
         settle(learning=False)  # of calls before this one, whose backward may change weights
         of.states = recorded_outputs.install(model, kwargs)
+        of.in_parts, of.flags.truth = parts.now, of.flags.truth or parts.now
         with (
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
             streamable(model), carried_kernels(model),
             uniform(args, kwargs) as (own, given), of.flags.shown(model), plain_head(),
-            reported(on_capture), resting(on_capture),
+            reported(on_capture), resting(on_capture), counters.shown(on_capture),
         ):  # fmt: skip
             for leaf in _compat.tree_leaves((own, given)):
                 if isinstance(leaf, Tensor):
@@ -210,27 +217,44 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
 
             def run() -> Any:
                 key = _compat_hooks.unguarded(model), opaque.version
+                if parts.now:
+                    return compiled(of, key, False)(*own, **given)
                 try:
                     with sharing(layers) as shared:
-                        return compiled(of, key)(*own, **given)
+                        return compiled(of, key, True)(*own, **given)
                 except Exception as error:
                     if not shared(error):
                         raise
-                return compiled(of, key)(*own, **given)
+                return compiled(of, key, True)(*own, **given)
 
-            return opaque.run(run, named(own, given))
+            tensors = named(own, given)
+            parts.begin(model, tensors.values())
+            result = opaque.run(run, tensors, parts.take_back)
+        parts.ran()
+        return result
+
+    def alone() -> bool:
+        return not engine.sharded and engine.roles is None and engine.group is None
+
+    def in_parts(error: Exception, named_: Exception) -> bool:
+        """The model is captured in parts from now on, and the call may succeed. No budget holds
+        for several graphs."""
+        budget = stream is not None and stream.memory != "least"
+        may = engine.divides and alone() and not budget
+        return may and parts.found(error, named_)
 
     def found(error: Exception, args: Any, kwargs: Any) -> bool:
         """A part of the model runs as it is from now on, and the call may succeed."""
-        alone = not engine.sharded and engine.roles is None and engine.group is None
-        return alone and opaque.found(error, lambda: plain(*args, **kwargs), named(args, kwargs))
+        return alone() and opaque.found(error, lambda: plain(*args, **kwargs), named(args, kwargs))
 
     def evaluates(args: Any, kwargs: Any) -> Any:
         try:
             return streamed(idle, args, kwargs)
         except Exception as error:
-            if not found(error, args, kwargs):
+            own = faults.of_call(error, model, None)
+            if not (found(error, args, kwargs) or in_parts(error, own)):
                 raise
+        parts.take_back()
         return evaluates(args, kwargs)
 
     def whole(*args: Any, **kwargs: Any) -> Any:

@@ -31,6 +31,7 @@ from fxmem.errors import (
 from fxmem.frontend import faults
 from fxmem.frontend.capture import has_varying_size
 from fxmem.frontend.flags import Flags
+from fxmem.frontend.in_parts import InParts
 from fxmem.frontend.opaque import Opaque
 from fxmem.memory.budget import Budget
 from fxmem.passes.inline_bodies import inline_layers
@@ -47,8 +48,12 @@ class Backend:
     ``recorder``: takes wide outputs that are not computed in the call. ``one``: a capture is one
     region. ``idle``: calls without gradients stream too. ``told``: operators and calls that a
     warning has named. ``states``: the call asks for states of the model. ``uncaptured``: runs calls
-    without gradients that are not captured.
+    without gradients that are not captured. ``in_parts``: a capture is a part of a model, so that
+    one without a length says nothing. ``divides``: where one graph cannot be captured, it may be
+    so.
     """
+
+    divides = True
 
     def __init__(
         self, plan: Plan, roles: RoleSource | None = None, *, raises: bool = False,
@@ -63,7 +68,8 @@ class Backend:
         self.uncaptured: Uncaptured | None = None
         self.sharded: ShardedModel | None = None
         self.group: Group | None = None
-        self.states = False
+        self.states = self.in_parts = False
+        self.parts = InParts()
         self.opaque: Callable[[], Opaque | None] = lambda: None
 
     def __call__(
@@ -72,12 +78,13 @@ class Backend:
         try:
             if (opaque := self.opaque()) is not None:
                 opaque.check(sources())
+            last = not tracing.ends_early(gm)
             gm = inline_layers(gm, LAYER_PASSES)
             if not self.flags.captured(watched=any(map(_compat_hooks.is_hook, gm.graph.nodes))):
                 raise CaptureError("the capture depends on which parameters require a gradient")
             # values of a trace are nothing that a checkpoint or an offload of the caller's saves
             with tracing.nothing_saved(), keep_symbolic(set()):
-                return self.flags.run(self._compile(gm, example_inputs))
+                return self.flags.run(self._compile(gm, example_inputs, last))
         except _compat_errors.RestartAnalysis:
             raise
         except Exception as error:
@@ -89,7 +96,9 @@ class Backend:
                 return gm.forward
             return _raiser(named, None if named is error else error)
 
-    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compile(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], last: bool
+    ) -> Callable[..., Any]:
         learns = torch.is_grad_enabled() and any(
             isinstance(v, Tensor) and v.requires_grad for v in example_inputs
         )
@@ -99,13 +108,15 @@ class Backend:
             tracing.restart_capture("fxmem streams a symbolic length")
         if not has_varying_size(gm) and self.roles is not None:
             raise RoleError(_not_streamed("split into regions"))
+        if not has_varying_size(gm) and self.in_parts:
+            return _unstreamed(gm)
         if not has_varying_size(gm):
             warnings.warn(_not_streamed("streamed"), FxmemWarning, stacklevel=2)
             return _unstreamed(gm)
         late = None if self.recorder is None else self.recorder.output
         graph = compile_graph(
             gm, example_inputs, self.plan, self.roles, late=late, one=self.one, states=self.states,
-            learns=learns, told=self.told, group=self.group,
+            learns=learns, told=self.told, group=self.group, last=last,
         )  # fmt: skip
         stream = self.plan.stream
         if stream is not None and (stream.memory, stream.offload) != ("least", "none"):

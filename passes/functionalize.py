@@ -2,8 +2,11 @@
 
 Everything after this pass may rely on a node's value never changing: what is computed once, where
 regions are cut, and what a backward recomputes. A write through a view gives its base a new value;
-the other views of that base are taken again where they are read later. Writes to inputs, parameters
-and buffers are refused: they are effects of the call, not values.
+the other views of that base are taken again where they are read later. What is written to a
+buffer, or another tensor that a module holds, is such a value too. It is written back where the
+model's own code may look next: before a piece that runs as it is, and at the end. Buffers that
+share memory are written back at once, and read again. Writes to parameters and to inputs of the
+call are refused, as is one that would make a buffer part of autograd's graph.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxmem._compat import graph as _compat
+from fxmem._compat.capture_stack import is_held, is_piece
+from fxmem._compat.overrides import DATA
 from fxmem.errors import MutationError
 from fxmem.frontend import functional_writes as functional
 from fxmem.frontend.capture import value_of
@@ -97,12 +102,26 @@ def _inplace_flag(node: fx.Node) -> bool:
 class _Family:
     """Every name of one storage: the node that made it, and its views (view -> taken from).
 
-    ``opaque``: some name of it has come from elsewhere, so a write cannot be followed.
+    ``others``: inputs of the graph that share the storage of ``root``, which is one. ``opaque``:
+    some name of it has come from elsewhere, so a write cannot be followed.
     """
 
     root: fx.Node
     views: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    others: list[fx.Node] = field(default_factory=list)
     opaque: bool = False
+
+    @property
+    def roots(self) -> list[fx.Node]:
+        return [self.root, *self.others]
+
+    def path(self, view: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """The root that a name was taken from, and the views between, the root's own first."""
+        found = []
+        while view in self.views:
+            found.append(view)
+            view = self.views[view]
+        return view, found[::-1]
 
 
 class _Rewrite:
@@ -110,7 +129,8 @@ class _Rewrite:
 
     ``now``: the node that holds the present value of a node; ``stale``: views to be taken again
     when they are read; ``alias``: a write -> what it returns, its target; ``given``: arguments in
-    terms of the graph's own nodes, before any was replaced.
+    terms of the graph's own nodes, before any was replaced; ``held``: inputs that are written to,
+    True where that is still to be written back.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -121,6 +141,7 @@ class _Rewrite:
         self.given: dict[fx.Node, tuple[Any, Any]] = {}
         self.families: dict[int, _Family] = {}
         self.made: list[fx.Node] = []
+        self.held: dict[fx.Node, bool] = {}
         self.grad = True
 
     def run(self) -> None:
@@ -130,7 +151,7 @@ class _Rewrite:
             self.given[node] = fx.map_arg((node.args, node.kwargs), lambda a: self.alias.get(a, a))
             if self.alias:
                 with self.graph.inserting_before(node):
-                    node.args, node.kwargs = fx.map_arg(self.given[node], self.present)
+                    self.before(node)
             if writes(node):
                 self.write(node)
             else:
@@ -140,6 +161,39 @@ class _Rewrite:
         for node in reversed(self.made):
             if not node.users:  # a whole that nobody reads after a write to a view of it
                 self.graph.erase_node(node)
+
+    def before(self, node: fx.Node) -> None:
+        """What is read by ``node`` is as it is by now."""
+        last = node.op == "output"
+        for root in [r for r, due in self.held.items() if due and (last or is_piece(node))]:
+            self.write_back(node, root, [] if last else [root])
+        read = self.given_out if last else self.present
+        node.args, node.kwargs = fx.map_arg(self.given[node], read)
+
+    def given_out(self, node: fx.Node) -> fx.Node:
+        """A name of what a module holds leaves the call as that."""
+        for key in _storages(value_of(node)):
+            family = self.families[key]
+            root, path = family.path(node)
+            if root in self.held:
+                args = (root, tuple(self.step(node, v) for v in path))
+                return root if not path else self.emit(path[-1], functional.view_of, args)
+        return self.present(node)
+
+    def write_back(self, node: fx.Node, root: fx.Node, again: list[fx.Node]) -> None:
+        """Before ``node``; ``again``: names of the memory that are read anew from there on."""
+        back = self.graph.call_function(
+            functional.written_back, (root, self.present(root), tuple(again))
+        )
+        back.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
+        self.held[root] = False
+        if again:
+            self.outdate(self.families[_storages(value_of(root))[0]])
+
+    def outdate(self, family: _Family) -> None:
+        self.stale.update(family.views)
+        for name in (*family.roots, *family.views):
+            self.now.pop(name, None)
 
     def present(self, node: fx.Node) -> fx.Node:
         """The node that holds the value of ``node`` here; a stale view is taken again."""
@@ -158,8 +212,11 @@ class _Rewrite:
             family = self.families.setdefault(key, _Family(node))
             if family.root is node:
                 continue
-            sources = _nodes(self.given[node])
-            source = next((a for a in sources if a is family.root or a in family.views), None)
+            if node.op == "placeholder":
+                family.others.append(node)
+                continue
+            names = {*family.roots, *family.views}
+            source = next((a for a in _nodes(self.given[node]) if a in names), None)
             if source is None:
                 family.opaque = True
             elif source is family.root and not isinstance(value_of(source), Tensor):
@@ -173,24 +230,37 @@ class _Rewrite:
         if not isinstance(target, fx.Node):
             raise _refusal(node, "a write to several tensors", "return the results instead")
         family = self.families[_storages(value_of(target))[0]]
-        self.check(node, target, family)
+        root, path = family.path(target)
+        self.check(node, path, root, family)
         with self.graph.inserting_before(node):
             value = whole = self.new_value(node, self.present(target))
-            if target is not family.root:
-                whole = self.into_root(node, target, family, value)
-        self.now[family.root] = whole
-        self.stale.update(family.views)
-        for view in family.views:
-            self.now.pop(view, None)
-        self.stale.discard(target)
-        self.now[target] = value
+            if path:
+                whole = self.into_root(node, root, path, value)
+            self.outdate(family)
+            self.now[root] = whole
+            if root.op == "placeholder":
+                self.hold(node, root, family)
+        if target not in family.roots or not family.others:
+            self.stale.discard(target)
+            self.now[target] = value
         self.alias[node] = target
 
-    def check(self, node: fx.Node, target: fx.Node, family: _Family) -> None:
-        root = family.root
+    def hold(self, node: fx.Node, root: fx.Node, family: _Family) -> None:
+        """``root``, which a module holds, has a new value."""
+        if value_of(self.now[root]).requires_grad:
+            raise _refusal(
+                node, f"in-place write `{_name(node)}` of a value with a gradient to "
+                f"`{_compat.input_name(root)}`, which would keep the graph of every step",
+                "write a value without one, such as `x.detach()`, or write under torch.no_grad()",
+            )  # fmt: skip
+        self.held[root] = True
+        if family.others:
+            self.write_back(node, root, family.roots)
+
+    def check(self, node: fx.Node, path: list[fx.Node], root: fx.Node, family: _Family) -> None:
         if family.opaque or not isinstance(value_of(root), Tensor):
             raise _refusal(node, f"in-place write `{_name(node)}` on a value of many names", None)
-        if root.op in ("placeholder", "get_attr"):
+        if root.op in ("placeholder", "get_attr") and not all(map(is_held, family.roots)):
             what = (
                 "parameter" if isinstance(value_of(root), torch.nn.Parameter) else "input or buffer"
             )
@@ -201,20 +271,12 @@ class _Rewrite:
             )  # fmt: skip
         if _name(node) in _BOUND:
             raise _refusal(node, f"in-place change `{_name(node)}` of a tensor's metadata", None)
-        hidden = any(n.target == "detach" or n.target is torch.detach for n in self.path(target))
+        hidden = any(n.target in ("detach", torch.detach, DATA) for n in path)
         if (not self.grad or hidden) and value_of(root).requires_grad:
             raise _refusal(
                 node, f"in-place write `{_name(node)}` behind autograd's back to a value that "
                 "wants a gradient", "write to a new tensor instead",
             )  # fmt: skip
-
-    def path(self, view: fx.Node) -> list[fx.Node]:
-        """The view and the views it was taken from, the root's own first."""
-        family, found = self.families[_storages(value_of(view))[0]], []
-        while view is not family.root:
-            found.append(view)
-            view = family.views[view]
-        return found[::-1]
 
     def new_value(self, node: fx.Node, target: fx.Node) -> fx.Node:
         """What the target holds after the write, as a new value of its dtype and shape."""
@@ -250,9 +312,11 @@ class _Rewrite:
         function = getattr(F, method, None)
         return None if function is None else self.emit(node, function, args, node.kwargs)
 
-    def into_root(self, node: fx.Node, view: fx.Node, family: _Family, value: fx.Node) -> fx.Node:
-        steps = tuple(self.step(node, v) for v in self.path(view))
-        return self.emit(node, functional.assigned, (self.present(family.root), value, steps))
+    def into_root(
+        self, node: fx.Node, root: fx.Node, path: list[fx.Node], value: fx.Node
+    ) -> fx.Node:
+        steps = tuple(self.step(node, v) for v in path)
+        return self.emit(node, functional.assigned, (self.present(root), value, steps))
 
     def step(self, node: fx.Node, view: fx.Node) -> tuple[Any, ...]:
         kind = functional.view_name(view.op, view.target)

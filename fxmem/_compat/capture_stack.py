@@ -22,7 +22,8 @@ from fxmem._compat.errors import frames
 from fxmem._compat.graph import STAND_IN
 
 __all__ = [
-    "FixedSizeError", "callers", "demanded", "is_piece", "is_stand_in",
+    "FixedSizeError", "callers", "demanded", "dynamic_sources", "is_held", "is_piece",
+    "is_stand_in",
     "keep_symbolic", "piece_call", "sources", "stand_in", "written",
 ]  # fmt: skip
 
@@ -95,6 +96,24 @@ def piece_call(
 def is_piece(node: fx.Node) -> bool:
     """The node is a :func:`piece_call`."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") == _PIECE
+
+
+def dynamic_sources(patterns: Iterable[str]) -> contextlib.AbstractContextManager[Any]:
+    """Captures meanwhile take numbers as symbols where Dynamo's name of them matches a pattern."""
+    config: Any = torch.compiler.config
+    given = [p for p in config.dynamic_sources.split(",") if p]
+    found: contextlib.AbstractContextManager[Any]
+    found = config.patch(dynamic_sources=",".join([*given, *patterns]))
+    return found
+
+
+def is_held(node: fx.Node) -> bool:
+    """An input of a graph, no parameter, that a module holds: a buffer, or another attribute."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None or isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return False
+    kind = source.guard_source
+    return bool(kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module())
 
 
 def sources() -> list[str]:

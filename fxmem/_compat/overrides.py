@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["autocasts", "edge", "plainly", "tree_leaves", "tree_map", "version"]
+__all__ = ["DATA", "autocasts", "edge", "plainly", "tree_leaves", "tree_map", "version"]
+
+DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
+"""What a captured graph calls for ``x.data``."""
 
 
 def plainly() -> contextlib.AbstractContextManager[Any]:

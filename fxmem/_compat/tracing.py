@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxmem._compat.graph import is_mutable
 
 __all__ = [
-    "functional", "inside_transform", "make_fx", "nothing_saved", "on_capture", "operator_named",
-    "restart_capture", "traced",
+    "ends_early", "functional", "inside_transform", "make_fx", "nothing_saved", "on_capture",
+    "operator_named", "restart_capture", "traced",
 ]  # fmt: skip
 
 
@@ -38,6 +38,12 @@ def restart_capture(reason: str) -> None:
     """
     InstructionTranslator.current_tx().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def ends_early(gm: fx.GraphModule) -> bool:
+    """A graph as Dynamo gives it to a backend: whether more of the captured frame follows it."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and bool(reason.graph_break)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""What runs between the regions of a capture, under plain autograd: hooks on gradients, and pieces
-of the model that run as they are.
+"""What runs between the regions of a capture, under plain autograd: hooks on gradients, pieces of
+the model that run as they are, and writes to what the model holds.
 
-See :mod:`fxmem.passes.hook_borders` and :mod:`fxmem.frontend.opaque`.
+See :mod:`fxmem.passes.hook_borders`, :mod:`fxmem.frontend.opaque` and
+:mod:`fxmem.frontend.functional_writes`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fxmem._compat import hooks as _compat_hooks
 from fxmem.axes.sizes import degree, evaluate
 from fxmem.errors import HookError, RoleError
 from fxmem.frontend.capture import Capture, canonical, is_size, is_tensor, value_of
+from fxmem.frontend.functional_writes import is_of_held
 from fxmem.frontend.interpret import call_node
 from fxmem.frontend.origin import module_path, source_line
 from fxmem.frontend.parameter_free import Leaf, Preamble, leaf_of
@@ -36,7 +38,7 @@ class Borders:
             HookError: a hook watches a value with a row for every pair of tokens.
             RoleError: there are hooks or pieces, and the parameters have roles.
         """
-        for node in (n for nodes in self.nodes for n in nodes):
+        for node in (n for nodes in self.nodes for n in nodes if not is_of_held(n)):
             where = {"module": module_path(node), "source": source_line(node)}
             if roles and capture_stack.is_piece(node):
                 raise RoleError(
@@ -78,6 +80,7 @@ class Borders:
             return evaluate(canonical(value_of(node), self.capture.symbols), sizes)
         cone = self.pre.cones.get(node)
         if cone is None:
-            return env[leaf_of(self.pre, node)]
+            held = ("held", node.name)
+            return env[held if held in env else leaf_of(self.pre, node)]
         ints = [env["input", n.name] for n in cone.ints]
         return cone(*ints, *(env[leaf] for leaf in cone.leaves))

@@ -65,7 +65,7 @@ def compile_graph(
     plain: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
     roles: RoleSource | None = None, *, late: LateOutput | None = None, one: bool = False,
     states: bool = False, learns: bool = True, told: set[str] | None = None,
-    group: Group | None = None,
+    group: Group | None = None, last: bool = True,
 ) -> CompiledGraph:  # fmt: skip
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`.
 
@@ -73,6 +73,7 @@ def compile_graph(
     region reads and the sizes of the call. ``one``: everything is one region. ``states``: the
     caller asked for states of the model. ``learns``: there will be a backward. ``told``:
     operators that a warning has named. ``group``: ranks that stream the sequence together.
+    ``last``: what leaves it leaves the call, and is not read by what comes after it.
     """
     start = time.perf_counter()
     doing("cutting the model into regions")
@@ -83,7 +84,7 @@ def compile_graph(
     gm = run_passes(GRAPH_PASSES, gm)
     ambient = _ambient(example_inputs)
     capture = cap.analyse(gm, example_inputs, ambient)
-    if plan.stream is not None and plan.stream.logits == "drop":
+    if plan.stream is not None and plan.stream.logits == "drop" and last:
         drop_outputs(capture, states=states)
     pre = pre_.lower(capture, drawn_once)
     if one:
@@ -91,7 +92,7 @@ def compile_graph(
         between: list[list[fx.Node]] = [[], []]
     else:
         parts, between = regions.split(capture, pre, mixes, one_length=group is not None)
-    if late is not None:
+    if late is not None and last:
         defer_outputs(capture, pre, parts, between, learns=learns)
     borders = Borders(capture, pre, between)
     borders.check(roles is not None)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import wrapped
+from fxmem.axes.sizes import evaluate
 from fxmem.compiler.borders import Borders
 from fxmem.compiler.region_codes import _adapted
 from fxmem.compiler.tied_weights import _link_shared
@@ -75,7 +76,7 @@ class CompiledGraph:
             for i, n in enumerate(capture.inputs)
             if n in capture.parameters
         ]
-        # a copy of what a piece writes is there for the backward, as it was
+        # a copy of what is written is there for the backward, as it was
         self._written: set[pre_.Leaf] = {("input", n.name) for n in capture.written}
         _link_shared(calls)
         self._plan_releases()
@@ -137,7 +138,9 @@ class CompiledGraph:
                 raise NotStreamedError("the call is small against the weights")
             return _compat_hooks.function(self.plain)(*args)
         by_node = dict(zip(self.capture.inputs, args, strict=True))
-        env: dict[pre_.Leaf, Any] = {("input", n.name): v for n, v in by_node.items()}
+        env: dict[pre_.Leaf, Any] = {("held", n.name): by_node[n] for n in self.capture.changed}
+        by_node |= {n: by_node[n].clone() for n in self.capture.changed}
+        env |= {("input", n.name): v for n, v in by_node.items()}
         for node, made in self.pre.cones.items():
             if isinstance(made, pre_.Parts):
                 env.update(zip(made.leaves, wrapped.parts(by_node[node]), strict=True))
@@ -255,6 +258,10 @@ class CompiledGraph:
             return self.late(output, self._whole(leaves, env, ranks), self.sizes)
         if not isinstance(output, fx.Node):
             return output
+        if ("held", output.name) in env:
+            return env["held", output.name]
+        if isinstance(value := cap.value_of(output), torch.SymInt):
+            return evaluate(cap.canonical(value, self.capture.symbols), self.sizes)
         return self._whole([pre_.leaf_of(self.pre, output)], env, ranks)[0]
 
     def _whole(

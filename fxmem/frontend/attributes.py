@@ -4,14 +4,18 @@ what was seen, objects with a state, tensors that another module reads, and whic
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+
+from fxmem._compat.capture_stack import dynamic_sources
 
 _BUFFERS = "_buffers"
 _OWN = frozenset(vars(nn.Module())) - {_BUFFERS}
@@ -75,13 +79,50 @@ class Attributes:
                 (now.extend if isinstance(now, (list, deque)) else now.update)(was)
 
 
+class Counters:
+    """Whole numbers that the modules of ``model`` hold and that change between calls. A capture
+    takes them as it takes a size: no value has one of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: dict[Attribute, int] = {}
+        self._varying: dict[Attribute, None] = {}
+
+    @contextlib.contextmanager
+    def shown(
+        self, watch: Callable[[Callable[[], None]], AbstractContextManager[None]]
+    ) -> Iterator[None]:
+        """``watch(begin)`` is a context in which ``begin`` is called when a capture begins."""
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> None:
+                self._look()
+                if self._varying:
+                    stack.enter_context(dynamic_sources([rf"{_named(a)}\Z" for a in self._varying]))
+
+            stack.enter_context(watch(begin))
+            yield
+
+    def _look(self) -> None:
+        for path, module in self._model.named_modules():
+            for name, value in vars(module).items():
+                if type(value) is int and self._seen.setdefault((path, name), value) != value:
+                    self._varying[path, name] = None
+
+
 def read(attribute: Attribute, sources: Iterable[str]) -> bool:
     """Whether one of Dynamo's names of what a capture depends on is this attribute."""
+    named = re.compile(_named(attribute))
+    return any(map(named.match, sources))
+
+
+def _named(attribute: Attribute) -> str:
+    """A pattern of Dynamo's names of it."""
     path, name = attribute
     owner = "".join(rf"\._modules\['{re.escape(p)}'\]" for p in path.split(".") if p)
     held = "".join(rf"(?:\.{n}\b|\['{n}'\])" for n in map(re.escape, name.split(".")))
-    named = re.compile(rf"L\['\w+'\]{owner}{held}")
-    return any(map(named.match, sources))
+    return rf"L\['\w+'\]{owner}{held}"
 
 
 def _containers(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, bool, Any]]:
@@ -113,4 +154,4 @@ def _flat(entries: list[Any]) -> list[Any]:
     return [x for e in entries for x in (e if isinstance(e, tuple) else (e,))]
 
 
-__all__ = ["Attribute", "Attributes", "read"]
+__all__ = ["Attribute", "Attributes", "Counters", "read"]

@@ -29,6 +29,7 @@ from fxmem._compat import capture_stack
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem.axes.sizes import Size, T, per_token, size
+from fxmem.frontend.functional_writes import is_of_held, is_write, written_inputs
 
 NARROW_LIMIT = 512
 """Elements per token up to which a parameter-free value is computed whole."""
@@ -62,9 +63,7 @@ class Graph(Protocol):
 
 @dataclass(slots=True)
 class Capture:
-    """A Dynamo graph with its analysis. Nodes are the graph's own; ``symbols`` renames to canonical
-    ones.
-    """
+    """A Dynamo graph with its analysis; ``symbols`` renames its symbols to canonical ones."""
 
     gm: fx.GraphModule
     nodes: list[fx.Node]
@@ -82,7 +81,9 @@ class Capture:
     length: sympy.Symbol = T
     """What the capture of the whole calls the length that is ``T`` here."""
     written: set[fx.Node] = field(default_factory=set)
-    """The inputs that pieces of the model write to."""
+    """The inputs that are written between regions and read again: a region takes a copy."""
+    changed: set[fx.Node] = field(default_factory=set)
+    """Other inputs that are written: all that reads them takes what they held at the start."""
     sizes: list[fx.Node] = field(init=False)  # among the inputs
 
     def __post_init__(self) -> None:
@@ -131,11 +132,10 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def is_border(node: fx.Node) -> bool:
-    """It runs between regions, under plain autograd: a hook on a gradient, or a piece of the model
-    that runs as it is."""
+    """It runs between regions: a hook on a gradient, a piece, a write to what the model holds."""
     source = node.args[0] if node.target is operator.getitem else node
     piece = isinstance(source, fx.Node) and capture_stack.is_piece(source)
-    return piece or _compat_hooks.is_hook(node)
+    return piece or _compat_hooks.is_hook(node) or is_of_held(node)
 
 
 def is_size(value: Any) -> bool:
@@ -168,7 +168,8 @@ def analyse(
     }  # fmt: skip
     # what a piece writes is read after it, not at the start
     ids = set(map(id, capture_stack.written(nodes)))
-    written = {n for n, v in zip(inputs, example_inputs, strict=True) if id(v) in ids}
+    changed, again = written_inputs(nodes)
+    written = again | {n for n, v in zip(inputs, example_inputs, strict=True) if id(v) in ids}
     heavy: set[fx.Node] = parameters | written
     main = []
     for n in nodes:
@@ -182,7 +183,7 @@ def analyse(
     return Capture(
         gm, nodes, contexts, inputs, list(output.args[0]), parameters, main, frozenset(main),
         symbols, mode, _bindings(inputs, symbols), size_guards(mode, symbols),
-        written=written,
+        written=written, changed=changed - written,
     )  # fmt: skip
 
 
@@ -248,10 +249,10 @@ def contexts_of(
 
 
 def live(nodes: Sequence[fx.Node], results: Iterable[fx.Node]) -> set[fx.Node]:
-    """What must run: for ``results``, or because it is a piece of the model, which may write."""
+    """What must run: for ``results``, or because it writes, as a piece of the model may do."""
     needed = set(results)
     for n in reversed(nodes):
-        if n in needed or capture_stack.is_piece(n):
+        if n in needed or capture_stack.is_piece(n) or is_write(n):
             needed.update((n, *n.all_input_nodes))
     return needed
 

@@ -17,6 +17,7 @@ from fxmem._compat import graph as _compat
 from fxmem.axes.sizes import degree, per_token
 from fxmem.frontend.capture import Capture, canonical_shape, is_border, is_size, is_tensor, value_of
 from fxmem.frontend.dropped_outputs import KEEP_PER_TOKEN
+from fxmem.frontend.functional_writes import is_of_held
 from fxmem.frontend.interpret import fake_call
 from fxmem.frontend.parameter_free import Preamble
 from fxmem.frontend.regions import Region, make
@@ -56,7 +57,7 @@ def defer_outputs(
     """Take heads off the last of the regions ``parts``; ``capture.outputs`` has a :class:`Late` in
     the place of what they make. ``learns``: of those with a gradient alone.
     """
-    if len(parts) < 2 or between[-1]:
+    if len(parts) < 2 or not all(map(is_of_held, between[-1])):
         return
     last = parts[-1]
     found = {
@@ -74,7 +75,7 @@ def defer_outputs(
     if others:
         parts.append(make(last.capture, pre, _cone(last.nodes, others)))
     else:
-        between[-2:] = [between[-2]]
+        between[-2:] = [[*between[-2], *between[-1]]]
 
 
 def _head(capture: Capture, pre: Preamble, last: Region, output: fx.Node) -> Region | None:

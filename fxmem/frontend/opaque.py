@@ -25,6 +25,7 @@ from fxmem._compat import errors as dynamo
 from fxmem.errors import CaptureError, FxmemError, FxmemWarning, PlanError
 from fxmem.frontend import faults
 from fxmem.frontend.attributes import read
+from fxmem.frontend.functional_writes import put_back, undoable
 from fxmem.frontend.methods import Method, called_at, method_of, methods_at, methods_on
 from fxmem.frontend.origin import Line
 from fxmem.frontend.piece import Again, Piece
@@ -164,10 +165,13 @@ class Opaque:
         self.version += recording.changed()
         return True
 
-    def run(self, call: Callable[[], Any], given: Mapping[str, Tensor]) -> Any:
+    def run(
+        self, call: Callable[[], Any], given: Mapping[str, Tensor], take_back: Callable[[], None]
+    ) -> Any:
         """``call()``, which runs captured code, with the pieces in place.
 
-        ``given``: the tensors of the model's call, by name.
+        ``given``: the tensors of the model's call, by name. ``take_back``: what code around the
+        pieces has done meanwhile, beside captured code.
         """
         with capture_stack.keep_symbolic(_lengths(given) if self._any_length else set()):
             if not self.pieces:
@@ -177,20 +181,27 @@ class Opaque:
             for one in calls:
                 one.begin(given)
             try:
-                return self._run(call, RandomState.now(given.values()))
+                return self._run(call, RandomState.now(given.values()), take_back)
             finally:
                 for one in calls:
                     one.end()
 
-    def _run(self, call: Callable[[], Any], random: RandomState) -> Any:
+    def _run(
+        self, call: Callable[[], Any], random: RandomState, take_back: Callable[[], None]
+    ) -> Any:
+        written = [(b, b.clone()) for p in self.pieces if p.calls for b in p.written]
         for _ in range(TRIES):
-            try:
-                with self._stubs():
-                    result = call()
-            except Again as other:
-                self.version += other.learn(self.pieces)
-                random.restore()
-                continue
+            with undoable() as undo:
+                try:
+                    with self._stubs():
+                        result = call()
+                except Again as other:
+                    self.version += other.learn(self.pieces)
+                    undo()
+                    put_back(written)
+                    take_back()
+                    random.restore()
+                    continue
             self._recorded = False
             self._tell()
             return result

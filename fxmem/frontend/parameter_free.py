@@ -29,7 +29,7 @@ from fxmem.rules import WRITTEN_OUT
 
 Leaf = tuple[str, str]
 """Name of a run-time value: ``("input", placeholder)``, ``("pre", preamble node)`` or ``("main",
-node)``.
+node)``; ``("held", placeholder)`` is an input that the call changes, itself.
 """
 
 

@@ -15,6 +15,7 @@ from fxmem._compat import capture_stack
 from fxmem._compat import overrides as _compat
 from fxmem.frontend.attributes import Attribute
 from fxmem.frontend.faults import AS_IT_IS
+from fxmem.frontend.functional_writes import put_back
 from fxmem.frontend.random_state import RandomState
 from fxmem.frontend.structure import describe, rebuild
 
@@ -61,6 +62,7 @@ class PieceCall:
         self.node = capture_stack.piece_call(self.run, piece.written)
         self.kept: Sequence[Tensor] | None = None
         self.after: RandomState | None = None
+        self.left: list[tuple[Tensor, Tensor]] = []
 
     def expected(self) -> Any:
         """What is expected, as a value to compare."""
@@ -77,7 +79,7 @@ class PieceCall:
                 self.stands[i] = _stand_in(stand, shape, self.varies[i], stand.requires_grad)
 
     def end(self) -> None:
-        self.kept = self.after = None
+        self.kept, self.after, self.left = None, None, []
 
     def expect(self, description: Any, results: Sequence[Tensor]) -> bool:
         """Whether anything but a size is other than it was expected."""
@@ -109,6 +111,7 @@ class PieceCall:
         """
         if self.kept is not None and self.after is not None:
             self.after.restore()
+            put_back(self.left)
             return self.kept
         results: list[Tensor] = []
         before = [(b, _compat.version(b)) for b in self.piece.module.buffers()]
@@ -125,6 +128,7 @@ class PieceCall:
         writes = self.piece.writes_to(b for b, was in before if _compat.version(b) != was)
         if not fits or self.piece.written or self.piece.changed:
             self.kept, self.after = results, RandomState.now(results)
+            self.left = [(b, b.clone()) for b in self.piece.written]
         if not fits or writes:
             raise Again(self, description, results, writes)
         return results

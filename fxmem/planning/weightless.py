@@ -97,12 +97,13 @@ def capture(model: nn.Module, length: int, batch: int) -> Captured:
 class _Capturing(Backend):
     """Captures, and gives back values without meaning in place of running."""
 
+    divides = False  # no code may run on these
     sizes: dict[str, int]
     arguments: dict[Leaf, Any]
 
-    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], last: bool) -> Any:
         self.sizes = {}
-        found = super()._compile(gm, example_inputs)
+        found = super()._compile(gm, example_inputs, last)
         return partial(self._answer, found) if isinstance(found, CompiledGraph) else found
 
     def _answer(self, graph: CompiledGraph, *args: Any) -> list[Any]:

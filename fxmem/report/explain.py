@@ -75,6 +75,11 @@ def explain(model: nn.Module | api.Backend) -> Report:
         PieceReport(str(p), len(p.calls), p.saved_bytes, p.checkpointed, p.seconds, p.reason)
         for p in opaque.pieces if p.calls
     ]  # fmt: skip
+    if engine.parts.reason is not None:
+        # a prediction is of one graph
+        report.in_parts, report.predicted, report.predicted_peak_bytes = (
+            engine.parts.reason, None, None
+        )  # fmt: skip
     _add_steps(report, engine, model)
     return report
 

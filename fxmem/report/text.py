@@ -79,6 +79,8 @@ def _head(report: Report) -> str:
     rows = [("sizes", sizes or "not run yet")]
     if report.whole:
         rows.append(("streaming", "none in this call: it is small, or the budget is large"))
+    if report.in_parts:
+        rows.append(("in parts", report.in_parts))
     if report.predicted is not None:
         p = report.predicted
         rows.append(("predicted peak", f"{mib(p.peak_bytes)} above the parameters"))
@@ -219,7 +221,8 @@ class Report:
         block_bytes: with blocks, bytes of training by formula, at the sizes of the latest call.
         blocks: with blocks, the block-epoch that training is in; ``blocks.draw(path)`` draws it.
         predicted_peak_bytes: of forward and backward of one step, above parameters; None before the
-            first step.
+            first step, and of a model that is captured in parts.
+        in_parts: why the model is captured in parts, and at which line; empty where it is not.
         programs: built in this process: forward, loss and backward, each variant once.
     """
 
@@ -245,6 +248,7 @@ class Report:
     seconds: Seconds = field(default_factory=Seconds)
     compiled: CompileReport = field(default_factory=CompileReport)
     kernels: list[KernelReport] = field(default_factory=list)
+    in_parts: str = ""
 
     @property
     def loops(self) -> list[LoopReport]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxmem._compat import capture_stack, graph, wrapped
+from fxmem._compat import capture_stack, graph, overrides, wrapped
 from fxmem._compat.errors import frames
 
 
@@ -132,3 +132,46 @@ def test_a_call_tells_what_it_writes() -> None:
     graph.call_function(node, ([], (), {}))
     (found,) = capture_stack.written(graph.nodes)
     assert found is kept
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(2))
+        self.kept, self.calls = torch.zeros(2), 3
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        self.kept.data.add_(1)
+        return x * self.weight * self.calls
+
+
+def test_what_modules_hold_is_told_from_what_a_call_is_given() -> None:
+    held: dict[str, bool] = {}
+    calls: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        for node in gm.graph.find_nodes(op="placeholder"):
+            held[graph.input_name(node)] = capture_stack.is_held(node)
+        calls.extend(n.target for n in gm.graph.nodes if n.op == "call_function")
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(Counting(), backend=backend, fullgraph=True)(torch.ones(2))
+    assert held == {"count": True, "kept": True, "weight": False, "x": False}
+    assert overrides.DATA in calls
+
+
+def test_a_number_that_is_a_symbol() -> None:
+    found: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append([v for v in inputs if not isinstance(v, Tensor)])
+        return gm.forward
+
+    for patterns in ([], [r"L\['\w+'\]\.calls\Z"]):
+        torch._dynamo.reset()
+        with capture_stack.dynamic_sources(patterns):
+            torch.compile(Counting(), backend=backend, fullgraph=True)(torch.ones(2))
+    assert [len(values) for values in found] == [0, 1]

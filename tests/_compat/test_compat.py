@@ -73,6 +73,22 @@ def test_restart_capture_traces_the_frame_again() -> None:
     assert symbolic == [False, True]
 
 
+def test_a_graph_tells_whether_more_of_its_frame_follows() -> None:
+    early: list[bool] = []
+
+    def backend(gm: fx.GraphModule, _: list[Any]) -> Any:
+        early.append(tracing.ends_early(gm))
+        return gm.forward
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        return y + 1 if y.sum() > 0 else y
+
+    torch._dynamo.reset()
+    torch.compile(broken, backend=backend)(torch.ones(2))
+    assert early == [True, False]
+
+
 def test_marked_inputs_leave_out_parameters_and_buffers() -> None:
     module, given = nn.BatchNorm1d(4).eval(), torch.randn(3, 4)
     seen: list[bool] = []

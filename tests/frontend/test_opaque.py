@@ -48,7 +48,7 @@ class Counts(Part):
     """Writes to a buffer: a second run would be seen."""
 
     def forward(self, x: Tensor) -> Any:
-        self.count.add_(1)
+        self.count.add_(1 if x.sum() < 1e6 else 2)
         return self.w(x) * self.count.clone()
 
 
