@@ -29,6 +29,7 @@ from fxmem.frontend.late_outputs import defer_outputs
 from fxmem.frontend.stateless_random import drawn_once
 from fxmem.passes.causal_convolutions import CausalConvolutions
 from fxmem.passes.drop_identities import DropIdentities
+from fxmem.passes.first_rows import FirstRows
 from fxmem.passes.functionalize import Functionalize
 from fxmem.passes.hook_borders import HookBorders
 from fxmem.passes.piece_borders import PieceBorders
@@ -51,8 +52,8 @@ from fxmem.streaming.token_mixing import mixes
 
 GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
     HookBorders(), Subgraphs(), PieceBorders(), PositionalArguments(), ScalarInputs(),
-    Functionalize(), DropIdentities(), CausalConvolutions(), ShareKvHeads(), SliceRowsFirst(),
-    SelectLogProbs(),
+    Functionalize(), DropIdentities(), CausalConvolutions(), FirstRows(), ShareKvHeads(),
+    SliceRowsFirst(), SelectLogProbs(),
 )  # fmt: skip
 """Rewrites of the captured graph, in order."""
 LAYER_PASSES: tuple[Pass[fx.GraphModule], ...] = (

@@ -1,0 +1,76 @@
+"""First rows that a model sets itself before a shifted value: ``cat([start, x[:, :-1]], 1)``.
+
+Joined like this, rows move out of their chunks. With zeros in front it is a shift; which rows are
+then the first ones is known from their positions.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmem.axes.sizes import size
+from fxmem.frontend.capture import contexts_of, is_tensor, value_of
+from fxmem.rewriting.pipeline import Edit, LocalPass, call_before
+
+LIMIT = 8
+"""Rows that are written one by one."""
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstRows(LocalPass[fx.GraphModule]):
+    """Rewrite joins of a few rows and all but the last ones of a value."""
+
+    name: str = "first_rows"
+
+    def edits(self, gm: fx.GraphModule) -> Iterator[Edit]:
+        for node in list(gm.graph.nodes):
+            if node.target in _JOINS and (found := _read(node)) is not None:
+                yield partial(_rewrite, gm, node, *found)
+
+
+def shifted(first: Tensor, rest: Tensor, dim: int) -> Tensor:
+    """``cat([first, rest], dim)``."""
+    out = torch.cat([torch.zeros_like(first), rest], dim)
+    at = torch.arange(out.shape[dim], device=out.device).view(-1, *[1] * (out.dim() - dim - 1))
+    for i in range(first.shape[dim]):
+        out = torch.where(at == i, first.narrow(dim, i, 1), out)
+    return out
+
+
+def _read(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+    parts: Any = node.args[0] if node.args else None
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not all(map(is_tensor, parts)):
+        return None
+    first, rest = parts
+    out = value_of(node)
+    dim = int(node.args[1] if len(node.args) > 1 else 0) % out.dim()
+    rows, length = size(value_of(first).shape[dim]), size(out.shape[dim])
+    if not rows.is_Integer or not 0 < rows <= LIMIT or not length.free_symbols or _is_zero(first):
+        return None
+    if rest.target is not operator.getitem or not is_tensor(rest.args[0]):
+        return None
+    index = rest.args[1] if isinstance(rest.args[1], tuple) else (rest.args[1],)
+    cuts = [i for i in index if i not in (Ellipsis, slice(None))]
+    source = value_of(rest.args[0])
+    whole = source.dim() == out.dim() and size(source.shape[dim]) == length
+    return (first, rest, dim) if whole and cuts == [slice(None, -int(rows))] else None
+
+
+def _is_zero(node: fx.Node) -> bool:
+    """It is made of zeros, in any spelling."""
+    return "zeros" in str(getattr(node.target, "__name__", node.target))
+
+
+def _rewrite(gm: fx.GraphModule, node: fx.Node, first: fx.Node, rest: fx.Node, dim: int) -> None:
+    context = contexts_of(gm)[0][node]
+    new = call_before(node, shifted, (first, rest, dim), like=node, context=context)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
