@@ -8,6 +8,9 @@ percent. Peak: live tensor bytes above the parameters, gradients included.
 
 Ids are a view (a slice of a longer text) in every second group of runs, else a tensor of their own;
 with ``--ids both`` every setup runs with either, and the table has the ratio of their times.
+
+The first step is that of a machine that has never traced the model. ``FXMEM_REGIONS=on`` in the
+environment lets processes find what earlier ones have traced.
 """
 
 from __future__ import annotations
@@ -203,6 +206,7 @@ def short_name(model: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, report."""
     options = parse(arguments)
+    os.environ.setdefault("FXMEM_REGIONS", "off")
     try:
         records = run(options)
     except FxmemError as error:

@@ -45,7 +45,7 @@ def sizes() -> dict[str, int]:
 
 def clear() -> None:
     """Empty every table. Models that are transformed keep the code they use; the next capture
-    traces anew.
+    traces anew, or reads what is on the disk.
     """
     for table in _tables():
         table.clear()

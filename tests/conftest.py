@@ -45,13 +45,16 @@ def root() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def own_cache() -> Iterator[None]:
     """What is measured of this machine is neither read from the user's cache nor left there, and
-    automatic chunks are as long on every machine.
+    automatic chunks are as long on every machine. Regions are traced anew; ``FXMEM_REGIONS=on``
+    takes them from the disk, and ``FXMEM_CACHE`` then names a folder for several runs.
     """
     from fxmem.measure.knee import NOMINAL
 
+    regions = os.environ.get("FXMEM_REGIONS", "off")
+    kept = os.environ.get("FXMEM_CACHE") if regions == "on" else None
     with (
         tempfile.TemporaryDirectory() as path,
-        mock.patch.dict(os.environ, FXMEM_CACHE=path),
+        mock.patch.dict(os.environ, FXMEM_CACHE=kept or path, FXMEM_REGIONS=regions),
         mock.patch("fxmem.streaming.chunk_size.knee", lambda *_: NOMINAL["cpu"]),
     ):
         yield

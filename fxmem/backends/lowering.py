@@ -69,6 +69,12 @@ class Lowering:
             return (LowerKernels(device, self.found, self.off), InPlace())
         return (InPlace(), AddProducts())
 
+    def tells_nothing(self, values: Sequence[torch.Tensor]) -> bool:
+        """Bodies over these are rewritten without a note in :attr:`found`."""
+        if self.mode == "auto":
+            return all(v.device.type == "cpu" for v in values)
+        return self.mode != "triton"
+
     def uses(self, kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a kernel that the program's runtime calls may run; noted as a match."""
         if self.mode not in ("auto", "triton") or (self.mode == "auto" and device.type == "cpu"):

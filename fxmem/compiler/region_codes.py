@@ -23,6 +23,7 @@ from fxmem.runtime.counters import COUNTER
 from fxmem.runtime.loops import execute
 from fxmem.runtime.region_call import RegionCall
 from fxmem.runtime.region_code import RegionCode
+from fxmem.runtime.saved_code import Saved
 from fxmem.streaming.chunk_forms import HANDLERS
 
 _CODES = CodeLibrary()
@@ -41,16 +42,23 @@ def _region_call(
     """``spread``: values of which ranks have rows; None: there are no other ranks."""
     own = None if spread is None else tuple(leaf in spread for leaf in region.leaves)
 
-    def make(name: str) -> RegionCode:
+    def make(name: str, saved: Saved | None) -> RegionCode:
         return RegionCode(
             region, Canonicalize, _joint_passes, HANDLERS, execute, COUNTER, name, lowering, told,
-            own=own,
+            own=own, saved=saved,
         )  # fmt: skip
 
-    code = _CODES.take(f"{revision()} {lowering} {own} {region.key()}", region, make)
+    rows = revision()  # rows of the user's are of this process
+    alone = own is None and not rows and lowering.tells_nothing(region.values)
+    code = _CODES.take(f"{rows} {lowering} {own}", region, make, shared=alone)
     outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
     length = region.capture.length
     return RegionCall(code, region.leaves, outputs, modules=region.modules, length=length)
+
+
+def save_codes() -> None:
+    """Write what the calls so far have made, for the next process."""
+    _CODES.save()
 
 
 def _adapted(code: RegionCode, adapters: Mapping[int, Adapter]) -> RegionCode:

@@ -16,7 +16,7 @@ from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import wrapped
 from fxmem.axes.sizes import evaluate
 from fxmem.compiler.borders import Borders
-from fxmem.compiler.region_codes import _adapted
+from fxmem.compiler.region_codes import _adapted, save_codes
 from fxmem.compiler.tied_weights import _link_shared
 from fxmem.compiler.together import Together
 from fxmem.distributed.sequence import Call
@@ -69,7 +69,7 @@ class CompiledGraph:
         self._first_use: dict[str, int] | None = None
         self.capture, self.pre, self.calls, self.plan = capture, pre, calls, plan
         self.chunker, self.plain = chunker, plain
-        self.whole_calls = 0
+        self.whole_calls = self._calls = 0
         # Now: Dynamo takes the origins of inputs away after the compilation.
         self._parameters = [
             (i, _compat.input_name(n))
@@ -116,6 +116,9 @@ class CompiledGraph:
         raise own
 
     def _run(self, *args: Any) -> list[Any]:
+        if self._calls == 1:  # the first has made everything, its backward included
+            save_codes()
+        self._calls += 1
         sizes = bind_sizes(self.capture, args)
         self.sizes = sizes
         table = self.roles.table() if self.roles is not None else None

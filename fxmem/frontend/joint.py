@@ -115,6 +115,12 @@ class Joint:
         new.meta["val"], self.info[new] = value, None
         return new
 
+    def forget_erased(self) -> None:
+        """Nothing is known any more of nodes that passes have taken away."""
+        there = set(self.graph.nodes)
+        self.info = {n: i for n, i in self.info.items() if n in there}
+        self.learned &= there
+
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Let everything that takes ``node`` take ``new``; nobody needs ``node`` any more."""
         node.replace_all_uses_with(new)

@@ -12,8 +12,10 @@ the decoder that reads it) are found in the same way, by the states that have th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxmem._compat.graph import OpOverload
 from fxmem.frontend.capture import (
     Capture,
     Graph,
@@ -37,6 +40,10 @@ from fxmem.frontend.origin import module_path
 from fxmem.frontend.parameter_free import Cone, Leaf, Parts, Preamble, leaf_of
 from fxmem.frontend.subgraph import Body, Subgraph
 from fxmem.frontend.waists import along, waists
+
+HERE = "<here>"
+OWN_OPS = ("aten", "prims", "prim", "fxmem")
+OWN_FUNCTIONS = ("torch", "_operator", "math", "builtins", "fxmem")
 
 
 @dataclass(slots=True)
@@ -97,6 +104,10 @@ class Region:
 
     def key(self) -> str:
         """Structural identity: equal keys run the same program on other weights."""
+        return hashlib.sha256(self.described().encode()).hexdigest()
+
+    def described(self) -> str:
+        """What the key stands for. What only this process knows stands behind :data:`HERE`."""
         index: dict[fx.Node, str] = self._every_size([f"i{i}" for i in range(len(self.ints))])
         symbols = self.capture.symbols
         lines = [f"int {canonical(value_of(n), symbols)}" for n in self.ints]
@@ -110,7 +121,7 @@ class Region:
         lines += _lines(self.nodes, index, self.capture, symbols)
         # a capture without gradients has the same calls
         lines.append(f"out {[(index[n], value_of(n).requires_grad) for n in self.outputs]}")
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return "\n".join(lines)
 
 
 def _lines(
@@ -146,8 +157,28 @@ def _target(node: fx.Node, graph: Graph, symbols: Any) -> str:
     if isinstance(t, Subgraph):
         return f"{type(t).__name__} {t.options} {[_body(b, symbols) for b in t.bodies]}"
     if isinstance(t, str):
-        return f"{t} {id(attribute(graph.gm, t))}" if node.op == "get_attr" else t
-    return f"{getattr(t, '__module__', '')}.{getattr(t, '__qualname__', t)} {hash(t)}"
+        return f"{t} {HERE} {id(attribute(graph.gm, t))}" if node.op == "get_attr" else t
+    return _named(t)
+
+
+def _named(target: Any) -> str:
+    """A function of torch, Python or fxmem by its name; others may change under theirs."""
+    module, name = getattr(target, "__module__", ""), getattr(target, "__qualname__", target)
+    text = f"{module}.{name}"
+    if isinstance(target, OpOverload):
+        own = target.namespace in OWN_OPS
+    else:
+        own = str(module).partition(".")[0] in OWN_FUNCTIONS and _is_found(target)
+    return text if own else f"{text} {HERE} {hash(target)}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_found(target: Any) -> bool:
+    """Its name leads to it."""
+    try:
+        return pickle.loads(pickle.dumps(target)) is target
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
+        return False
 
 
 def _body(body: Body, symbols: Any) -> str:

@@ -8,8 +8,10 @@ little on the width of the model (``python -m benchmarks.chunks`` measures both)
 from __future__ import annotations
 
 import functools
+import statistics
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -24,6 +26,11 @@ NOMINAL = {"cpu": 384}
 NOMINAL_DEVICE = 2048
 """Where nothing can be measured."""
 WIDTH, INNER = 512, 2048
+STEADY = 1.2
+"""How far two of four times of one chunk may be apart, at the median over lengths. A machine that
+does other work shows whose chunks met it, not which are fast."""
+LIMIT = 3.0
+"""Seconds after which no further round begins; four take about one where nothing else runs."""
 PATIENCE = 0.5
 """Seconds for one chunk, after which longer ones are not tried."""
 
@@ -39,22 +46,33 @@ def _knee(device: torch.device, dtype: torch.dtype, threads: int) -> int:
     if device.type == "meta" or not torch.get_device_module(device).is_available():
         return nominal
     detail = str(dtype).removeprefix("torch.")
-    return int(remembered("rows", device, detail, lambda: [measure(device, dtype)])[0])
+    found = remembered("rows", device, detail, lambda: measure(device, dtype))
+    return int(found[0]) if found else nominal
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> int:
-    """Time a small layer, forward and backward, in chunks of growing length."""
-    found: list[int] = []
+def measure(device: torch.device, dtype: torch.dtype) -> list[float]:
+    """Time a small layer, forward and backward, in chunks of growing length; the knee, or nothing
+    where the type has no products or the machine is busy.
+    """
+    found: list[float] = []
 
     def work() -> None:
-        with suppress(RuntimeError):  # no product of this type
-            found.append(of_curve(_curve(device, dtype)))
+        with suppress(RuntimeError):
+            times = _times(device, dtype)
+            if is_steady(times):
+                found.append(of_curve({rows: min(t) / rows for rows, t in times.items()}))
 
     # modes of PyTorch, such as fake tensors or a watch of storages, belong to the caller's thread
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    return found[0] if found else NOMINAL.get(device.type, NOMINAL_DEVICE)
+    return found
+
+
+def is_steady(times: Mapping[int, Sequence[float]]) -> bool:
+    """The two fastest times of a chunk are about equal."""
+    pairs = [sorted(found)[:2] for found in times.values() if len(found) > 1]
+    return bool(pairs) and statistics.median(slow / fast for fast, slow in pairs) <= STEADY
 
 
 def of_curve(curve: dict[int, float]) -> int:
@@ -64,21 +82,24 @@ def of_curve(curve: dict[int, float]) -> int:
 
 
 @torch.no_grad()
-def _curve(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
-    """Seconds per row; rounds take turns, so that other load meets all lengths."""
+def _times(device: torch.device, dtype: torch.dtype) -> dict[int, list[float]]:
+    """Seconds by rows; rounds take turns, so that other load meets all lengths."""
     weights = [torch.ones(WIDTH, INNER, device=device, dtype=dtype) / WIDTH for _ in range(4)]
     longest = ROWS[-1]
     states = torch.ones(longest, WIDTH, device=device, dtype=dtype)
-    curve: dict[int, float] = {}
+    times: dict[int, list[float]] = {}
+    end = time.perf_counter() + LIMIT
     lengths = list(ROWS)
     for _ in range(4):
         for rows in list(lengths):
             spent = _seconds(states[:rows], weights)
-            curve[rows] = min(curve.get(rows, float("inf")), spent / rows)
+            times.setdefault(rows, []).append(spent)
             if spent > PATIENCE:
                 lengths = lengths[: lengths.index(rows)]
                 break
-    return curve
+        if time.perf_counter() > end:
+            break
+    return times
 
 
 def _seconds(states: Tensor, weights: list[Tensor]) -> float:

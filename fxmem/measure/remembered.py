@@ -19,13 +19,16 @@ def remembered(
 ) -> list[float]:
     """What ``measure`` found for ``name``, the device, PyTorch's version and ``detail``.
 
-    A cache that cannot be written to only costs the next process a measurement.
+    An empty answer is not remembered. A cache that cannot be written to only costs the next process
+    a measurement.
     """
     key = f"{name}, {_describe(device)}, torch {torch.__version__}, {detail}"
     file = cache_folder() / "measured.json"
     known = _read(file)
     if key not in known:
         known[key] = [float(v) for v in measure()]
+        if not known[key]:
+            return []
         with suppress(FxmemError):
             folder(file.parent)
             write_text(file, json.dumps({**_read(file), key: known[key]}, indent=1))

@@ -128,7 +128,7 @@ def _state_bytes(
     total = 0
     for value, leaf, keep in zip(code.values, leaves, kept, strict=False):
         if keep and leaf[0] == "main":
-            shape = evaluate_shape(canonical_shape(value, code.joint.symbols), sizes)
+            shape = evaluate_shape(canonical_shape(value, code.region.capture.symbols), sizes)
             total += math.prod(shape) * value.dtype.itemsize
     return total
 

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,7 @@ from fxmem.program.steps import Barrier, Free, Program
 from fxmem.progress import doing
 from fxmem.rewriting.pipeline import Pass, run_passes
 from fxmem.runtime.loops import accumulators, is_causal
+from fxmem.runtime.saved_code import Saved
 from fxmem.streaming.carried_states import with_states
 from fxmem.streaming.chunk_size import footprint
 from fxmem.streaming.emit import Emitter
@@ -74,9 +76,8 @@ class RegionCode:
     (:mod:`fxmem.streaming.keep_levels`); ``held`` is the first level, and ``hands_on`` says that it
     is only states that one chunk hands to the next.
 
-    ``derived``: what other rooms made of this code and keep with it.
-
-    ``only``: positions of the outputs that are differentiated, instead of all that can be.
+    ``derived``: what other rooms made of this code and keep with it. ``only``: positions of the
+    outputs that are differentiated, instead of all that can be.
 
     ``own``: which tensors come as this rank's rows of the sequence; None: no other rank has any.
     """
@@ -86,6 +87,7 @@ class RegionCode:
         handlers: dict[str, Handler], run: Callable[..., list[Tensor | None]],
         counter: Any, name: str, lowering: Lowering, told: set[str],
         only: Sequence[int] | None = None, own: Sequence[bool] | None = None,
+        saved: Saved | None = None,
     ) -> None:  # fmt: skip
         self.region, self.own = region, own
         self.name = name
@@ -107,10 +109,9 @@ class RegionCode:
         self.early = self.is_loss and not has_own_gradient(region.nodes)
         self._given: dict[tuple[bool, ...], RegionCode] = {}
         self._packing: tuple[Packing | None] | None = None
-        self.joint = self._trace(only)
+        self.stored = saved or self._new(only)
+        self.joint, self.held = self.stored.joint, self.stored.held
         self.footprint = footprint(self.joint)
-        lone = self.is_loss or not self.learns
-        self.held = [] if lone else mixed(self.joint, ranks=own is not None)
         self.hands_on = bool(self.held) and all(
             self.joint.info[n].shape[:1] == (CHUNKS,) for n in self.held
         )
@@ -155,6 +156,11 @@ class RegionCode:
             )  # fmt: skip
         return self._given[key]
 
+    def _new(self, only: Sequence[int] | None) -> Saved:
+        joint = self._trace(only)
+        lone = self.is_loss or not self.learns
+        return Saved(joint, [] if lone else mixed(joint, ranks=self.own is not None))
+
     @_compat.no_autocast()
     def _trace(self, only: Sequence[int] | None) -> Joint:
         start = time.perf_counter()
@@ -163,6 +169,7 @@ class RegionCode:
         )
         if self.own is None:
             with_states(traced)
+        traced.forget_erased()
         self.counter.traces += 1
         self.counter.trace_seconds += time.perf_counter() - start
         return traced
@@ -179,39 +186,45 @@ class RegionCode:
         key = (kind, causal)
         if key not in self.programs:
             start = time.perf_counter()
-            doing(f"scheduling {self.name}, {kind}")
-            whole, _, mask = kind.partition(":")
-            base, _, level = whole.partition("+")
-            kept = self.level(int(level or 0))
-            joint = self.loss_joint if base == "loss" else self.joint
-            outputs, grads = joint.outputs, joint.grads
-            if mask:
-                grads = [None if m == "0" else g for g, m in zip(grads, mask, strict=True)]
-            wanted = {
-                "forward": [*outputs, *kept], "backward": grads, "loss": [*outputs, *grads],
-            }[base]  # fmt: skip
-            roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
-            held = kept if base == "backward" else []
-            plan = schedule(joint, roots, causal=causal, held=held, ranks=self.own is not None)
             label = f"{self.name}_{kind}".replace(":", "_").replace("+", "_held")
-            passes = self.lowering.body_passes(self.device)
-            grads_at = {"forward": len(wanted), "backward": 0, "loss": len(outputs)}[base]
-            forms = forms_of(wanted, grads_at, self.own)
-            own = given_as_rows(joint, held, self.own)
-            program = Emitter(plan, label, causal, self._handlers, passes, own).run(forms)
-            rewrites: list[Pass[Program]] = [
-                KeepSumDtype(name)
-                for m, name in zip(reversed(mask), reversed(program.outputs), strict=False)
-                if m == "w" and name is not None
-            ]
-            if base.startswith("backward"):
-                rewrites.append(ReuseTangents(tuple(self.tangents(program))))
-            rewrites += self.lowering.program_passes()
-            program = self.programs[key] = run_passes(rewrites, program, label)
+            if key not in self.stored.programs:
+                doing(f"scheduling {self.name}, {kind}")
+                self.stored.programs[key] = self._schedule(kind, causal, label)
+                self.counter.programs += 1
+            program = replace(self.stored.programs[key], name=label)
+            program = run_passes(self.lowering.program_passes(), program, label)
+            self.programs[key] = program
             self._warn(program)
-            self.counter.programs += 1
             self.counter.lower_seconds += time.perf_counter() - start
         return self.programs[key]
+
+    def _schedule(self, kind: str, causal: bool, label: str) -> Program:
+        whole, _, mask = kind.partition(":")
+        base, _, level = whole.partition("+")
+        kept = self.level(int(level or 0))
+        joint = self.loss_joint if base == "loss" else self.joint
+        outputs, grads = joint.outputs, joint.grads
+        if mask:
+            grads = [None if m == "0" else g for g, m in zip(grads, mask, strict=True)]
+        wanted = {
+            "forward": [*outputs, *kept], "backward": grads, "loss": [*outputs, *grads],
+        }[base]  # fmt: skip
+        roots = list(dict.fromkeys(n for n in wanted if isinstance(n, torch.fx.Node)))
+        held = kept if base == "backward" else []
+        plan = schedule(joint, roots, causal=causal, held=held, ranks=self.own is not None)
+        passes = self.lowering.body_passes(self.device)
+        grads_at = {"forward": len(wanted), "backward": 0, "loss": len(outputs)}[base]
+        forms = forms_of(wanted, grads_at, self.own)
+        own = given_as_rows(joint, held, self.own)
+        program = Emitter(plan, label, causal, self._handlers, passes, own).run(forms)
+        rewrites: list[Pass[Program]] = [
+            KeepSumDtype(name)
+            for m, name in zip(reversed(mask), reversed(program.outputs), strict=False)
+            if m == "w" and name is not None
+        ]
+        if base.startswith("backward"):
+            rewrites.append(ReuseTangents(tuple(self.tangents(program))))
+        return run_passes(rewrites, program, label)
 
     def has_compiled(self, kind: str) -> bool:
         """Some program of this kind has run, where bodies are compiled when they first run."""

@@ -217,7 +217,7 @@ def _saved(call: RegionCall, sizes: Mapping[str, int], first: _Once) -> int:
         return 0
     kept = zip(call.leaves, code.values, code.saved(False), strict=True)
     return sum(
-        _bytes(value, sizes, code.joint.symbols)
+        _bytes(value, sizes, code.region.capture.symbols)
         for leaf, value, keep in kept
         if keep and leaf[0] == "main" and first("saved", leaf)
     )
@@ -236,7 +236,7 @@ def _late(
     gradients, sums, whole = 0, 0, 0
     for leaf, value, name in zip(call.leaves, code.values, grads, strict=True):
         if name is not None and leaf[0] == "input":
-            own = _bytes(value, sizes, code.joint.symbols)
+            own = _bytes(value, sizes, code.region.capture.symbols)
             sums += own
             part = shards.share(leaf[1], own)
             whole += own - part

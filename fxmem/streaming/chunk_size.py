@@ -170,7 +170,7 @@ class Chunker:
         for call in calls:
             for value, leaf in zip(call.code.values, call.leaves, strict=True):
                 if leaf[0] == "main":
-                    shape = canonical_shape(value, call.code.joint.symbols)
+                    shape = canonical_shape(value, call.code.region.capture.symbols)
                     saved = saved + call.named(byte_count(shape, value.dtype))
             forward = forward + call.named(call.code.footprint.forward)
         distinct = {id(w): w for w in weights}

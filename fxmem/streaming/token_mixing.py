@@ -15,6 +15,7 @@ from fxmem.frontend import capture as cap
 from fxmem.frontend import regions
 from fxmem.frontend.canonicalize import Canonicalize
 from fxmem.frontend.joint import Joint, trace
+from fxmem.frontend.saved_regions import file_of, read, write
 from fxmem.rules import revision
 from fxmem.streaming.carried_states import with_states
 from fxmem.streaming.labels import Kind, Label, analyse
@@ -57,7 +58,13 @@ def mixes(region: regions.Region) -> bool:
         return _mixes(region)  # its key has the identity of a constant that may die
     key = f"{revision()} {region.capture.assumed} {region.key()}"
     if key not in _MIXING:
-        _MIXING[key] = _mixes(region), [n.target for n in region.nodes]
+        file = None if revision() else file_of(region, "mixes")
+        found = None if file is None else read(file)
+        if not isinstance(found, bool):
+            found = _mixes(region)
+            if file is not None:
+                write(file, found)
+        _MIXING[key] = found, [n.target for n in region.nodes]
     return _MIXING[key][0]
 
 

@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knee, "ROWS", (8, 16, 32))
+    monkeypatch.setattr(knee, "STEADY", float("inf"))
 
 
 @given(st.dictionaries(st.integers(1, 4096), st.floats(1e-9, 1.0), min_size=1))
@@ -34,14 +35,36 @@ def test_the_knee_is_the_least_that_is_nearly_the_best(curve: dict[int, float]) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_it_is_measured_aside(dtype: torch.dtype) -> None:
     with FakeTensorMode(), StorageWatch() as watch, torch.inference_mode():
-        assert knee.measure(CPU, dtype) in (8, 16, 32)
+        assert knee.measure(CPU, dtype) in ([8], [16], [32])
     assert watch.peak == 0
 
 
 @pytest.mark.usefixtures("short")
 def test_what_cannot_be_measured_has_a_nominal_answer() -> None:
-    assert knee.measure(CPU, torch.float8_e4m3fn) == knee.NOMINAL["cpu"]
+    assert knee.measure(CPU, torch.float8_e4m3fn) == []
+    assert knee.knee(CPU, torch.float8_e4m3fn) == knee.NOMINAL["cpu"]
     assert knee.knee(torch.device("meta"), torch.float32) == knee.NOMINAL_DEVICE
+
+
+@given(
+    st.dictionaries(st.integers(1, 4096), st.lists(st.floats(1e-6, 1.0), min_size=1), min_size=1)
+)
+def test_a_busy_machine_has_times_apart(times: dict[int, list[float]]) -> None:
+    apart = [sorted(t)[1] / min(t) for t in times.values() if len(t) > 1]
+    if knee.is_steady(times):
+        assert sum(x <= knee.STEADY for x in apart) * 2 >= len(apart) > 0
+    else:
+        assert sum(x > knee.STEADY for x in apart) * 2 >= len(apart)
+    assert knee.is_steady({rows: [t[0], t[0], 1.0] for rows, t in times.items()})
+
+
+def test_a_busy_machine_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FXMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(knee, "_times", lambda *_: {64: [1.0, 2.0], 128: [1.0, 3.0]})
+    knee._knee.cache_clear()
+    assert knee.knee(CPU, torch.float32) == knee.NOMINAL["cpu"]
+    knee._knee.cache_clear()
+    assert not list(tmp_path.iterdir())
 
 
 def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
