@@ -17,7 +17,6 @@ from torch._dynamo.exc import (
     TorchRuntimeError,
     Unsupported,
 )
-from torch._dynamo.variables.misc import TracebackVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
@@ -113,8 +112,8 @@ def raised_at(error: BaseException) -> list[Any]:
     """
     for value in (v for frame in frames(error) for v in frame.f_locals.values()):
         found = getattr(value, "__traceback__", None)  # Dynamo's own, of an exception of the code
-        if isinstance(found, TracebackVariable):
-            return [getattr(f, "frame_summary", f) for f in found.extract_tb()]
+        if extract := getattr(found, "extract_tb", None):
+            return [getattr(f, "frame_summary", f) for f in extract()]
     return []
 
 
