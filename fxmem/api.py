@@ -27,7 +27,7 @@ from fxmem.compiler.evaluation import Evaluation
 from fxmem.compiler.training_step import check_called
 from fxmem.deferred.tensor import settle
 from fxmem.distributed import fsdp2
-from fxmem.distributed.sequence import Group
+from fxmem.distributed.sequence import Group, digest
 from fxmem.dynamo_backend import Backend, backend, fxmem_backend, recorder_of
 from fxmem.errors import (
     FxmemError,
@@ -54,7 +54,10 @@ from fxmem.roles.roles import Adapter, ReadOnly, RoleSource, RoleTable
 from fxmem.roles.terms import Uncaptured, leave
 from fxmem.runtime import sharding
 
-NO_DDP = "give the model itself, one process each, and Blocks(average=True)"
+NO_DDP = (
+    "give the model itself, one process each, and Blocks(average=True); or shard it by fully_shard, "
+    "which transformers' Trainer does with TrainingArguments(fsdp=True)"
+)
 _BY_FUNCTION = "a transform of torch.func, or forward-mode differentiation"
 RECAPTURES = 64
 """Captures per model (train and eval, with and without a mask, autocast states) before an error."""
@@ -168,7 +171,9 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
             if engine.roles.reading is not None:
                 engine.roles.reading.shard = shards.shard
         try:
-            with shards.call(args, kwargs) if shards else nullcontext((args, kwargs)) as call_of:
+            facts = functools.partial(_facts, model, plan)
+            shown = shards.call(args, kwargs, facts) if shards else nullcontext((args, kwargs))
+            with shown as call_of:
                 return streamed(engine, *call_of)
         except sharding.NotStreamedError:
             return plain(*args, **kwargs)
@@ -265,6 +270,17 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     _compat.set_compiled_call(model, call)
     _TRANSFORMED[model] = engine
     return engine
+
+
+def _facts(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """On what it depends which gradients are reduced, in numbers that ranks compare."""
+    return {
+        "plans": digest(plan.blocks, plan.stream and plan.stream.sequence),
+        "parameters that learn": digest(
+            [n for n, p in model.named_parameters() if p.requires_grad]
+        ),
+        "numbers of steps": 0 if plan.blocks is None else state_of(model).step,
+    }
 
 
 def merge_low_rank(model: nn.Module) -> int:

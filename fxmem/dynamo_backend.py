@@ -26,7 +26,6 @@ from fxmem.errors import (
     FxmemError,
     FxmemWarning,
     PlanError,
-    RoleError,
 )
 from fxmem.frontend import faults
 from fxmem.frontend.capture import has_varying_size
@@ -106,13 +105,12 @@ class Backend:
             return _unstreamed(gm)
         if _compat.mark_inputs(gm, example_inputs):
             tracing.restart_capture("fxmem streams a symbolic length")
-        if not has_varying_size(gm) and self.roles is not None:
-            raise RoleError(_not_streamed("split into regions"))
-        if not has_varying_size(gm) and self.in_parts:
+        if not has_varying_size(gm) and self.roles is None and self.in_parts:
             return _unstreamed(gm)
         if not has_varying_size(gm):
-            warnings.warn(_not_streamed("streamed"), FxmemWarning, stacklevel=2)
-            return _unstreamed(gm)
+            warnings.warn(_not_streamed(), FxmemWarning, stacklevel=2)
+            if self.roles is None:
+                return _unstreamed(gm)
         late = None if self.recorder is None else self.recorder.output
         graph = compile_graph(
             gm, example_inputs, self.plan, self.roles, late=late, one=self.one, states=self.states,
@@ -136,9 +134,9 @@ def _unstreamed(gm: fx.GraphModule) -> Callable[..., Any]:
     return _raiser(sharding.NotStreamedError("this capture does not stream"))
 
 
-def _not_streamed(done: str) -> str:
+def _not_streamed() -> str:
     return (
-        f"no input has a length that may vary, so nothing is {done}: the model fixes its sizes "
+        "no input has a length that may vary, so nothing is streamed: the model fixes its sizes "
         f"(constants of the input's length, or one token only){_fixed_at()}"
     )
 

@@ -178,12 +178,12 @@ class DivergedError(FxmemError):
 
 
 class LostRankError(FxmemError):
-    """A rank that streams the same sequence does not answer."""
+    """Another process that trains the same model does not answer."""
 
     by_plan = True
     default_advice = (
         "see what ended or stopped the other process, then start all of them again, from a "
-        "checkpoint; ranks of a sequence call forward and backward alike"
+        "checkpoint; all of them must call forward and backward alike"
     )
 
 

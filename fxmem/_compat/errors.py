@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import fx
 from torch._C import _LinAlgError as LinAlgError  # type: ignore[attr-defined]
 from torch._dynamo.exc import (
@@ -25,9 +26,9 @@ from fxmem._compat.data_sizes import by_data
 
 __all__ = [
     "GuardOnDataDependentSymNode", "LinAlgError", "RestartAnalysis", "StopRecomputation",
-    "backend_error", "captured_stack", "frames", "is_user_exception", "kind_and_reason",
-    "module_source", "over_limit", "raised_at", "recompile_reason", "sized_by_data",
-    "while_capturing",
+    "backend_error", "captured_stack", "frames", "from_collective", "is_user_exception",
+    "kind_and_reason", "module_source", "over_limit", "raised_at", "recompile_reason",
+    "sized_by_data", "while_capturing",
 ]  # fmt: skip
 
 
@@ -72,6 +73,14 @@ def recompile_reason(error: BaseException) -> str | None:
     found = [f.f_locals.get("recompile_reason") for f in frames(error)]
     texts = [t for t in found if isinstance(t, str)]
     return texts[-1].split(": ", 1)[-1].split("\n")[0] if texts else None
+
+
+def from_collective(error: BaseException) -> bool:
+    """What processes send one another failed. Gloo's errors have no type, and name its file."""
+    kind = getattr(torch.distributed, "DistError", ())
+    return isinstance(error, kind) or (
+        isinstance(error, RuntimeError) and "gloo/transport/" in str(error)
+    )
 
 
 def is_user_exception(error: BaseException) -> bool:

@@ -101,6 +101,15 @@ class Group:
                 yield p._unsharded_param, p.sharded_param
 
     @property
+    def place(self) -> tuple[list[Any], torch.device] | None:
+        """The process groups along each dimension of its mesh, and where it computes; None where it
+        has no parameters.
+        """
+        for group in self._state._fsdp_param_groups:
+            return group.mesh_info.mesh.get_all_groups(), group.device
+        return None
+
+    @property
     def ranks(self) -> int:
         """That each have a part of a parameter."""
         infos = (group.mesh_info for group in self._state._fsdp_param_groups)
@@ -133,9 +142,25 @@ class Group:
         given = self._state._pre_forward(self._state._modules[0], args, kwargs or {})
         return given[0], given[1]
 
-    def close(self, output: Any = ()) -> Any:
-        """After the last use in a forward. The backward of ``output`` gathers again."""
-        return self._state._post_forward(self._state._modules[0], (), output)
+    def close(self, output: Any = (), *, stay: bool = False) -> Any:
+        """After the last use in a forward. The backward of ``output`` gathers again. ``stay``: the
+        parameters are whole until :meth:`let_go`.
+        """
+        after = [(g, g.post_forward_mesh_info) for g in self._state._fsdp_param_groups]
+        for group, _ in after if stay else ():
+            group.post_forward_mesh_info = None
+        try:
+            return self._state._post_forward(self._state._modules[0], (), output)
+        finally:
+            for group, mesh in after:
+                group.post_forward_mesh_info = mesh
+
+    def let_go(self, output: Any = ()) -> Any:
+        """Close what has stayed. The backward of ``output``, made since, gathers again."""
+        for group in self._state._fsdp_param_groups:
+            if group._reshard_after_forward:
+                group.reshard()
+        return self._state._cast_output_dtype(self._state._register_pre_backward_hook(output))
 
     def open_backward(self) -> None:
         """Gather for the backward, unless that is done."""

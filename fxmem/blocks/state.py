@@ -22,9 +22,12 @@ from fxmem.blocks.policies import (
     check_precision,
     check_world,
     is_last_micro_batch,
+    world_size,
 )
 from fxmem.blocks.rounding import key
 from fxmem.blocks.shards import first_element, is_shard, local
+from fxmem.distributed.agreement import agree
+from fxmem.distributed.sequence import digest
 from fxmem.errors import BlockStateError, PlanError
 from fxmem.plan.blocks import SGD, Blocks, LowRank, SignSGD
 from fxmem.roles.kernel_update import Rule
@@ -71,6 +74,7 @@ class BlockState(RoleTable):
         self._kept: dict[nn.Parameter, Tensor] = {}
         self._backwards, self._backward, self._held = 0, -1, False
         self._cache: dict[nn.Parameter, Role] = {}
+        self._agreed = False
         self.adapters: dict[str, Adapter] = {}
         self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         if isinstance(plan.inactive, LowRank):
@@ -122,11 +126,20 @@ class BlockState(RoleTable):
         Raises:
             BlockStateError: weights moved since the last optimizer step and no accumulation policy
                 is named, or several processes train without averaging.
+            DivergedError: processes that average have different plans.
         """
         model = self._model()
         if model is None or not model.training:
             return self
         check_world(self.plan.average or self.sharded is not None)
+        if self.averages and not self._agreed and world_size() > 1:
+            learn = [n for p, n in self.names.items() if p.requires_grad]
+            facts = {
+                "plans": digest(self.plan), "parameters that learn": digest(learn),
+                "numbers of steps": self.step,
+            }  # fmt: skip
+            agree(facts, [None], next(iter(self.names)).device)
+            self._agreed = True
         if isinstance(self.plan.inactive, (SGD, SignSGD)):
             check_precision(self.names)
         if (optimizer := self.optimizer()) is not None:

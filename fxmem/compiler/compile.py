@@ -46,6 +46,7 @@ from fxmem.roles.roles import RoleSource
 from fxmem.runtime.counters import COUNTER
 from fxmem.runtime.profile import profile
 from fxmem.runtime.region_call import RegionCall
+from fxmem.runtime.sharding import current
 from fxmem.streaming.chunk_size import Chunker
 from fxmem.streaming.exchanges import rows_of
 from fxmem.streaming.token_mixing import mixes
@@ -92,7 +93,10 @@ def compile_graph(
         parts = [regions.make(capture, pre, capture.main)]
         between: list[list[fx.Node]] = [[], []]
     else:
-        parts, between = regions.split(capture, pre, mixes, one_length=group is not None)
+        parts, between = regions.split(
+            capture, pre, mixes, one_length=group is not None,
+            owners=None if cap.has_varying_size(plain) else _owners(capture, example_inputs),
+        )  # fmt: skip
     if late is not None and last:
         defer_outputs(capture, pre, parts, between, learns=learns)
     borders = Borders(capture, pre, between)
@@ -123,6 +127,14 @@ def compile_graph(
 
 def _body_bytes(code: Any, kind: str, sizes: Mapping[str, int], rows: int) -> int:
     return max(profile(code, kind, sizes, rows).bodies, default=0)
+
+
+def _owners(capture: cap.Capture, example_inputs: Sequence[Any]) -> Mapping[str, int]:
+    """The group of each parameter that FSDP2 has spread."""
+    if (sharding := current()) is None:
+        return {}
+    names = [n.name for n in capture.inputs]
+    return sharding.spread(dict(zip(names, example_inputs, strict=True))).owner
 
 
 def _ambient(example_inputs: Sequence[Any]) -> list[tuple[str, torch.dtype, bool]]:

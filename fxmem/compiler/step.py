@@ -79,6 +79,7 @@ class CompiledGraph:
         # a copy of what is written is there for the backward, as it was
         self._written: set[pre_.Leaf] = {("input", n.name) for n in capture.written}
         _link_shared(calls)
+        self._late = [o for o in capture.outputs if isinstance(o, Late)]
         self._plan_releases()
         self.sizes: dict[str, int] = {}
         self._weights: list[weakref.ref[Tensor]] = []
@@ -94,8 +95,7 @@ class CompiledGraph:
                 last[leaf] = i
         final = {pre_.leaf_of(self.pre, o) for o in self.capture.outputs if isinstance(o, fx.Node)}
         final.update(crossing[-1])
-        late = [o for o in self.capture.outputs if isinstance(o, Late)]
-        final.update(leaf for o in late for leaf in o.region.leaves)
+        final.update(leaf for o in self._late for leaf in o.region.leaves)
         readers = Tally(leaf for call in self.calls for leaf in call.leaves)
         # what hooks and pieces are given, the user's code may keep
         final_or_seen = final.union(*crossing)
@@ -155,7 +155,9 @@ class CompiledGraph:
         if kept.away:
             state.leaving = Leaving(home(kept.where, self.calls[0].code.device))
         shards = None if sharding is None else sharding.regions(
-            [[env.get(leaf) for leaf in call.leaves] for call in self.calls]
+            [[env.get(leaf) for leaf in call.leaves] for call in self.calls],
+            [s.learns for s in self.selected] if step is not None else [True] * len(self.calls),
+            [env.get(leaf) for o in self._late for leaf in o.region.leaves],
         )  # fmt: skip
         if self.together is not None and not self.together.agree(sizes, env, kept.levels):
             kept = self.kept = replace(kept, levels=(0,) * len(self.calls))

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from fxmem._compat import fsdp as _compat
 from fxmem._compat import graph as _compat_graph
 from fxmem._compat.fsdp import Group
+from fxmem.distributed.agreement import agree
 from fxmem.errors import PlanError
+from fxmem.frontend.faults import lost
 from fxmem.runtime import sharding
 from fxmem.streaming.shards import Shards
 
@@ -83,10 +85,21 @@ class ShardedModel:
         self.groups = list(known.values())
         self.owners: dict[Tensor, Group] = {}
         self.shards: dict[Tensor, Tensor] = {}
+        self._agreed = False
+        self._later: dict[Group, bool] = {}
+        """Groups that are read after the call, and so stay whole; whether regions read them too."""
 
     @contextlib.contextmanager
-    def call(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-        """A call of the model; gives its arguments, cast by the policy of precision."""
+    def call(
+        self, args: Any, kwargs: Any, facts: Callable[[], Mapping[str, int]] = dict
+    ) -> Iterator[tuple[Any, Any]]:
+        """A call of the model; gives its arguments, cast by the policy of precision. ``facts``:
+        what must be equal on all ranks, compared at the first call.
+        """
+        if not self._agreed:
+            agree(facts(), *next(place for g in self.groups if (place := g.place)))
+            self._agreed = True
+        self.let_go()
         if self.root.in_backward and _compat_graph.backward_id() < 0:
             self.root.reset()  # a backward that failed
         given = self.root.open(args, kwargs)
@@ -100,7 +113,11 @@ class ShardedModel:
         finally:
             for group in self.groups:
                 group.hide()
-        self.root.close()
+        for group, used in self._later.items():
+            if not used:
+                group.open()
+                group.close(stay=True)
+        self.root.close(stay=self.root in self._later)
 
     @contextlib.contextmanager
     def _traced(self) -> Iterator[None]:
@@ -116,7 +133,14 @@ class ShardedModel:
 
     def reset(self) -> None:
         """After a call that failed."""
+        self._later.clear()
         self.root.reset()
+
+    def let_go(self) -> None:
+        """Close what waits for a reader after the call that never came."""
+        for group in self._later:
+            group.let_go()
+        self._later.clear()
 
     def spread(self, inputs: Mapping[str, Any]) -> Shards:
         """How the parameters among the inputs of a graph are spread; the root's group is first."""
@@ -132,27 +156,37 @@ class ShardedModel:
         stays = frozenset(i for i, group in enumerate(groups) if group.stays)
         return Shards(self.root.ranks, owner, tuple(sizes), stays)
 
-    def regions(self, tensors: Sequence[Sequence[Any]]) -> list[Region]:
-        """For the regions of a capture in order, by the tensors that each takes."""
+    def regions(
+        self, tensors: Sequence[Sequence[Any]], learns: Sequence[bool], later: Sequence[Any]
+    ) -> list[Region]:
+        """See :class:`fxmem.runtime.sharding.Sharding`."""
+        found_later = {self.owners[x] for x in later if isinstance(x, Tensor) and x in self.owners}
         found = []
         first: dict[Group, Region] = {}
+        learning: dict[Group, Region] = {}
         last: dict[Group, Region] = {}
-        for given in tensors:
-            region = Region(self.root)
+        for given, enters in zip(tensors, learns, strict=True):
+            region = Region(self)
             for at, value in enumerate(given):
                 group = self.owners.get(value) if isinstance(value, Tensor) else None
                 if group is not None:
                     region.mine.append((at, value))
                     first.setdefault(group, region)
+                    if enters:
+                        learning.setdefault(group, region)
                     last[group] = region
                     if group not in region.uses:
                         region.uses.append(group)
             found.append(region)
+        self._later = {
+            g: g in first or g is self.root for g in self.groups if g in found_later
+        }
         # the root is opened and closed by the call, and reduced at the end of the backward
         for group in self.groups:
             if group in first and group is not self.root:
                 first[group].opens.append(group)
                 last[group].closes.append(group)
+                learning.get(group, first[group]).reduces.append(group)
         return found
 
     def whole(self) -> Iterator[tuple[Any, Any]]:
@@ -164,13 +198,25 @@ class ShardedModel:
         return self.shards.get(parameter, parameter)
 
     def outside(self, run: Callable[[], Sequence[Tensor]], inputs: Sequence[Any]) -> Any:
-        """``run()`` after the call, where it reads whole parameters among ``inputs``."""
+        """``run()`` after the call, where it reads whole parameters among ``inputs``; its backward
+        sends what that of the last region would send.
+        """
         groups = dict.fromkeys(self.owners[x] for x in inputs if x in self.owners)
+        stayed = {group for group in groups if group in self._later}
         for group in groups:
-            group.open()
+            if group not in stayed:
+                group.open()
         output = tuple(run())
+        if self.root not in groups:
+            for x in output:
+                if x.requires_grad:
+                    x.register_hook(lambda grad: self.root.open_backward())
+        states = [x for x in inputs if x not in self.owners and x.requires_grad and not x.is_leaf]
         for group in reversed(groups):
-            output = group.close(output)
+            output = group.let_go(output) if group in stayed else group.close(output)
+            if not self._later.pop(group, True) and states:
+                # its gradients are complete when one goes on to the regions
+                states[0].register_hook(_reducing(group))
         return output
 
 
@@ -182,13 +228,15 @@ class Region:
         uses: groups of its parameters.
         opens: those that no earlier region of the forward uses.
         closes: those that no later one uses.
+        reduces: those that no later region of the backward uses.
         mine: sharded parameters, by position among its tensors.
     """
 
-    root: Group
+    model: ShardedModel
     uses: list[Group] = field(default_factory=list)
     opens: list[Group] = field(default_factory=list)
     closes: list[Group] = field(default_factory=list)
+    reduces: list[Group] = field(default_factory=list)
     mine: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def before_forward(self) -> None:
@@ -199,18 +247,21 @@ class Region:
     def after_forward(self) -> None:
         """Close what it is the last to use."""
         for group in self.closes:
-            group.close()
+            group.close(stay=group in self.model._later)
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
         """Gather what it uses; the root first, which ends the backward."""
         try:
-            self.root.open_backward()
+            self.model.let_go()
+            self.model.root.open_backward()
             for group in reversed(self.uses):
                 group.open_backward()
             yield
-        except BaseException:
-            self.root.reset()
+        except BaseException as error:
+            self.model.reset()
+            if (gone := lost(error)) is not None:
+                raise gone from error
             raise
 
     def take(self, grads: list[Tensor | None]) -> None:
@@ -221,8 +272,12 @@ class Region:
                 if grad is not None:
                     _accumulate(parameter, grad)
                     del grad
-        for group in reversed(self.opens):
+        for group in reversed(self.reduces):
             group.reduce()
+
+
+def _reducing(group: Group) -> Callable[[Tensor], None]:
+    return lambda grad: group.reduce()
 
 
 def _accumulate(parameter: Tensor, grad: Tensor) -> None:

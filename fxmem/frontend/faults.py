@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxmem._compat import errors as dynamo
 from fxmem._compat import hooks as _compat_hooks
-from fxmem.errors import CaptureError, FxmemError, HookError, InternalError
+from fxmem.errors import CaptureError, FxmemError, HookError, InternalError, LostRankError
 from fxmem.frontend.origin import Line, is_own, module_path, name_of, path_of, place, stack_of
 
 LONGEST = 200
@@ -56,8 +56,17 @@ def running(what: str, modules: str = "") -> Iterator[None]:
     except Exception as error:
         if isinstance(error, _PASSING) or _from_user(error) or getattr(error, AS_IT_IS, False):
             raise
+        if (gone := lost(error)) is not None:
+            raise gone from error
         text = f"{type(error).__name__}: {_short(str(error))}"
         raise InternalError(f"{what} failed with {text}", module=modules or None) from error
+
+
+def lost(error: BaseException) -> LostRankError | None:
+    """What leaves in place of the failure of a collective."""
+    if not dynamo.from_collective(error):
+        return None
+    return LostRankError(f"what ranks send one another failed: {_short(str(error))}")
 
 
 def of_run(error: InternalError, plain: Callable[[], Any]) -> Exception:
@@ -82,6 +91,8 @@ def of_call(error: Exception, model: nn.Module, plain: Callable[[], Any] | None)
     ``plain``: the same call in plain PyTorch; run, without gradients, where the model itself may be
     what raised. None: it would wait for other processes.
     """
+    if (gone := lost(error)) is not None:
+        return gone
     if isinstance(error, FxmemError) or not dynamo.while_capturing(error):
         return error
     name = type(model).__name__
@@ -197,4 +208,4 @@ def _short(text: str) -> str:
     return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
 
 
-__all__ = ["compiler_fault", "of_call", "of_run", "running"]
+__all__ = ["compiler_fault", "lost", "of_call", "of_run", "running"]

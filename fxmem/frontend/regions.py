@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import pickle
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ from fxmem.frontend.interpret import attribute, call_node, run
 from fxmem.frontend.origin import module_path
 from fxmem.frontend.parameter_free import Cone, Leaf, Parts, Preamble, leaf_of
 from fxmem.frontend.subgraph import Body, Subgraph
-from fxmem.frontend.waists import along, waists
+from fxmem.frontend.waists import along, changes, waists
 
 HERE = "<here>"
 OWN_OPS = ("aten", "prims", "prim", "fxmem")
@@ -193,11 +193,14 @@ def _describe(value: torch.Tensor, symbols: Any) -> str:
 
 
 def split(
-    capture: Capture, pre: Preamble, mixes: Callable[[Region], bool], *, one_length: bool = False
-) -> tuple[list[Region], list[list[fx.Node]]]:
+    capture: Capture, pre: Preamble, mixes: Callable[[Region], bool], *, one_length: bool = False,
+    owners: Mapping[str, int] | None = None,
+) -> tuple[list[Region], list[list[fx.Node]]]:  # fmt: skip
     """The regions of a capture in order, and what runs between them: the nodes before each region,
     then those after the last. ``mixes`` says whether a segment needs other tokens. Each region
     streams along the length that most of its values have; ``one_length``: all along the same.
+    ``owners``: of a capture without a length, which has no waists, the group of each parameter by
+    its name; it is cut where the group changes, so that groups open and close as on other ranks.
     """
 
     def of(nodes: list[fx.Node]) -> Region:
@@ -206,7 +209,8 @@ def split(
     main = capture.main
     borders_ = {p for p, n in enumerate(main) if is_border(n)}
     own = {*borders_, *(p + 1 for p in borders_)}
-    cuts = sorted({*waists(capture, main), *own} - {0, len(main)})
+    found = waists(capture, main) if owners is None else changes(main, owners)
+    cuts = sorted({*found, *own} - {0, len(main)})
     bounds = [0, *cuts, len(main)]
     segments = [main[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
     between = [is_border(s[0]) for s in segments]
@@ -215,7 +219,7 @@ def split(
     known: dict[str, bool] = {"": False}
     for atom, key in zip(atoms, keys, strict=True):
         if atom is not None and key not in known:
-            known[key] = len(atoms) > 1 and mixes(atom)
+            known[key] = owners is None and len(atoms) > 1 and mixes(atom)
     regions: list[Region] = []
     borders: list[list[fx.Node]] = [[]]
     for group in _group(keys, [known[k] for k in keys]):

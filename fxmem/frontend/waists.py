@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import sympy
@@ -33,6 +33,26 @@ def waists(capture: Capture, main: Sequence[fx.Node]) -> set[int]:
             if state not in seen and beside is not None and len(beside) <= 1:
                 found.add(p)
             seen.add(state)
+    return found
+
+
+def changes(main: Sequence[fx.Node], owners: Mapping[str, int]) -> set[int]:
+    """Positions before which the group of the parameters changes, or earlier ones where a tuple of
+    tensors is alive there.
+    """
+    order = {n: i for i, n in enumerate(main)}
+    found: set[int] = set()
+    known: int | None = None
+    free = tuples = 0  # where a cut may be, and up to where a tuple is alive
+    for p, n in enumerate(main):
+        if p >= tuples:
+            free = p
+        for owner in dict.fromkeys(owners[a.name] for a in n.all_input_nodes if a.name in owners):
+            if known not in (None, owner):
+                found.add(free)
+            known = owner
+        if isinstance(value_of(n), (tuple, list)) and not is_size(value_of(n)):
+            tuples = max([tuples, *(order[u] + 1 for u in n.users if u in order)])
     return found
 
 

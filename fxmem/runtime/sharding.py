@@ -40,8 +40,12 @@ class Sharding(Protocol):
     def spread(self, inputs: Mapping[str, Any]) -> Shards:
         """Of the parameters among the inputs of a graph."""
 
-    def regions(self, tensors: Sequence[Sequence[Any]]) -> Sequence[RegionShards]:
-        """For the regions of a capture in order, by the tensors that each takes."""
+    def regions(
+        self, tensors: Sequence[Sequence[Any]], learns: Sequence[bool], later: Sequence[Any]
+    ) -> Sequence[RegionShards]:
+        """For the regions of a capture in order, by the tensors that each takes, and whether a
+        backward enters it. ``later``: what is read after the call.
+        """
 
     def shard(self, parameter: Tensor) -> Tensor:
         """What an optimizer changes: this rank's part, or the parameter itself."""

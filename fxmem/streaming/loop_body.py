@@ -82,7 +82,7 @@ class Body:
         self.ints = Ints(self.graph, [*ints, *extra])
         self.chunks: dict[tuple[fx.Node, Cut | None], Any] = {}
         self.tensors: dict[str, fx.Node] = {}
-        self._last: fx.Node = next(iter(reversed(self.graph.nodes)))
+        self._last: fx.Node | None = next(iter(reversed(self.graph.nodes)), None)
         self.names: dict[fx.Node, str] = {}
         self.local: Mapping[fx.Node, Cut] = {}
         """Of the named: those with this rank's rows alone, and where these are."""
@@ -109,9 +109,10 @@ class Body:
 
     def opaque(self, name: str) -> fx.Node:
         """Any other argument, after the arguments made so far."""
-        with self.graph.inserting_after(self._last):
-            self._last = self.graph.placeholder(name)
-        return self._last
+        last, graph = self._last, self.graph  # none where no size varies
+        with graph.inserting_after(last) if last is not None else graph.inserting_before():
+            made = self._last = graph.placeholder(name)
+        return made
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)

@@ -132,3 +132,12 @@ def test_a_checkpoint_stops_its_second_run_by_an_exception() -> None:
     x = torch.ones(2, requires_grad=True)
     torch.utils.checkpoint.checkpoint(fn, x, use_reentrant=False).sum().backward()
     assert len(caught) == 1
+
+
+def test_a_collective_that_failed_is_told_from_other_errors() -> None:
+    """Of gloo by the file that its text names; see also tests/distributed/test_faults.py."""
+    gloo = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+    assert _compat_errors.from_collective(RuntimeError(gloo))
+    assert _compat_errors.from_collective(torch.distributed.DistNetworkError("closed"))
+    assert not _compat_errors.from_collective(RuntimeError("mat1 and mat2 shapes"))
+    assert not _compat_errors.from_collective(ValueError(gloo))

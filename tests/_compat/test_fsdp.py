@@ -57,6 +57,30 @@ def test_who_has_a_part_and_what_stays_open(model: nn.Module) -> None:
     assert root.stays and not first.stays
 
 
+def test_a_group_stays_whole_until_it_is_let_go(model: nn.Module) -> None:
+    root, first, _ = groups(model)
+    root.open()
+    first.open()
+    (whole, _), *_ = first.whole()
+    for stay in (True, False):
+        first.close(stay=stay)
+        first.hide()
+        assert (model[0].weight is whole) == stay
+        first.open()
+    first.close(stay=True)
+    root.close()
+    assert first.let_go(torch.ones(2)).dtype == torch.float64
+    first.hide()
+    assert model[0].weight is not whole
+    assert not first.stays
+
+
+def test_where_a_group_is(model: nn.Module) -> None:
+    root, first, _ = groups(model)
+    assert root.place is None  # its parameters are those of the layers
+    assert first.place == ([dist.group.WORLD], torch.device("cpu"))
+
+
 def test_gradients_are_reduced_into_shards(model: nn.Module) -> None:
     root, first, _ = groups(model)
     root.open()

@@ -39,7 +39,7 @@ def test_two_steps_on_two_ranks(name: str, way: str, order: str) -> None:
         assert bodies > 0
         assert plain["gathers"] > 0 and plain["reductions"] > 0
         assert difference(got, want) < 1e-10
-        assert streamed == plain
+        assert streamed == {**plain, "all-reduces": 1}  # that plans are equal, once
 
 
 @pytest.mark.distributed
@@ -55,7 +55,7 @@ def test_any_chunk_size_communicates_alike(chunk: int, options: dict[str, str]) 
     """And whatever is kept, here or elsewhere."""
     for (want, plain), (got, streamed) in on_ranks(chunks_of_a_step, chunk, options):
         assert difference(got, want) < 1e-10
-        assert streamed == plain
+        assert streamed == {**plain, "all-reduces": 1}  # that plans are equal, once
 
 
 def test_a_day_in_the_field() -> None:
@@ -75,7 +75,7 @@ def test_options_of_fully_shard() -> None:
     for found in on_ranks(policies):
         for name, ((want, plain), (got, streamed)) in found.items():
             assert difference(got, want) < 1e-10, name
-            assert streamed == plain, name
+            assert streamed == {**plain, "all-reduces": 1}, name
 
 
 @pytest.mark.distributed

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import uneven
 from blocks_sharded import (
     CASES,
     KINDS,
@@ -145,3 +146,14 @@ def test_predicted_peaks() -> None:
     for found in on_ranks(predicted, double=False):
         for expected, measured in found:
             assert measured < 1.02 * expected < 1.05 * 1.02 * measured
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("plan", uneven.PLANS)
+def test_a_rank_with_one_token_or_without_labels(plan: str) -> None:
+    """It streams nothing or makes its own loss, and sends what the others send."""
+    (one, sent), (two, others) = on_ranks(uneven.on_a_rank, plan)
+    assert sent == others
+    assert all(map(torch.equal, one, two))
+    with everything_in_double():
+        assert difference(one, uneven.trained(0, 1, plan)[0]) < 1e-10
