@@ -55,8 +55,8 @@ from fxmem.roles.terms import Uncaptured, leave
 from fxmem.runtime import sharding
 
 NO_DDP = (
-    "give the model itself, one process each, and Blocks(average=True); or shard it by fully_shard, "
-    "which transformers' Trainer does with TrainingArguments(fsdp=True)"
+    "give the model itself, one process each, and Blocks(average=True); or shard it by "
+    "fully_shard, which transformers' Trainer does with TrainingArguments(fsdp=True)"
 )
 _BY_FUNCTION = "a transform of torch.func, or forward-mode differentiation"
 RECAPTURES = 64

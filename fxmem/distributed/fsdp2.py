@@ -178,9 +178,7 @@ class ShardedModel:
                     if group not in region.uses:
                         region.uses.append(group)
             found.append(region)
-        self._later = {
-            g: g in first or g is self.root for g in self.groups if g in found_later
-        }
+        self._later = {g: g in first or g is self.root for g in self.groups if g in found_later}
         # the root is opened and closed by the call, and reduced at the end of the backward
         for group in self.groups:
             if group in first and group is not self.root:
