@@ -42,4 +42,4 @@ def test_other_plans_are_an_error_on_every_rank_before_anything_is_gathered() ->
 
 def test_a_rank_that_ends_is_an_error_on_the_others(tmp_path: Path) -> None:
     mp.spawn(killed, (str(tmp_path),), nprocs=2)
-    assert (tmp_path / "error").read_text().startswith("LostRankError")
+    assert "gloo/transport/" in (tmp_path / "error").read_text()

@@ -186,8 +186,12 @@ def killed(rank: int, folder: str) -> None:
             model.model.layers[1].mlp.up_proj.weight.register_post_accumulate_grad_hook(_end)
         try:
             loss.backward()
-        except fxmem.FxmemError as raised:
-            Path(folder, "error").write_text(f"{type(raised).__name__}: {raised}")
+        except RuntimeError as raised:  # of gloo, at the end of the backward
+            Path(folder, "error").write_text(str(raised))
+            break
+        except fxmem.LostRankError as raised:
+            Path(folder, "error").write_text(str(raised))
+            break
         optimizer.step()
     os._exit(0)  # what is left of the group cannot be taken down in order
 
