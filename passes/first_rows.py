@@ -51,6 +51,8 @@ def _read(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
         return None
     first, rest = parts
     out = value_of(node)
+    if value_of(first).dim() != out.dim():  # nothing at all, in front of the first rows of a cache
+        return None
     dim = int(node.args[1] if len(node.args) > 1 else 0) % out.dim()
     rows, length = size(value_of(first).shape[dim]), size(out.shape[dim])
     if not rows.is_Integer or not 0 < rows <= LIMIT or not length.free_symbols or _is_zero(first):

@@ -145,11 +145,11 @@ class Branching(nn.Module):
         return self.head(h if h.sum() > 0 else -h)  # type: ignore[no-any-return]
 
 
-def test_what_cannot_be_captured_is_evaluated_as_it_is() -> None:
+def test_what_no_graph_takes_is_evaluated_in_parts() -> None:
     plain = Branching().double()
     net = fxmem.transform(copy.deepcopy(plain), PLAN)
     with torch.no_grad():
-        with pytest.warns(fxmem.FxmemWarning, match="Branching without gradients runs as plain"):
+        with pytest.warns(fxmem.FxmemWarning, match="Branching is captured in parts"):
             close(net(ids()), plain(ids()))
         with warnings.catch_warnings():
             warnings.simplefilter("error", fxmem.FxmemWarning)
