@@ -62,7 +62,9 @@ def plan_for(
     _check_number("batch", batch, 1, LONGEST)
     _check_number("ranks", ranks, 1, LONGEST)
     if ranks > 1 and optimizer == "blocks":
-        raise PlanError("blocks do not follow fully_shard", advice="plan for one rank")
+        raise PlanError(
+            "the bytes of blocks on shards are not predicted", advice="plan for one rank"
+        )
     empty, name, dtype = _model(model, dtype)
     place = device_of(device, dtype)
     limit = place.memory if limit is None else limit

@@ -85,7 +85,7 @@ class CodeLibrary:
 
     def save(self) -> None:
         """Write what has new programs."""
-        for entries in self._found.values():
+        for entries in list(self._found.values()):
             for entry in entries:
                 made = len(entry.code.stored.programs)
                 if entry.file is not None and made > entry.written:
