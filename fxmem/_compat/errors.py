@@ -121,8 +121,8 @@ def raised_at(error: BaseException) -> list[Any]:
     """
     for value in (v for frame in frames(error) for v in frame.f_locals.values()):
         found = getattr(value, "__traceback__", None)  # Dynamo's own, of an exception of the code
-        if extract := getattr(found, "extract_tb", None):
-            return [getattr(f, "frame_summary", f) for f in extract()]
+        if type(found).__name__ == "TracebackVariable":  # by name: versions have it in other places
+            return [getattr(f, "frame_summary", f) for f in found.extract_tb()]
     return []
 
 
