@@ -8,6 +8,7 @@ and close groups, and reduce gradients. Here the same calls can be made without 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -40,9 +41,11 @@ def fsdp1_module(model: nn.Module) -> str | None:
 
 def replicated(model: nn.Module) -> bool:
     """``replicate`` was applied, which hangs DistributedDataParallel on the module's hooks."""
-    composable = sys.modules.get("torch.distributed._composable.replicate")
-    kind = getattr(composable, "_ReplicateState", None)
-    return kind is not None and any(isinstance(_state(m), kind) for m in model.modules())
+    if "torch.distributed._composable.replicate" not in sys.modules:
+        return False
+    contract = importlib.import_module("torch.distributed._composable.contract")
+    found = map(contract._get_registry, model.modules())
+    return any("replicate" in (registry or ()) for registry in found)
 
 
 def dtensor_parameter(model: nn.Module) -> str | None:
