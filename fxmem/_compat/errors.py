@@ -120,7 +120,9 @@ def raised_at(error: BaseException) -> list[Any]:
     first: Dynamo's own stack ends at the last ``finally`` that it passed.
     """
     for value in (v for frame in frames(error) for v in frame.f_locals.values()):
-        found: Any = getattr(value, "__traceback__", None)  # Dynamo's own, of an exception of the code
+        found: Any = getattr(
+            value, "__traceback__", None
+        )  # Dynamo's own, of an exception of the code
         if type(found).__name__ == "TracebackVariable":  # by name: versions have it in other places
             return [getattr(f, "frame_summary", f) for f in found.extract_tb()]
     return []
