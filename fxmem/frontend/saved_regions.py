@@ -44,7 +44,7 @@ def file_of(region: Region, key: str) -> Path | None:
     if HERE in text or any(_has_constants(cone) for _, cone in region.cones):
         return None
     places = [f"{source_line(n)} {module_path(n)}" for n in region.nodes]
-    devices = {v.device for v in region.values if v.device.type != "cpu"}
+    devices = sorted({str(v.device) for v in region.values if v.device.type != "cpu"})
     names = [torch.get_device_module(d).get_device_name(d) for d in devices]
     parts = [key, text, str(region.capture.assumed), *places, *names, *_switches(), _versions()]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attending import Layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,17 +20,6 @@ from fxmem import FxmemWarning, Plan, Stream
 
 D, WORDS = 8, 11
 PLAN = Plan(stream=Stream(chunk=5, loss_chunk=4))
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.mix(x).unsqueeze(1).chunk(3, -1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
-        return x + torch.tanh(self.out(mixed))
 
 
 class Piece(nn.Module):
@@ -99,9 +89,9 @@ KINDS = (*LINES, has_a_piece, writes)
 class Net(nn.Module):
     def __init__(self, lines: list[Any], loss: bool) -> None:
         super().__init__()
-        self.embed, self.head, self.again = nn.Embedding(WORDS, D), nn.Linear(D, WORDS), Layer()
-        self.first = nn.ModuleList(Layer() for _ in range(2))
-        self.layers, self.piece = nn.ModuleList(Layer() for _ in lines), Piece()
+        self.embed, self.head, self.again = nn.Embedding(WORDS, D), nn.Linear(D, WORDS), Layer(D)
+        self.first = nn.ModuleList(Layer(D) for _ in range(2))
+        self.layers, self.piece = nn.ModuleList(Layer(D) for _ in lines), Piece()
         self.register_buffer("mean", torch.zeros(D))
         self.lines, self.loss = lines, loss
         self.seen: list[float] = []
@@ -199,7 +189,7 @@ class Between(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.layer, self.head = nn.Embedding(WORDS, D), Layer(), nn.Linear(D, WORDS)
+        self.embed, self.layer, self.head = nn.Embedding(WORDS, D), Layer(D), nn.Linear(D, WORDS)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.layer(self.embed(ids))
