@@ -153,7 +153,8 @@ class AxisRule:
     in which the op is linear row by row, so that zero rows stay zero. ``product``: the two tensor
     operands that the op multiplies: its result is affine in each of them. ``step``: what runs on a
     chunk in place of an op whose signature has a letter ``carried``: ``step(state, *arguments) ->
-    (*outputs but states, next state)``.
+    (*outputs but states, next state)``. ``dense``: tensor operands that the op's kernel reads as if
+    they were contiguous, without a look at their strides.
     """
 
     rule: Rule
@@ -163,6 +164,7 @@ class AxisRule:
     place: int | None = None
     product: tuple[int, int] | None = None
     step: Callable[..., tuple[Any, ...]] | None = None
+    dense: tuple[int, ...] = ()
 
 
 def letters(prefix: str, count: int) -> Dims:

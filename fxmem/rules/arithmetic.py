@@ -236,7 +236,9 @@ ROWS: dict[str, AxisRule] = {
     "aten._cdist_forward.default": AxisRule(distances),
     "aten._cdist_backward.default": AxisRule(distances_backward, linear=0),
     "aten.native_layer_norm.default": AxisRule(layer_norm),
-    "aten.native_layer_norm_backward.default": AxisRule(layer_norm_backward, linear=0),
+    "aten.native_layer_norm_backward.default": AxisRule(
+        layer_norm_backward, linear=0, dense=(2, 3)
+    ),
     "aten.native_batch_norm.default": AxisRule(batch_norm(5)),
     "aten._native_batch_norm_legit_no_training.default": AxisRule(batch_norm()),
     "aten.native_batch_norm_backward.default": AxisRule(batch_norm_backward, linear=0),

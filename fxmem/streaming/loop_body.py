@@ -206,15 +206,17 @@ class Body:
 
     def copy(self, node: fx.Node, uses: Sequence[Use], cut: Cut | None) -> fx.Node:
         """``node`` with operands by ``uses`` and sizes for the output cut ``cut``."""
-        pending = list(uses)
+        pending, row = enumerate(uses), lookup(node.target)
 
         def convert(a: fx.Node) -> Any:
             if self.joint.info[a] is None:
                 return self.ints(canonical(a.meta["val"], self.joint.symbols))
-            return self.operand(pending.pop(0))
+            at, use = next(pending)
+            value = self.operand(use)
+            dense = row is not None and at in row.dense
+            return self.call(runtime.contiguous, value) if dense else value
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), convert)
-        row = lookup(node.target)
         info = self.joint.info[node]
         if row is not None and row.sizes is not None:
             if cut is not None:

@@ -73,8 +73,9 @@ def split(x: Tensor, cut: Cut) -> Tensor:
 
 
 def take(x: Tensor, cut: Cut, lo: int, hi: int) -> Tensor:
+    """Rows as a loop takes them, with the strides of the whole."""
     rows = split(x, cut).narrow(cut.dim + 1, lo, hi - lo)
-    return rows.flatten(cut.dim, cut.dim + 2).contiguous()
+    return rows.flatten(cut.dim, cut.dim + 2)
 
 
 def join(parts: list[Tensor], cut: Cut) -> Tensor:
@@ -82,11 +83,12 @@ def join(parts: list[Tensor], cut: Cut) -> Tensor:
 
 
 def piece_args(sample: Sample, cuts: list[Cut | None], lo: int, hi: int) -> tuple[Any, ...]:
-    pending = iter(cuts)
+    pending = enumerate(cuts)
 
     def piece(x: Tensor) -> Tensor:
-        cut = next(pending)
-        return x.clone() if cut is None else take(x, cut, lo, hi)
+        at, cut = next(pending)
+        part = x.clone() if cut is None else take(x, cut, lo, hi)
+        return part.contiguous() if at in sample.row.dense else part
 
     return map_tensors(sample.args, piece)
 
