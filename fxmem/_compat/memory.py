@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -56,7 +57,12 @@ class StorageWatch(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         self.settle()
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except DynamicOutputShapeException:
+            if func is not torch.ops.aten.index.Tensor:
+                raise
+            result = _largest(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
@@ -67,3 +73,16 @@ class StorageWatch(TorchDispatchMode):
         inner = self._inside(func, args) if self._inside is not None else 0
         self.peak = max(self.peak, self.live + inner)
         return result
+
+
+def _largest(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """An op that indexes by a mask, whose size depends on values, if every element is set."""
+    source, indices, *rest = args
+    chosen: list[Any] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            every = index.new_empty(index.numel(), dtype=torch.int64)
+            chosen += [every] * index.dim()
+        else:
+            chosen.append(index)
+    return func(source, chosen, *rest, **kwargs)

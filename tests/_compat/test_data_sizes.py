@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxmem._compat import graph as _compat
 from fxmem._compat.data_sizes import by_data, evaluating
 from fxmem._compat.inductor import Symbolic
+from fxmem._compat.memory import StorageWatch
 
 
 def test_sizes_by_data_are_known_and_leave_nothing_behind() -> None:
@@ -29,3 +32,14 @@ def test_a_size_that_became_a_number_is_a_guard() -> None:
     symbol = sizes.ints["T"].node.expr
     assert int(sizes.ints["T"]) == 9
     assert [g.free_symbols for g in _compat.size_guards(sizes.mode)] == [{symbol}]
+
+
+def test_storage_watch_takes_every_element_of_a_mask_for_set() -> None:
+    with _compat.FakeTensorMode(), StorageWatch() as watch:
+        x, mask = torch.empty(2, 3, 4), torch.empty(2, 3, dtype=torch.bool)
+        found = x[mask]
+        assert x[:, mask[0]].shape == (2, 3, 4)
+        with pytest.raises(DynamicOutputShapeException):
+            mask.nonzero()
+    assert found.shape == (6, 4)
+    assert watch.owner(found)[1] == 6 * 4 * 4
