@@ -12,11 +12,12 @@ VOCAB, IMAGE = 50, 32
 _NAMES: dict[int, tuple[str, ...]] = {
     VOCAB: ("vocab_size",),
     32: ("hidden_size", "d_model", "n_embd", "embedding_dim", "attention_hidden_size", "lru_width",
-         "image_size", "projection_dim", "embed_dim", "out_hidden_size", "text_hidden_size"),
+         "image_size", "projection_dim", "embed_dim", "out_hidden_size", "text_hidden_size",
+         "audio_hidden_size", "decoder_hidden_size", "codebook_dim"),
     2: ("num_hidden_layers", "n_layer", "n_layers", "num_blocks", "decoder_layers",
         "encoder_layers", "num_decoder_layers", "num_encoder_layers", "num_key_value_heads",
-        "num_experts_per_tok", "num_experts_per_token", "moe_topk", "linear_num_key_heads",
-        "expand", "mamba_expand"),
+        "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts",
+        "linear_num_key_heads", "expand", "mamba_expand"),
     4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
         "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads",
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "mamba_n_heads",
@@ -39,9 +40,7 @@ _NAMES: dict[int, tuple[str, ...]] = {
 """The size of everything that a configuration may have."""
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": _LINEAR,
     "bamba": {"attn_layer_indices": [1]},
-    "bloom": {"hidden_dropout": 0.0},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
@@ -56,15 +55,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": {**_LINEAR, "num_key_value_heads": 4, "q_lora_rank": None,
                     "mlp_layer_types": ["dense", "sparse"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "lfm3": {"layer_types": ["conv", "sliding_attention"]},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"],
                    "num_hidden_layers": 3},
-    "qwen3_5_text": _LINEAR,
-    "qwen3_5_moe_text": _LINEAR,
-    "qwen3_next": _LINEAR,
     "mamba2": {"head_dim": 16},
     "mobilebert": {"embedding_size": 32},
-    "olmo_hybrid": _LINEAR,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"num_hidden_layers": 2, "hidden_size": 64, "embedding_dim": 64,
               "qk_dim_factor": 1.0, "use_cache": False},
@@ -99,7 +93,8 @@ def config(name: str) -> Any:
     return made
 
 
-def _small(kind: Any, name: str) -> Any:
+def _small(kind: Any, name: str, inside: Any = None) -> Any:
+    """``inside``: what another configuration has made of this one, by default."""
     default = kind()
     default.allow_global_per_layer_attribute_access = True
     changes: dict[str, Any] = {
@@ -107,31 +102,97 @@ def _small(kind: Any, name: str) -> Any:
         if hasattr(default, n) and not isinstance(getattr(kind, n, None), property)
         and not isinstance(getattr(default, n), list | tuple)
     }  # fmt: skip
-    for n in ("depth", "depths"):
-        if isinstance(stages := getattr(default, n, None), list | tuple):
-            # widths of stages belong together
-            changes = {k: v for k, v in changes.items() if k == "image_size"}
-            changes[n] = [1] * len(stages)
+    if isinstance(patch := getattr(default, "patch_size", None), int):
+        changes["patch_size"] = min(patch, 8)
+    if getattr(default, "qk_rope_head_dim", None) == 0:  # heads without a part that turns
+        changes["qk_rope_head_dim"] = 0
+    changes |= _layers(default) | _stages(default, changes)
+    if "depths" in changes or "depth" in changes:  # widths of stages belong together
+        changes = {k: v for k, v in changes.items() if k in _BESIDE_STAGES}
+    else:
+        changes |= _as_wide(default, changes)
     for n, value in vars(default).items():
         if ("drop" in n or "jitter" in n) and isinstance(value, float):
             changes[n] = 0.0
         if "drop" in n and isinstance(value, tuple):
             changes[n] = (0.0,) * len(value)
+        if value is None and isinstance(given := getattr(inside, n, None), int | str):
+            changes[n] = changes.get(n, given)
     rope = getattr(default, "rope_parameters", None) or {}
-    if "rope_theta" in rope and ("mrope_section" in rope or kind.base_config_key == "text_config"):
+    if "rope_theta" in rope and ("mrope_section" in rope or inside is not None):
         # beside images: half of what turns in a head, by time, height and width
         half = int(changes.get("head_dim", 8) * rope.get("partial_rotary_factor", 1.0)) // 2
         changes["rope_parameters"] = {
             **rope,
-            "mrope_section": [half - half // 2, half // 4, half // 4],
+            "mrope_section": _thirds(half, rope.get("mrope_section", (2, 1, 1))),
         }
     if hasattr(default, "kv_lora_rank"):  # latent attention makes keys for every head
         changes["num_key_value_heads"] = changes.get("num_attention_heads", 4)
     for part in getattr(kind, "sub_configs", {}):
         if (inner := getattr(default, part, None)) is not None:
-            changes[part] = _small(type(inner), inner.model_type).to_dict()
-    changes.update(_OWN.get(name, {}))
-    return kind(**changes)
+            changes[part] = _small(type(inner), inner.model_type, inner).to_dict()
+    own = _OWN.get(name, {})
+    if "layer_types" in own:
+        changes["num_hidden_layers"] = len(own["layer_types"])
+    return kind(**{**changes, **own})
+
+
+_BESIDE_STAGES = ("image_size", "out_hidden_size", "depth", "depths", "patch_size", "window_size")
+
+
+def _stages(default: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """One layer in every stage, and an image that has windows in the last."""
+    found: dict[str, Any] = {
+        n: [1] * len(stages) for n in ("depth", "depths")
+        if isinstance(stages := getattr(default, n, None), list | tuple)
+    }  # fmt: skip
+    if found and isinstance(getattr(default, "image_size", None), list | tuple):
+        found["image_size"] = (IMAGE, IMAGE)
+    sizes = [getattr(default, n, None) for n in ("patch_size", "window_size")]
+    if found and all(isinstance(n, int) for n in sizes):
+        found |= {"patch_size": 2, "window_size": 2}
+    elif found:
+        changes.pop("patch_size", None)
+    return found
+
+
+def _layers(default: Any) -> dict[str, Any]:
+    """A layer of every kind there is, and layers to take features from that there are."""
+    found: dict[str, Any] = {}
+    kinds = vars(default).get("layer_types") or ()
+    if len(set(kinds[:2])) == 1 < len(set(kinds)):
+        found["layer_types"] = list(dict.fromkeys(kinds))
+        found["num_hidden_layers"] = len(found["layer_types"])
+    if getattr(default, "mlp_layer_types", ()) is None:
+        found["mlp_layer_types"] = ["dense", "sparse"]
+    for n, value in vars(default).items():
+        if n.endswith("feature_layer") and isinstance(value, list | tuple):
+            found[n] = [-1 - i % 2 for i in range(len(value))]
+    if getattr(default, "vocabulary_map", ()) is None:
+        found["vocabulary_map"] = {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2}
+    if getattr(default, "languages", None):
+        found["default_language"] = default.languages[0]
+    return found
+
+
+def _as_wide(default: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """What is as wide as the hidden states stays so, and heads as wide as their two parts."""
+    wide = getattr(default, "hidden_size", 0)
+    found = {
+        n: changes["hidden_size"] for n, value in vars(default).items()
+        if n not in changes and type(value) is int and value == wide > 128
+        and n.endswith(("_size", "_dim")) and "hidden_size" in changes
+    }  # fmt: skip
+    parts = [getattr(default, n, None) for n in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if all(parts) and getattr(default, "head_dim", None) == sum(parts):
+        found["head_dim"] = changes["qk_nope_head_dim"] + changes["qk_rope_head_dim"]
+    return found
+
+
+def _thirds(half: int, like: Any) -> list[int]:
+    """``half`` in three, of which those are alike that are in ``like``."""
+    odd = next((i for i in (0, 1, 2) if like[i - 1] == like[i - 2]), 0)
+    return [half - half // 4 * 2 if i == odd else half // 4 for i in range(3)]
 
 
 def model(name: str) -> nn.Module:
