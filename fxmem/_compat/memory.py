@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,30 +24,29 @@ class StorageWatch(TorchDispatchMode):
 
     def __init__(self, inside: Callable[[Any, Sequence[Any]], int] | None = None) -> None:
         super().__init__()
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        # a storage keeps its Python object, so these call as it dies: nobody has to ask them all
+        self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._external: set[int] = set()
         self._inside = inside
         self.live = 0
+        """Bytes alive now."""
         self.peak = 0
 
     def ignore(self, tensors: Sequence[Any]) -> None:
         """Storages that were there before."""
-        self._external.update(
-            StorageWeakRef(t.untyped_storage()).cdata
-            for t in tensors
-            if isinstance(t, torch.Tensor)
-        )
+        self._external.update(_key(t) for t in tensors if isinstance(t, torch.Tensor))
 
-    def settle(self) -> int:
-        """Forget dead storages; the bytes alive now."""
-        dead = [key for key, (ref, _) in self._storages.items() if ref.expired()]
-        for key in dead:
-            self.live -= self._storages.pop(key)[1]
-        return self.live
+    def came(self, key: int, size: int) -> None:
+        """An op has made a storage."""
+        self.live += size
+
+    def gone(self, key: int, ref: Any = None) -> None:
+        """A storage has died."""
+        self.live -= self._storages.pop(key)[1]
 
     def owner(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Identity and bytes of a tensor's storage; 0 bytes where it was there before."""
-        key = StorageWeakRef(tensor.untyped_storage()).cdata
+        key = _key(tensor)
         return key, self._storages[key][1] if key in self._storages else 0
 
     def __torch_dispatch__(
@@ -56,7 +56,6 @@ class StorageWatch(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        self.settle()
         try:
             result = func(*args, **(kwargs or {}))
         except DynamicOutputShapeException:
@@ -65,14 +64,20 @@ class StorageWatch(TorchDispatchMode):
             result = _largest(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                ref = StorageWeakRef(storage)
-                if ref.cdata not in self._external and ref.cdata not in self._storages:
-                    self._storages[ref.cdata] = ref, storage.nbytes()
-                    self.live += storage.nbytes()
+                key = _key(leaf)
+                if key not in self._external and key not in self._storages:
+                    storage = leaf.untyped_storage()
+                    size = storage.nbytes()
+                    self._storages[key] = weakref.ref(storage, partial(self.gone, key)), size
+                    self.came(key, size)
         inner = self._inside(func, args) if self._inside is not None else 0
         self.peak = max(self.peak, self.live + inner)
         return result
+
+
+def _key(tensor: torch.Tensor) -> int:
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def _largest(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -105,7 +105,7 @@ def predict_whole(graph: CompiledGraph, sizes: Mapping[str, int]) -> Prediction:
         with watch:
             outputs = _compat_hooks.function(graph.plain)(*given)
             timeline.append(("forward", watch.peak))
-            saved = watch.settle()
+            saved = watch.live
             loss = next((o for o in outputs if _is_loss(o)), None)
             if loss is not None:
                 loss.backward()
@@ -364,7 +364,6 @@ class Step:
             watch.ignore(given)
             with watch:
                 results = _compat_hooks.function(pre.module)(*given)
-            watch.settle()
             self.ledger.mark("preamble", watch.peak)
             for name, value in zip(pre.outputs, results, strict=True):
                 storage, size = watch.owner(value)

@@ -70,27 +70,24 @@ class Recording(StorageWatch):
     ) -> Any:  # fmt: skip
         self.peak = 0
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        for key in self._storages.keys() - self._alive.keys():
-            self._alive[key] = len(self._inner), self._storages[key][1]
         self._inner.append(max(0, self.peak - self.live))
         return result
 
-    def settle(self) -> int:
-        live = super().settle()
-        # at once: a new storage may take the place of a dead one, and its key
-        for key in self._alive.keys() - self._storages.keys():
-            start, size = self._alive.pop(key)
-            self._gone.append((key, start, len(self._inner), size))
-        return live
+    def came(self, key: int, size: int) -> None:
+        super().came(key, size)
+        self._alive[key] = len(self._inner), size
+
+    def gone(self, key: int, ref: Any = None) -> None:
+        super().gone(key)
+        start, size = self._alive.pop(key)
+        self._gone.append((key, start, len(self._inner), size))
 
     def waiting(self) -> set[tuple[int, int]]:
         """Storages alive now, by key and by the operator that has made them."""
-        self.settle()
         return {(key, start) for key, (start, _) in self._alive.items()}
 
     def steps(self, saved: set[tuple[int, int]], gradients: Sequence[torch.Tensor]) -> Steps:
         """One moment per operator; ``saved``: what has waited for the backward."""
-        self.settle()
         final = {self.owner(g)[0] for g in gradients}
         count = len(self._inner)
         changes = np.zeros((count + 1, len(KINDS)), np.int64)

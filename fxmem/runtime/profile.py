@@ -24,6 +24,7 @@ from fxmem.kernels import attention, token_nll
 from fxmem.program.body_op import BODY_OPS
 from fxmem.program.steps import Exchange, Free, Loop, Mask, Program, Straight
 from fxmem.runtime.region_code import RegionCode
+from fxmem.runtime.tile_map import rows_at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ def run_fake(
                 else:
                     nodes.append(_loop(step, env, sizes, chunk, watch, home))
             results = [None if o is None else _result(program, env, o) for o in program.outputs]
-        watch.settle()
+        watch.live
         outputs = tuple(
             None if r is None else Output(*watch.owner(r), r.is_contiguous()) for r in results
         )
@@ -171,11 +172,11 @@ class _Body(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, watch: StorageWatch) -> None:
         super().__init__(module)
-        self.watch, self.base = watch, watch.settle()
+        self.watch, self.base = watch, watch.live
         self.used: list[int] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        self.watch.peak = self.watch.settle()
+        self.watch.peak = self.watch.live
         result = super().run_node(n)
         self.used.append(self.watch.peak - self.base)
         return result
@@ -224,18 +225,20 @@ def _mask(
         return MaskProfile(mask.key, inputs, 0, 0)
     watch = StorageWatch(inside_op)
     watch.ignore([env[t] for t in mask.tensors])
-    with watch:
-        rows = _compat_hooks.function(mask.module)(
-            *(sizes[i] for i in mask.ints), 0, chunk, *(env[t] for t in mask.tensors)
+
+    def rows(count: int) -> Tensor:
+        found: Tensor = _compat_hooks.function(mask.module)(
+            *(sizes[i] for i in mask.ints), 0, count, *(env[t] for t in mask.tensors)
         )
-        head = rows.shape[:-2].numel() * rows.dtype.itemsize
-    row_bytes = head * chunk * sizes["T"]
-    # expanded rows are copied flat, twice; one mixed tile of chunk x chunk stays per chunk
-    flat = 0 if rows.shape[-2] == chunk else row_bytes
+        return found
+
+    with watch:
+        row = rows(1)
+        rows(min(chunk, rows_at_once(row)))
+    # one mixed tile of chunk x chunk stays per chunk; it is joined from pieces
+    tile = row.shape[:-2].numel() * row.dtype.itemsize * chunk * chunk
     parts = math.ceil(sizes["T"] / chunk)
-    return MaskProfile(
-        mask.key, inputs, max(watch.peak, watch.live + 2 * flat), parts * head * chunk * chunk
-    )
+    return MaskProfile(mask.key, inputs, watch.peak + tile, parts * tile)
 
 
 def inside_op(op: Any, args: Sequence[Any]) -> int:

@@ -1,9 +1,9 @@
 """Attention masks as structure: which keys a chunk of queries sees, tile by tile.
 
-A mask is never built as a ``T x T`` tensor. Its rows are evaluated chunk by chunk, once per call of
-the model, and each tile of keys is classified: seen by every row, by none, or by some. Runs of full
-tiles become spans without a mask, empty tiles disappear, only mixed tiles keep their (small) piece
-of the mask. Causality, sliding windows, padding and packed documents all show up this way, whatever
+A mask is never built as a ``T x T`` tensor, and not for the rows of a chunk either. Its rows are
+evaluated a few at a time, once per call of the model, and each tile of keys is classified: seen by
+every row of the chunk, by none, or by some. Runs of full tiles become spans without a mask, empty
+tiles disappear, only mixed tiles keep their (small) piece of the mask. Causality, sliding windows, padding and packed documents all show up this way, whatever
 formula the model used.
 """
 
@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxmem.kernels.attention import Span
 
 _LOW = -1e3
+PIECE, PIECE_DEVICE = 1 << 19, 1 << 24
+"""Elements of a mask that are evaluated at once: on a CPU, and on what has to be kept busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,33 +33,67 @@ class TileMap:
     empty: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some rows of a mask: which tiles a row of them sees, which all of them see, and the elements
+    of the others. ``like``: a scalar of the mask's type; ``shape`` of the rows without the keys.
+    """
+
+    some: Tensor
+    every: Tensor
+    mixed: dict[int, Tensor]
+    like: Tensor
+    shape: tuple[int, ...]
+
+    def elements(self, tile: int, every: bool, width: int) -> Tensor:
+        """Of one tile."""
+        if tile in self.mixed:
+            return self.mixed[tile]
+        seen, hidden = (True, False) if self.like.dtype == torch.bool else (0.0, -torch.inf)
+        return self.like.new_full((), seen if every else hidden).expand(*self.shape, width)
+
+
 def build(rows: Callable[[int, int], Tensor], chunks: Sequence[tuple[int, int]]) -> TileMap:
     """Classify a mask. ``rows(lo, hi)`` gives ``[B|1, H|1, hi - lo | 1, S]``, bool or additive."""
     spans, causal = [], True
     counts = {"full": 0, "mixed": 0, "empty": 0}
+    tile = max((hi - lo for lo, hi in chunks), default=1)
+    step = rows_at_once(rows(0, 1)) if chunks else 1
     for lo, hi in chunks:
-        mask = rows(lo, hi)
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-        mask = mask.expand(*mask.shape[:2], hi - lo, mask.shape[-1])
-        found = _classify(mask, lo, max(b - a for a, b in chunks), counts)
+        found = _classify(rows, lo, hi, step, tile, counts)
         causal = causal and all(s.stop <= hi or not _sees(s, hi) for s in found)
         spans.append(tuple(_trim(s, hi) if causal else s for s in found))
     return TileMap(tuple(spans), causal, counts["full"], counts["mixed"], counts["empty"])
 
 
-def _classify(mask: Tensor, lo: int, tile: int, counts: dict[str, int]) -> list[Span]:
-    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
-    plain = mask if mask.dtype == torch.bool else mask == 0
-    if _lowers_a_row(mask):
-        counts["mixed"] += -(-mask.shape[-1] // tile)
-        return [Span(0, mask.shape[-1], mask.contiguous())]
-    some, all_ = seen.flatten(0, 2).any(0), plain.flatten(0, 2).all(0)
+def rows_at_once(row: Tensor) -> int:
+    """How many rows like this one are evaluated together."""
+    piece = PIECE if row.device.type == "cpu" else PIECE_DEVICE
+    return max(1, piece // max(1, row.numel()))
+
+
+def _classify(
+    rows: Callable[[int, int], Tensor], lo: int, hi: int, step: int, tile: int,
+    counts: dict[str, int],
+) -> list[Span]:  # fmt: skip
+    pieces = []
+    for at in range(lo, hi, step):
+        mask = _four(rows(at, end := min(at + step, hi)))
+        if _lowers_a_row(mask):
+            whole = _four(rows(lo, hi))
+            counts["mixed"] += -(-mask.shape[-1] // tile)
+            return [Span(0, mask.shape[-1], _expanded(whole, hi - lo).contiguous())]
+        pieces.append(_piece(mask, end - at, tile))
+    keys = mask.shape[-1]
+    del mask
+    some, every = torch.stack([p.some for p in pieces]), torch.stack([p.every for p in pieces])
+    by_piece, sees, sees_all = every.tolist(), some.any(0).tolist(), every.all(0).tolist()
     out: list[Span] = []
-    for a in range(0, mask.shape[-1], tile):
-        b = min(a + tile, mask.shape[-1])
-        if not bool(some[a:b].any()):
+    for i, a in enumerate(range(0, keys, tile)):
+        b = min(a + tile, keys)
+        if not sees[i]:
             counts["empty"] += 1
-        elif bool(all_[a:b].all()):
+        elif sees_all[i]:
             counts["full"] += 1
             if out and out[-1].mask is None and out[-1].stop == a:
                 out[-1] = Span(out[-1].start, b)
@@ -65,11 +101,35 @@ def _classify(mask: Tensor, lo: int, tile: int, counts: dict[str, int]) -> list[
                 out.append(Span(a, b))
         else:
             counts["mixed"] += 1
-            if a == lo and _diagonal(seen[..., a:b], plain[..., a:b]):
-                out.append(Span(a, b, diagonal=True))
-            else:
-                out.append(Span(a, b, mask[..., a:b].contiguous()))
+            parts = [p.elements(i, e[i], b - a) for p, e in zip(pieces, by_piece, strict=True)]
+            found = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+            diagonal = a == lo and _diagonal(found)
+            out.append(Span(a, b, diagonal=True) if diagonal else Span(a, b, found))
     return out
+
+
+def _piece(mask: Tensor, rows: int, tile: int) -> _Piece:
+    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+    plain = mask if mask.dtype == torch.bool else mask == 0
+    some = _by_tile(seen.flatten(0, 2).any(0), tile, False).any(1)
+    every = _by_tile(plain.flatten(0, 2).all(0), tile, True).all(1)
+    mixed = {
+        i: _expanded(mask[..., i * tile : (i + 1) * tile], rows).contiguous()
+        for i in (some & ~every).nonzero().flatten().tolist()
+    }
+    return _Piece(some, every, mixed, mask.new_zeros(()), (*mask.shape[:2], rows))
+
+
+def _by_tile(keys: Tensor, tile: int, value: bool) -> Tensor:
+    return nn.functional.pad(keys, (0, -len(keys) % tile), value=value).view(-1, tile)
+
+
+def _four(mask: Tensor) -> Tensor:
+    return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+
+
+def _expanded(mask: Tensor, rows: int) -> Tensor:
+    return mask.expand(*mask.shape[:2], rows, mask.shape[-1])
 
 
 def _lowers_a_row(mask: Tensor) -> bool:
@@ -82,13 +142,15 @@ def _lowers_a_row(mask: Tensor) -> bool:
     return bool(((highest < _LOW) & (highest > -torch.inf)).any())
 
 
-def _diagonal(seen: Tensor, plain: Tensor) -> bool:
+def _diagonal(mask: Tensor) -> bool:
     """Every row sees exactly the keys up to its own: kernels skip the others."""
-    c, s = seen.shape[-2:]
+    c, s = mask.shape[-2:]
     if c != s:
         return False
-    triangle = torch.ones(c, s, dtype=torch.bool, device=seen.device).tril_()
-    return bool((seen == triangle).all()) and bool((plain == triangle).all())
+    triangle = torch.ones(c, s, dtype=torch.bool, device=mask.device).tril_()
+    if mask.dtype == torch.bool:
+        return bool((mask == triangle).all())
+    return bool(((mask > -torch.inf) == triangle).all() and ((mask == 0) == triangle).all())
 
 
 def _sees(span: Span, stop: int) -> bool:

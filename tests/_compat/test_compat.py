@@ -356,7 +356,7 @@ def test_storage_watch_counts_storages_that_live() -> None:
             dropped = torch.empty(1000)
             del dropped
             before.add_(1)
-    assert watch.settle() == kept.untyped_storage().nbytes() == 40
+    assert watch.live == kept.untyped_storage().nbytes() == 40
     assert watch.peak == 4040
     assert watch.owner(kept)[1] == 40
     assert watch.owner(before)[1] == 0

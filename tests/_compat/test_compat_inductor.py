@@ -5,7 +5,8 @@ The rest of the names is checked in ``test_compat.py``.
 
 from __future__ import annotations
 
-import gc
+import contextlib
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,24 +16,30 @@ import torch
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxmem._compat import inductor as _compat_inductor
 from fxmem._compat.inductor import Symbolic
 
 
-def test_a_storage_reference_is_one_per_storage_and_knows_its_death() -> None:
-    x = torch.empty(4)
-    ref = StorageWeakRef(x.untyped_storage())
-    assert ref.cdata == StorageWeakRef(x[1:].untyped_storage()).cdata
-    assert ref.cdata != StorageWeakRef(x.clone().untyped_storage()).cdata
-    assert not ref.expired()
-    del x
-    gc.collect()
-    assert ref.expired()
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, FakeTensorMode])
+def test_a_storage_is_one_python_object_that_knows_its_death(mode: Any) -> None:
+    gone: list[object] = []
+    with mode():
+        x = torch.empty(4, requires_grad=True).exp()
+        y = x.exp()  # saved for the backward
+        ref = weakref.ref(y.untyped_storage(), gone.append)
+        assert y.untyped_storage()._cdata == y[1:].untyped_storage()._cdata
+        assert y.untyped_storage()._cdata != y.clone().untyped_storage()._cdata
+        total = y.sum()
+        del y
+        assert not gone
+        total.backward()
+        del total
+        assert gone == [ref]
 
 
 def test_a_dispatch_mode_sees_every_op_below_autograd() -> None:
