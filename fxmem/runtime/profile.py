@@ -151,7 +151,6 @@ def run_fake(
                 else:
                     nodes.append(_loop(step, env, sizes, chunk, watch, home))
             results = [None if o is None else _result(program, env, o) for o in program.outputs]
-        watch.live
         outputs = tuple(
             None if r is None else Output(*watch.owner(r), r.is_contiguous()) for r in results
         )

@@ -3,8 +3,8 @@
 A mask is never built as a ``T x T`` tensor, and not for the rows of a chunk either. Its rows are
 evaluated a few at a time, once per call of the model, and each tile of keys is classified: seen by
 every row of the chunk, by none, or by some. Runs of full tiles become spans without a mask, empty
-tiles disappear, only mixed tiles keep their (small) piece of the mask. Causality, sliding windows, padding and packed documents all show up this way, whatever
-formula the model used.
+tiles disappear, only mixed tiles keep their (small) piece of the mask. Causality, sliding windows,
+padding and packed documents all show up this way, whatever formula the model used.
 """
 
 from __future__ import annotations
