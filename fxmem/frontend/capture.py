@@ -85,9 +85,18 @@ class Capture:
     changed: set[fx.Node] = field(default_factory=set)
     """Other inputs that are written: all that reads them takes what they held at the start."""
     sizes: list[fx.Node] = field(init=False)  # among the inputs
+    lengths: list[sympy.Symbol] = field(init=False)
+    """``T``, and sizes that stand last in the shape of an input, and before no other."""
 
     def __post_init__(self) -> None:
         self.sizes = [n for n in self.inputs if isinstance(value_of(n), torch.SymInt)]
+        last: set[sympy.Symbol] = {T}
+        before: set[sympy.Symbol] = set()
+        for n in filter(is_tensor, self.inputs):
+            found = [d.free_symbols for d in self.shape(n) if d.free_symbols]
+            last.update(*found[-1:])
+            before.update(*found[:-1])
+        self.lengths = [T, *sorted(last - before - {T}, key=str)]
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """Canonical sizes of a tensor node."""

@@ -24,7 +24,6 @@ from fxmem.frontend.capture import Capture, canonical, canonical_shape, is_tenso
 from fxmem.frontend.hidden_writes import without_writes
 from fxmem.frontend.interpret import attribute, call_node, run
 from fxmem.frontend.origin import module_path, source_line
-from fxmem.frontend.waists import lengths
 from fxmem.rules import WRITTEN_OUT
 
 Leaf = tuple[str, str]
@@ -138,7 +137,7 @@ def _trace(
     capture: Capture, inputs: list[fx.Node], nodes: list[fx.Node], wanted: list[fx.Node],
     drawing: Drawing,
 ) -> fx.GraphModule:  # fmt: skip
-    axes = lengths(capture)
+    axes = capture.lengths
 
     def wide(shapes: Sequence[Sequence[Any]]) -> bool:
         given = [[canonical(s, capture.symbols) for s in shape] for shape in shapes]
@@ -165,7 +164,7 @@ def _split(
     results = output.args[0]
     pre = Preamble(gm, inputs, [])
     keep: dict[fx.Node, Leaf] = {}
-    axes = lengths(capture)
+    axes = capture.lengths
 
     def name(node: fx.Node) -> Leaf:
         if node in origin:
@@ -194,7 +193,7 @@ def _cone(
 ) -> Cone:
     order: list[fx.Node] = []
     leaves: dict[fx.Node, None] = {}
-    axes = lengths(capture)
+    axes = capture.lengths
 
     def visit(node: fx.Node) -> None:
         if node in order or node in leaves:

@@ -26,7 +26,7 @@ def waists(capture: Capture, main: Sequence[fx.Node]) -> set[int]:
     """
     streamed = _large_states(capture, main, T)
     found = {p for p, _ in _changes(streamed)}
-    for length in lengths(capture)[1:]:
+    for length in capture.lengths[1:]:
         seen: set[fx.Node] = set()
         for p, state in _changes(_large_states(capture, main, length)):
             beside = streamed[p]
@@ -58,7 +58,9 @@ def changes(main: Sequence[fx.Node], owners: Mapping[str, int]) -> set[int]:
 
 def along(capture: Capture, nodes: Sequence[fx.Node]) -> Capture:
     """The capture in which ``T`` is the length that most of ``nodes`` have, by bytes."""
-    count: dict[sympy.Symbol, float] = dict.fromkeys(lengths(capture), 0.0)
+    if len(capture.lengths) == 1:
+        return capture
+    count: dict[sympy.Symbol, float] = dict.fromkeys(capture.lengths, 0.0)
     for n in nodes:
         for s in _symbols(capture, n) & count.keys():
             count[s] += _per_token(capture, n)
@@ -83,18 +85,6 @@ def _changes(states: Sequence[Sequence[State] | None]) -> list[tuple[int, fx.Nod
         (p, here[0][0]) for p, here in enumerate(states)
         if p and here is not None and sizes[p] == residual and sizes[p - 1] != residual
     ]  # fmt: skip
-
-
-def lengths(capture: Capture) -> list[sympy.Symbol]:
-    """``T``, and sizes that stand last in the shape of an input, and before no other."""
-    last: set[sympy.Symbol] = {T}
-    before: set[sympy.Symbol] = set()
-    for n in capture.inputs:
-        if isinstance(value_of(n), torch.Tensor):
-            found = [d.free_symbols for d in capture.shape(n) if d.free_symbols]
-            last.update(*found[-1:])
-            before.update(*found[:-1])
-    return [T, *sorted(last - before - {T}, key=str)]
 
 
 def _symbols(capture: Capture, node: fx.Node) -> set[sympy.Symbol]:
