@@ -42,7 +42,7 @@ from fxmem.frontend.attributes import Counters
 from fxmem.frontend.collector import resting
 from fxmem.frontend.experts import streamable
 from fxmem.frontend.in_parts import InParts
-from fxmem.frontend.inputs import named, uniform, without_cache
+from fxmem.frontend.inputs import makes_cache, named, uniform, without_cache
 from fxmem.frontend.layer_kinds import layer_kinds
 from fxmem.frontend.opaque import Opaque
 from fxmem.frontend.recurrences import carried_kernels
@@ -208,7 +208,8 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
 
     def streamed(of: Backend, args: Any, kwargs: Any) -> Any:
         settle(learning=False)  # of calls before this one, whose backward may change weights
-        of.states = recorded_outputs.install(model, kwargs)
+        asked = recorded_outputs.install(model, kwargs)
+        of.states = asked or not makes_cache(model, kwargs, args)
         of.in_parts, of.flags.truth = parts.now, of.flags.truth or parts.now
         with (
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),

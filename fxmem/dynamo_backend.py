@@ -46,10 +46,10 @@ class Backend:
     ``raises``: errors leave through Dynamo, which then keeps no capture: the next call tries again.
     ``recorder``: takes wide outputs that are not computed in the call. ``one``: a capture is one
     region. ``idle``: calls without gradients stream too. ``told``: operators and calls that a
-    warning has named. ``states``: the call asks for states of the model. ``uncaptured``: runs calls
-    without gradients that are not captured. ``in_parts``: a capture is a part of a model, so that
-    one without a length says nothing. ``divides``: where one graph cannot be captured, it may be
-    so.
+    warning has named. ``states``: states of the model that leave a call are wanted; they are no
+    cache that nobody asked for. ``uncaptured``: runs calls without gradients that are not captured.
+    ``in_parts``: a capture is a part of a model, so that one without a length says nothing.
+    ``divides``: where one graph cannot be captured, it may be so.
     """
 
     divides = True

@@ -72,8 +72,8 @@ def compile_graph(
     """Analyse, split and lower a Dynamo graph. Counts in :data:`COUNTER`.
 
     ``late``: makes what is returned for a wide output that is not computed here, from what its
-    region reads and the sizes of the call. ``one``: everything is one region. ``states``: the
-    caller asked for states of the model. ``learns``: there will be a backward. ``told``:
+    region reads and the sizes of the call. ``one``: everything is one region. ``states``: states of
+    the model that leave it are wanted. ``learns``: there will be a backward. ``told``:
     operators that a warning has named. ``group``: ranks that stream the sequence together.
     ``last``: what leaves it leaves the call, and is not read by what comes after it.
     """

@@ -106,8 +106,9 @@ def _widened(capture: Capture, output: fx.Node) -> bool:
 def drop_outputs(capture: Capture, *, states: bool = False) -> None:
     """With a scalar loss, streamed activations do not leave the graph.
 
-    ``states``: the caller asked for states of the model; only what is wider than what it is made
-    from, as logits are, stays inside.
+    ``states``: those that leave it are wanted, such as what a hook has kept, or the state of an
+    encoder; only what is wider than what it is made from, as logits are, stays inside. A cache of
+    keys and values that a model makes for nobody has states too, and of every layer.
     """
     nodes = [o for o in capture.outputs if isinstance(o, fx.Node) and is_tensor(o)]
     if not any(

@@ -48,16 +48,29 @@ def without_cache(
     cache or asks for one gets it. Where positions may tell packed documents apart, the model is
     asked as it is: transformers looks for documents only where there is no cache.
     """
-    takes = inspect.signature(model.forward).parameters
-    given = {**dict(zip(takes, args, strict=False)), **kwargs}
+    given = _by_name(model, kwargs, args)
     packed = given.get("position_ids") is not None and given.get("attention_mask") is None
-    if packed or "use_cache" in given or any(given.get(name) is not None for name in _CACHES):
-        return dict(kwargs)
-    hands_on = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    asks = hands_on and getattr(getattr(model, "config", None), "use_cache", False)
-    if not (asks or "use_cache" in takes):
+    if packed or "use_cache" in given or not makes_cache(model, kwargs, args):
         return dict(kwargs)
     return {**kwargs, "use_cache": False}
+
+
+def makes_cache(model: nn.Module, kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> bool:
+    """Whether the model makes or fills a cache of keys and values in this call."""
+    given = _by_name(model, kwargs, args)
+    if any(given.get(name) is not None for name in _CACHES):
+        return True
+    takes = inspect.signature(model.forward).parameters
+    own = "use_cache" in takes
+    if not own and all(p.kind is not p.VAR_KEYWORD for p in takes.values()):
+        return False
+    default = getattr(getattr(model, "config", None), "use_cache", own)
+    asked = given.get("use_cache")
+    return bool(default if asked is None else asked)
+
+
+def _by_name(model: nn.Module, kwargs: Mapping[str, Any], args: Sequence[Any]) -> dict[str, Any]:
+    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
 
 
 def named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

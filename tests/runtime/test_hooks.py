@@ -232,6 +232,28 @@ def test_what_a_forward_hook_keeps() -> None:
     twins.same(got, want)
 
 
+def test_a_loss_of_what_forward_hooks_keep() -> None:
+    """Beside the model's own loss: states leave the call, at any layer, late and removed again."""
+    models = twins.pair()
+    losses = []
+    for net in models:
+        step(net)
+        kept: dict[nn.Module, Tensor] = {}
+        watched = (net.embed, *net.layers)
+        handles = [
+            m.register_forward_hook(lambda m, a, o, kept=kept: kept.update({m: o})) for m in watched
+        ]
+        net.zero_grad()
+        loss = net(twins.ids())["loss"] + sum(h.square().mean() for h in kept.values())
+        loss.backward()
+        losses.append(loss.detach())
+        for handle in handles:
+            handle.remove()
+    twins.same(losses[1], losses[0], "loss")
+    twins.same_gradients(models[1], models[0])
+    agree(models)
+
+
 def test_a_hook_on_a_value_that_never_stands_whole() -> None:
     class Scores(nn.Module):
         def forward(self, q: Tensor) -> Tensor:
