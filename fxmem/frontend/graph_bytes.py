@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -18,7 +19,9 @@ from fxmem._compat.graph import HigherOrderOperator, OpOverload
 
 _KEPT = ("info", "joint", "stack_trace")
 _STACKS = ("nn_module_stack", "fwd_nn_module_stack")
-_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_SIZES = (int, float, sympy.Basic, *_SYMBOLIC)
+"""Of a graph that was read, a size is its expression already."""
 _LARGEST = 1 << 16
 """Elements of a constant that is kept."""
 
@@ -74,7 +77,7 @@ class _Pickler(pickle.Pickler):
             return _overload, (*name.split("::"), overload)
         if isinstance(obj, HigherOrderOperator):
             raise pickle.PicklingError(f"{obj} is of this process")
-        if isinstance(obj, _SIZES):
+        if isinstance(obj, _SYMBOLIC):
             return _same, (obj.node.expr,)
         if isinstance(obj, Tensor) and (type(obj) is not Tensor or obj.numel() > _LARGEST):
             raise pickle.PicklingError("a tensor of this process")
@@ -83,7 +86,7 @@ class _Pickler(pickle.Pickler):
     def _record(self, node: fx.Node) -> tuple[Any, ...]:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _At(self._at(n)))
         meta = {k: node.meta[k] for k in _KEPT if k in node.meta}
-        if isinstance(value := node.meta.get("val"), (int, float, *_SIZES)):
+        if isinstance(value := node.meta.get("val"), _SIZES):
             meta["val"] = value
         for key in _STACKS:
             if stack := node.meta.get(key):

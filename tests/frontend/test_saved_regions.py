@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +20,12 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import fxmem
-from fxmem import Plan, Stream
+from fxmem import Plan, Stream, api
 from fxmem.compiler import region_codes
 from fxmem.frontend import graph_bytes, saved_regions
 from fxmem.runtime.code_library import CodeLibrary
 from fxmem.runtime.counters import COUNTER
+from fxmem.runtime.retention import Kept
 from fxmem.streaming import token_mixing
 
 
@@ -127,6 +129,53 @@ def test_a_program_that_comes_later_is_there_too(
     start = made()
     assert_exact(streamed(again), again, 17)
     assert made() == start
+
+
+def kept(level: int) -> Callable[[nn.Module], None]:
+    """Layers keep what this level keeps, as a budget may let them."""
+
+    def use(model: nn.Module) -> None:
+        train(model, 17)
+        (graph,) = api._TRANSFORMED[model].graphs
+        levels = tuple(min(level, len(c.code.levels) - 1) for c in graph.calls)
+        object.__setattr__(graph.holding, "to_run", lambda *_: Kept(levels, frozenset()))
+
+    return use
+
+
+def frozen(model: nn.Module) -> None:
+    model.model.layers[0].requires_grad_(False)
+
+
+def evaluated(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(input_ids=torch.arange(34).view(2, 17) % tiny.VOCAB)
+
+
+USES = {
+    "plain": lambda model: None, "level 2": kept(2), "level 3": kept(3), "frozen": frozen,
+    "evaluated": evaluated,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 12))]
+)
+def test_processes_take_and_add_in_any_order(
+    seed: int, folder: Path, another_process: Callable[[], None]
+) -> None:
+    """What a process read and wrote again is all there for the next one."""
+    plain = tiny.model().double()
+    another_process()
+    start = made()
+    for name in random.Random(seed).choices([*USES], k=5):
+        model, want = streamed(plain), copy.deepcopy(plain)
+        for one in (model, want):
+            if name in ("frozen", "evaluated") or one is model:
+                USES[name](one)
+        assert_exact(model, want, 17, 24)
+        another_process()
+    assert made() > start
 
 
 @pytest.mark.parametrize(
