@@ -89,6 +89,7 @@ def plan_for(
     length = length or found[at]
     say(f"steps of {length} tokens")
     rows = [_row(way, tokens, length) for way, tokens in zip(ways, found, strict=True)]
+    say("what its layers keep")
     chosen = ways[at].within(length, limit)
     return Forecast(
         name, place.name, limit, length, batch, str(dtype).removeprefix("torch."), tuple(rows),

@@ -6,6 +6,7 @@ A torch release that moves or changes one of them fails here, with its name.
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import fx, nn
 from torch.profiler import ProfilerActivity, profile
 
 from fxmem._compat import graph as _compat
-from fxmem._compat import tracing
+from fxmem._compat import measure, tracing
 from fxmem._compat.inductor import Symbolic
 from fxmem._compat.measure import memory_events
 from fxmem._compat.memory import StorageWatch
@@ -338,6 +339,25 @@ def test_memory_events_leave_out_frees_of_what_an_earlier_profile_saw() -> None:
             kept.append(torch.empty(12345, dtype=torch.uint8))
         sizes = [size for _, size, device in memory_events(done) if device == "cpu"]
         assert sum(sizes) >= 12345 and min(sizes) >= 0
+
+
+def test_memory_events_know_that_two_blocks_cannot_be_in_one_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The free of the first was in a thread without a profile."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
+        pass
+    blocks = [(100, 64), (300, 50), (140, 30), (300, -50), (140, -30)]
+    events = [
+        SimpleNamespace(
+            start_time_ns=at,
+            extra_fields=SimpleNamespace(device=torch.device("cpu"), ptr=ptr, alloc_size=size),
+        )
+        for at, (ptr, size) in enumerate(blocks)
+    ]
+    monkeypatch.setattr(measure, "_allocations", lambda results: events)
+    sizes = [size for _, size, _ in memory_events(done)]
+    assert sizes == [64, 50, -64, 30, -50, -30]
 
 
 def test_memory_events_refuse_a_profile_that_did_not_run() -> None:

@@ -57,21 +57,29 @@ ROWS = (5, 9, 17, 12)
 OPTIONS: dict[str, Any] = {"gates": {"batches": 2}, "score": {"samples": 2}}
 
 
-def searched(estimator: str, group: Any = None) -> fxmem.Masks:
+def streamed(model: Any) -> Any:
+    """Of short chunks, so that the lengths of ranks make different numbers of them."""
+    return fxmem.transform(model, fxmem.Plan(stream=fxmem.Stream(chunk=4, loss_chunk=4)))
+
+
+def searched(estimator: str, group: Any = None, prepare: Any = None) -> fxmem.Masks:
     """A search on batches of unequal lengths, which ranks take in turn."""
     batches = []
     for n in ROWS:
         ids = torch.randint(3, 97, (1, n), generator=torch.Generator().manual_seed(n))
         batches.append({"input_ids": ids, "labels": ids})
     options = fxmem.Prune(steps=6, estimator=estimator, advanced=OPTIONS[estimator])
-    return fxmem.search(build("llama"), batches, options, group=group)
+    return fxmem.search(build("llama"), batches, options, group=group, prepare=prepare)
 
 
 def in_groups(rank: int) -> tuple[list[fxmem.Masks], float, dict[str, torch.Tensor], list[str]]:
-    """Searches of two ranks, a sparse step on batches of their own, and what is refused."""
+    """Searches of two ranks, the last with sub-models that stream; a sparse step of a model that
+    streams on batches of their own; and what is refused.
+    """
     world = dist.group.WORLD
     found = [searched(estimator, world) for estimator in OPTIONS]
-    model: Any = build("llama")
+    found.append(searched("gates", world, streamed))
+    model: Any = streamed(build("llama"))
     units = fxmem.coupling(model)
     masks = drawn(units, ("kv_groups", "mlp_channels"))
     own = {k: v[:, : 9 - 4 * rank] for k, v in batch().items()}
