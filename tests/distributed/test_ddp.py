@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.multiprocessing as mp
-from data_parallel import hook_runs, inputs, run_rank, run_trainer
+from data_parallel import hook_runs, inputs, run_rank, run_trainer, writing
 from double import everything_in_double, largest_difference
 from ranks import on_ranks
 
@@ -67,3 +67,12 @@ def test_hooks_that_compress_what_is_sent() -> None:
         assert difference < 1e-10, name
         assert compressed == (name in ("bf16", "fp16")), name
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.distributed
+def test_buffers_that_a_forward_writes_and_models_in_parts() -> None:
+    """DistributedDataParallel sends the buffers of the first rank before each call."""
+    for found in on_ranks(writing):
+        for kind, (difference, bodies) in found.items():
+            assert difference < 1e-10, kind
+            assert bodies > 0, kind

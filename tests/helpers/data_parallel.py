@@ -124,3 +124,55 @@ def _hooked(rank: int, way: Callable[[], tuple[Any, Any]], *, stream: bool) -> d
         optimizer.step()
         optimizer.zero_grad()
     return {n: p.detach() for n, p in model.named_parameters()}
+
+
+class Writing(nn.Module):
+    """A model that writes to what it has, in the way of its ``kind``, and reads it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner = tiny.model().double()
+        self.kind, self.calls = kind, 0
+        self.register_buffer("mean", torch.zeros(self.inner.config.hidden_size))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+        mean: Any = self.mean
+        h = self.inner.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.kind == "statistic":
+            mean.mul_(0.9).add_(0.1 * h.detach().mean((0, 1)))
+            h = h - mean
+        elif self.kind == "counter":
+            self.count += 1
+            h = h * (1 + 0.1 * self.count)
+        elif h.detach().sum().item() > -torch.inf:  # divides the model into parts
+            self.calls += 1
+            h = h * 1.5
+        logits = self.inner.lm_head(h)
+        loss: Tensor = self.inner.loss_function(logits, labels, self.inner.config.vocab_size)
+        return loss
+
+
+def writing(rank: int) -> dict[str, tuple[float, int]]:
+    """Three steps of each kind: how far losses, weights and buffers are from plain, and bodies."""
+    return {kind: _written(rank, kind) for kind in ("statistic", "counter", "parts")}
+
+
+def _written(rank: int, kind: str) -> tuple[float, int]:
+    results, bodies = [], 0
+    for stream in (False, True):
+        model = Writing(kind).double()
+        net = nn.parallel.DistributedDataParallel(model)
+        if stream:
+            fxmem.transform(net, fxmem.Plan(stream=fxmem.Stream(chunk=9)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = {}
+        for step in range(3):
+            loss = net(**inputs((rank + step) % 2))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[f"loss {step}"] = loss.detach()
+        results.append({**model.state_dict(), **losses})
+        bodies = fxmem.explain(net).executed_bodies if stream else 0
+    return largest_difference(results[1], results[0])[0], bodies
