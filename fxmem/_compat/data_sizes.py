@@ -16,7 +16,7 @@ __all__ = ["by_data", "evaluating"]
 
 def by_data(value: Any) -> bool:
     """A number that is the value of a tensor, or a tensor with such a size."""
-    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat)
+    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
     return isinstance(value, kinds) and bool(free_unbacked_symbols(value))
 
 

@@ -17,7 +17,15 @@ from fxmem._compat import capture_stack
 from fxmem._compat import hooks as _compat_hooks
 from fxmem.axes.sizes import degree, evaluate
 from fxmem.errors import HookError, RoleError
-from fxmem.frontend.capture import Capture, canonical, is_size, is_tensor, value_of
+from fxmem.frontend.capture import (
+    Capture,
+    behind,
+    canonical,
+    is_number,
+    is_size,
+    is_tensor,
+    value_of,
+)
 from fxmem.frontend.functional_writes import is_of_held
 from fxmem.frontend.interpret import call_node
 from fxmem.frontend.origin import module_path, source_line
@@ -61,7 +69,7 @@ class Borders:
         """What is read and made before a region."""
         found: list[Leaf] = []
         for node in self.nodes[at]:
-            for n in (*node.all_input_nodes, node):
+            for n in (*(b for a in node.all_input_nodes for b in behind(a)), node):
                 cone = self.pre.cones.get(n)
                 found += [leaf_of(self.pre, n)] if cone is None else cone.leaves
         return found
@@ -69,13 +77,16 @@ class Borders:
     def cross(self, at: int, env: dict[Leaf, Any], sizes: Mapping[str, int]) -> None:
         """Run what lies before a region."""
         for node in self.nodes[at]:
-            args, kwargs = fx.map_arg(
-                (node.args, node.kwargs), lambda n: self._value(n, env, sizes)
-            )
-            with self.capture.contexts[node].enter():
-                env["main", node.name] = call_node(node, args, kwargs)
+            env["main", node.name] = self._call(node, env, sizes)
+
+    def _call(self, node: fx.Node, env: dict[Leaf, Any], sizes: Mapping[str, int]) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, env, sizes))
+        with self.capture.contexts[node].enter():
+            return call_node(node, args, kwargs)
 
     def _value(self, node: fx.Node, env: dict[Leaf, Any], sizes: Mapping[str, int]) -> Any:
+        if is_number(node):
+            return self._call(node, env, sizes)
         if is_size(value_of(node)) and not isinstance(value_of(node), (tuple, list)):
             return evaluate(canonical(value_of(node), self.capture.symbols), sizes)
         cone = self.pre.cones.get(node)

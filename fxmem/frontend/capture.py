@@ -28,6 +28,7 @@ from torch import fx
 from fxmem._compat import capture_stack
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
+from fxmem._compat.data_sizes import by_data
 from fxmem.axes.sizes import Size, T, per_token, size
 from fxmem.frontend.functional_writes import is_of_held, is_write, written_inputs
 
@@ -138,6 +139,17 @@ def canonical_shape(value: torch.Tensor, symbols: Mapping[sympy.Symbol, Size]) -
 
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(value_of(node), torch.Tensor)
+
+
+def is_number(node: fx.Node) -> bool:
+    """A number that values decide, such as an ``x.any().item()``: whoever asks for it makes it."""
+    value = value_of(node)
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) and by_data(value)
+
+
+def behind(node: fx.Node) -> list[fx.Node]:
+    """``node``; of a number the values that decide it."""
+    return [m for n in node.all_input_nodes for m in behind(n)] if is_number(node) else [node]
 
 
 def is_border(node: fx.Node) -> bool:

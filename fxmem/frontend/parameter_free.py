@@ -20,7 +20,15 @@ from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import tracing, wrapped
 from fxmem.errors import UnsupportedOpError
-from fxmem.frontend.capture import Capture, canonical, canonical_shape, is_tensor, is_wide, value_of
+from fxmem.frontend.capture import (
+    Capture,
+    behind,
+    canonical,
+    canonical_shape,
+    is_tensor,
+    is_wide,
+    value_of,
+)
 from fxmem.frontend.hidden_writes import without_writes
 from fxmem.frontend.interpret import attribute, call_node, run
 from fxmem.frontend.origin import module_path, source_line
@@ -98,7 +106,7 @@ def lower(capture: Capture, drawing: Drawing) -> Preamble:
     is narrow is drawn once, as it stands; what is wide is drawn again for every chunk.
     """
     main = set(capture.main)
-    users: list[fx.Node] = [a for n in capture.main for a in n.all_input_nodes]
+    users: list[fx.Node] = [b for n in capture.main for a in n.all_input_nodes for b in behind(a)]
     users += [o for o in capture.outputs if isinstance(o, fx.Node)]
     wanted = [
         n for n in dict.fromkeys(users)
