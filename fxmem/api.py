@@ -185,13 +185,14 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
                 named_ = faults.of_call(error, model, again)
                 if not in_parts(error, named_):
                     own = parts.failed(error, named_)
-                    if own is error:
-                        raise
-                    cause = error if own.__cause__ is None else own.__cause__
-                    if isinstance(own, FxmemError):
-                        own.original = cause
-                    # the many lines of Dynamo's help where fxmem itself fails
-                    raise own from (cause if isinstance(own, InternalError) else None)
+                    if not after_all(own, args, kwargs):
+                        if own is error:
+                            raise
+                        cause = error if own.__cause__ is None else own.__cause__
+                        if isinstance(own, FxmemError):
+                            own.original = cause
+                        # the many lines of Dynamo's help where fxmem itself fails
+                        raise own from (cause if isinstance(own, InternalError) else None)
         # outside the handler, so that an error of the next try has no other one behind it
         parts.take_back()
         return call(*args, **kwargs)
@@ -242,16 +243,26 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
     def alone() -> bool:
         return not engine.sharded and engine.roles is None and engine.group is None
 
-    def in_parts(error: Exception, named_: Exception) -> bool:
-        """The model is captured in parts from now on, and the call may succeed. No budget holds
-        for several graphs."""
+    def divides() -> bool:
+        """The model may be captured in parts. No budget holds for several graphs."""
         budget = stream is not None and stream.memory != "least"
-        may = engine.divides and alone() and not budget
-        return may and parts.found(error, named_)
+        return engine.divides and alone() and not budget
+
+    def in_parts(error: Exception, named_: Exception) -> bool:
+        """The model is captured in parts from now on, and the call may succeed."""
+        return divides() and parts.found(error, named_)
 
     def found(error: Exception, args: Any, kwargs: Any) -> bool:
         """A part of the model runs as it is from now on, and the call may succeed."""
-        return alone() and opaque.found(error, lambda: plain(*args, **kwargs), named(args, kwargs))
+        most = not (divides() and parts.possible)
+        return alone() and opaque.found(
+            error, lambda: plain(*args, **kwargs), named(args, kwargs), most
+        )
+
+    def after_all(own: Exception, args: Any, kwargs: Any) -> bool:
+        """It cannot be captured in parts either, and what holds most of it runs as it is."""
+        cause, parts.cause = parts.cause, None
+        return own is parts.error and cause is not None and found(cause, args, kwargs)
 
     def evaluates(args: Any, kwargs: Any) -> Any:
         try:
@@ -259,7 +270,8 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
         except Exception as error:
             own = faults.of_call(error, model, None)
             if not (found(error, args, kwargs) or in_parts(error, own)):
-                raise
+                if not after_all(parts.failed(error, own), args, kwargs):
+                    raise
         parts.take_back()
         return evaluates(args, kwargs)
 

@@ -25,11 +25,13 @@ class InParts:
     Attributes:
         error: what its capture as one graph ends with.
         now: it is captured in parts. False again where that fails too.
+        cause: what ``error`` came from, while it is not known whether parts can be captured.
     """
 
     def __init__(self, name: str = "") -> None:
         self._name = name
         self.error: CaptureError | None = None
+        self.cause: Exception | None = None
         self.now = self._done = False
         self._before: tuple[list[tuple[Tensor, Tensor]], Attributes, RandomState] | None = None
 
@@ -55,19 +57,25 @@ class InParts:
             attributes.restore()
             random.restore()
 
-    def found(self, error: BaseException, named: BaseException) -> bool:
+    @property
+    def possible(self) -> bool:
+        """It may still turn out that the model can be captured in parts."""
+        return not self._done and (self.error is None or self.now)
+
+    def found(self, error: Exception, named: Exception) -> bool:
         """Whether a call that failed with ``error``, which is to leave as ``named``, may succeed
         in parts.
         """
         if self.error is not None or dynamo.over_limit(error):
             return False
         if isinstance(named, CaptureError):
-            self.error, self.now = named, True
+            self.error, self.cause, self.now = named, error, True
         return self.now
 
-    def failed(self, error: BaseException, named: BaseException) -> BaseException:
+    def failed(self, error: Exception, named: Exception) -> Exception:
         """What is to leave in place of ``named``: a first call in parts could not be made."""
-        if not self.now or self._done or named is error or self.error is None:
+        own = named is error and not isinstance(named, CaptureError)  # of the user's code
+        if not self.now or self._done or own or self.error is None:
             return named
         self.take_back()
         self.now, self._before = False, None
@@ -75,7 +83,7 @@ class InParts:
 
     def ran(self) -> None:
         """A call has succeeded. Says, once, that it was in parts."""
-        self._before = None
+        self._before = self.cause = None
         if self.now and not self._done:
             self._done = True
             warnings.warn(

@@ -37,6 +37,7 @@ KINDS = 16
 """Kinds of pieces of one model before its error is the user's to see."""
 TRIES = 64
 """Wrong guesses in one call before it is given up."""
+_LAYERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class Opaque:
@@ -69,11 +70,13 @@ class Opaque:
                 )
 
     def found(
-        self, error: BaseException, again: Callable[[], Any], given: Mapping[str, Tensor]
-    ) -> bool:
+        self, error: BaseException, again: Callable[[], Any], given: Mapping[str, Tensor],
+        most: bool = True,
+    ) -> bool:  # fmt: skip
         """Whether a call that failed with ``error`` may succeed now.
 
-        ``again``: the same call in plain PyTorch; ``given``: its tensors, by name.
+        ``again``: the same call in plain PyTorch; ``given``: its tensors, by name. ``most``: a
+        piece may be what holds most of the model, in layers.
         """
         if not _by_capture(error):
             return False
@@ -86,6 +89,8 @@ class Opaque:
         if len({p.kind for p in self.pieces}) < KINDS:
             methods, refused = self._methods(error, again, given)
             for method in methods:
+                if not most and self._is_most(method[0]):
+                    continue
                 before = self.pieces
                 self.pieces = _with(before, self.model, method, reason, refused)
                 if self._record(again, given):
@@ -94,6 +99,10 @@ class Opaque:
         fixed = self._any_length and capture_stack.demanded()
         self._any_length &= not fixed
         return fixed
+
+    def _is_most(self, module: nn.Module) -> bool:
+        own, every = (sum(p.numel() for p in m.parameters()) for m in (module, self.model))
+        return 2 * own > every and any(isinstance(m, _LAYERS) for m in module.modules())
 
     def _carried(
         self, error: BaseException, again: Callable[[], Any], given: Mapping[str, Tensor]

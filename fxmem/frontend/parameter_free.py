@@ -185,7 +185,8 @@ def _split(
 
     for source, node in zip(wanted, results, strict=True):
         wide = is_wide(canonical_shape(value_of(node), capture.symbols), axes)
-        if wide and node not in origin and not _compat.is_random(node.target):
+        whole = node in origin or source in capture.outputs or _compat.is_random(node.target)
+        if wide and not whole:
             pre.cones[source] = _cone(capture, gm, node, origin, name)
         else:
             pre.narrow[source] = name(node)
