@@ -269,9 +269,9 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
             return streamed(idle, args, kwargs)
         except Exception as error:
             own = faults.of_call(error, model, None)
-            if not (found(error, args, kwargs) or in_parts(error, own)):
-                if not after_all(parts.failed(error, own), args, kwargs):
-                    raise
+            may = found(error, args, kwargs) or in_parts(error, own)
+            if not may and not after_all(parts.failed(error, own), args, kwargs):
+                raise
         parts.take_back()
         return evaluates(args, kwargs)
 
