@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from fxmem._compat import errors as dynamo
-from fxmem.errors import CaptureError, FxmemWarning
+from fxmem.errors import CaptureError, FxmemWarning, InternalError
 from fxmem.frontend.attributes import Attributes
 from fxmem.frontend.functional_writes import put_back
 from fxmem.frontend.random_state import RandomState
@@ -74,7 +74,7 @@ class InParts:
 
     def failed(self, error: Exception, named: Exception) -> Exception:
         """What is to leave in place of ``named``: a first call in parts could not be made."""
-        own = named is error and not isinstance(named, CaptureError)  # of the user's code
+        own = named is error and not isinstance(named, (CaptureError, InternalError))
         if not self.now or self._done or own or self.error is None:
             return named
         self.take_back()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from sympy import expand
+from sympy import Integer, expand
 from torch import Tensor
 
 from fxmem.axes.signature import TensorInfo
@@ -130,7 +130,9 @@ def _tokens(joint: Joint) -> Size:
         return [shape for shape in found if degree(shape) == 1]
 
     shapes = shapes_of((*joint.outputs, *joint.inputs)) or shapes_of(joint.graph.nodes)
-    state = max(shapes, key=per_token, default=(T,))
+    if not shapes:  # no value has the axis, which this capture may not have at all
+        return Integer(1)
+    state = max(shapes, key=per_token)
     streamed = next(i for i, d in enumerate(state) if has_axis(d))
     return product(d for i, d in enumerate(state) if i < streamed or d.free_symbols)
 
