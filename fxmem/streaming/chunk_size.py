@@ -23,7 +23,6 @@ from fxmem.axes.sizes import (
     CHUNKS,
     ZERO,
     Size,
-    T,
     byte_count,
     degree,
     evaluate,
