@@ -64,11 +64,12 @@ def _in_order(item: tuple[tuple[int, str, str], Any]) -> tuple[int, int, int]:
 
 def _ratio(record: Record, base: Record) -> float:
     """Median over the steps, each divided by the other setup's step of the same number."""
-    pairs = zip(_timed(record), _timed(base), strict=True)
+    pairs = zip(timed(record), timed(base), strict=True)
     return statistics.median(own / other for own, other in pairs)
 
 
-def _timed(record: Record) -> list[float]:
+def timed(record: Record) -> list[float]:
+    """Seconds of the steps after the first, which compiles."""
     seconds: list[float] = record["seconds"]
     return seconds[1:] or seconds
 
@@ -80,7 +81,7 @@ def _row(members: list[Record], done: dict[tuple[Any, ...], Record], base: str) 
         return {**row, "status": members[0]["status"], "reason": members[0]["reason"]}
     for key in ("peak", "process_peak", "median_seconds", "first_seconds"):
         row[key] = statistics.median(record[key] for record in worked)
-    row["best_seconds"] = min(min(_timed(r)) for r in worked)
+    row["best_seconds"] = min(min(timed(r)) for r in worked)
     pairs = [(r, done.get(_case(r, base))) for r in worked]
     ratios = [_ratio(record, other) for record, other in pairs if other is not None]
     row["ratio"] = statistics.median(ratios) if ratios else None

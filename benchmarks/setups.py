@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from benchmarks.objectives import OBJECTIVES
+from benchmarks.objectives import ALL
 from benchmarks.tiled import tile_mlps
 from fxmem.demo.models import enable_checkpointing
 
@@ -90,7 +90,7 @@ def build(
     setup: Setup, model: Any, objective: str, ids: torch.Tensor, chunk: int | Literal["auto"]
 ) -> Callable[[], torch.Tensor]:
     """Prepare the model in place; the result runs one forward and returns the loss."""
-    loss, _ = OBJECTIVES[objective]
+    loss, _ = ALL[objective]
     if setup.checkpoint:
         enable_checkpointing(model)
     if setup.tiles and not tile_mlps(model, setup.tiles):

@@ -73,7 +73,7 @@ class Case:
     @property
     def name(self) -> str:
         """Different for all cases of a group."""
-        return f"{self.setup}-{self.ids}"
+        return f"{self.setup}-{self.ids}-{self.objective}"
 
 
 def cases(options: Options) -> Iterator[Case]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.objectives import OBJECTIVES
+from benchmarks.objectives import ALL
 from benchmarks.setups import SETUPS, build
 from fxmem.demo.models import RANDOM, load_model, load_tokenizer
 from fxmem.demo.text import token_ids
@@ -36,7 +36,7 @@ def measure(request: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> 
 
 def make_ids(model: str, config: Any, objective: str, length: int) -> torch.Tensor:
     """Ids [rows, length / rows]: random for models with random weights, real text for others."""
-    _, rows = OBJECTIVES[objective]
+    _, rows = ALL[objective]
     each = length // rows
     vocabulary = config.get_text_config().vocab_size
     if model in RANDOM:

@@ -174,7 +174,7 @@ def test_a_line_that_cannot_be_captured(line: Any, loss: bool) -> None:
 
 @pytest.mark.slow
 def test_any_lines_in_any_order() -> None:
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=10, deadline=None)
     @given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3), st.booleans())
     def check(lines: list[Any], loss: bool) -> None:
         with warnings.catch_warnings():

@@ -213,7 +213,7 @@ def test_writes_are_those_of_plain_pytorch(writes: list[Any]) -> None:
 
 @pytest.mark.slow
 def test_any_writes_in_any_order() -> None:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=12, deadline=None)
     @given(st.lists(st.sampled_from(WRITES), min_size=1, max_size=5), st.booleans(), st.booleans())
     def check(writes: list[Any], loss: bool, train: bool) -> None:
         torch._dynamo.reset()
