@@ -34,7 +34,7 @@ def smoothed(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
     """Label smoothing as transformers' Trainer does it."""
     output = model(input_ids=ids_BT, use_cache=False)
     smoother = LabelSmoother(epsilon=0.1)
-    loss: torch.Tensor = smoother(output, {"labels": ids_BT}, shift_labels=True)
+    loss: torch.Tensor = smoother(output, ids_BT, shift_labels=True)
     return loss
 
 

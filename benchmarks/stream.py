@@ -166,7 +166,7 @@ def measure(
 
 def line(record: dict[str, Any]) -> str:
     """One line of progress."""
-    name = f"repeat {record['repeat'] + 1}  {record['length']:>6} {record['objective']:<5}"
+    name = f"repeat {record['repeat'] + 1}  {record['length']:>6} {record['objective']:<14}"
     name += f"{SETUPS[record['setup']].label:<38}{record['ids']:<6}"
     if record["status"] != OK:
         return f"{name} {record['reason'][:120]}"
