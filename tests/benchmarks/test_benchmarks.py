@@ -112,7 +112,7 @@ def test_ids_are_a_view_in_half_of_the_runs() -> None:
         groups.setdefault((case.repeat, case.objective), set()).add(case.ids)
     assert {len(kinds) for kinds in groups.values()} == {1}
     both = list(cases(Options(repeats=1, objectives=("sft",), setups=("fxmem",), ids="both")))
-    assert [case.name for case in both] == ["fxmem-fresh", "fxmem-view"]
+    assert [case.name for case in both] == ["fxmem-fresh-sft", "fxmem-view-sft"]
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,3 +83,24 @@ def same(got: Any, want: Any, where: str = "") -> None:
 def same_gradients(got: nn.Module, want: nn.Module) -> None:
     for (name, p), q in zip(got.named_parameters(), want.parameters(), strict=True):
         same(p.grad, q.grad, name)
+
+
+def step(net: nn.Module, seed: int = 0) -> Tensor:
+    net.zero_grad()
+    loss = net(ids(seed=seed))["loss"]
+    loss.backward()
+    return loss.detach()
+
+
+def agree(models: tuple[nn.Module, nn.Module]) -> None:
+    want, got = (step(net) for net in models)
+    same(got, want, "loss")
+    same_gradients(models[1], models[0])
+
+
+def some(first: list[Any], others: list[Any]) -> Any:
+    """All of them as tests, the others only where there is time: each costs a capture or two."""
+    return pytest.mark.parametrize(
+        "change", [*first, *(pytest.param(f, marks=pytest.mark.slow) for f in others)],
+        ids=[f.__name__ for f in (*first, *others)],
+    )  # fmt: skip
