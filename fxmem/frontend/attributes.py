@@ -32,6 +32,16 @@ Attribute = tuple[str, str]
 """The path of a module, and the name of what it holds, or of an attribute or entry of that."""
 
 
+def held_values(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Buffers and other tensors that the modules of ``model`` hold, each with a copy."""
+    found = {id(b): b for b in model.buffers()}
+    for module in model.modules():
+        found |= {
+            id(t): t for t in vars(module).values() if type(t) is Tensor and not t.requires_grad
+        }
+    return [(t, t.clone()) for t in found.values()]
+
+
 class Attributes:
     """Attributes of all modules inside ``model``, as they are now, and what is inside them."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxmem._compat import errors as dynamo
 from fxmem.errors import CaptureError, FxmemWarning, InternalError
-from fxmem.frontend.attributes import Attributes
+from fxmem.frontend.attributes import Attributes, held_values
 from fxmem.frontend.functional_writes import put_back
 from fxmem.frontend.random_state import RandomState
 
@@ -46,8 +46,7 @@ class InParts:
     def begin(self, model: nn.Module, given: Iterable[Tensor]) -> None:
         """A call of ``model`` with ``given`` begins: in parts, some have run when another fails."""
         if self.now:
-            buffers = [(b, b.clone()) for b in model.buffers()]
-            self._before = buffers, Attributes(model), RandomState.now(given)
+            self._before = held_values(model), Attributes(model), RandomState.now(given)
 
     def take_back(self) -> None:
         """Buffers, attributes of modules and random numbers as they were when the call began."""

@@ -201,6 +201,7 @@ def agree(streamed: Any, plain: Any, lengths: list[int]) -> None:
 @pytest.mark.filterwarnings("ignore::fxmem.FxmemWarning")
 @pytest.mark.parametrize("writes", [
     [rows, inside, shared_memory, around_a_part],
+    [attribute, around_a_part],
     pytest.param([running_mean, counter, attribute, counts], marks=pytest.mark.slow),
     pytest.param([rebound, drawn], marks=pytest.mark.slow),
 ])  # fmt: skip
