@@ -8,11 +8,12 @@ import contextlib
 import operator
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxmem._compat.capture_stack import dynamic_sources
@@ -33,13 +34,25 @@ Attribute = tuple[str, str]
 
 
 def held_values(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Buffers and other tensors that the modules of ``model`` hold, each with a copy."""
+    """Buffers, and other tensors that the modules of ``model`` hold and a call may write, each with
+    a copy.
+    """
     found = {id(b): b for b in model.buffers()}
     for module in model.modules():
-        found |= {
-            id(t): t for t in vars(module).values() if type(t) is Tensor and not t.requires_grad
-        }
+        found |= {id(t): t for t in vars(module).values() if type(t) is Tensor and _may_write(t)}
     return [(t, t.clone()) for t in found.values()]
+
+
+def _may_write(t: Tensor) -> bool:
+    """PyTorch refuses writes to tensors of inference, and to those whose elements share memory."""
+    return not (t.requires_grad or t.is_inference() or 0 in t.stride())
+
+
+def put_back(values: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Each tensor as it was when its value was copied."""
+    with torch.no_grad():
+        for held, value in values:
+            held.copy_(value)
 
 
 class Attributes:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxmem._compat import errors as dynamo
 from fxmem._compat import hooks as _compat_hooks
 from fxmem.errors import CaptureError, FxmemError, HookError, InternalError, LostRankError
-from fxmem.frontend.attributes import held_values
+from fxmem.frontend.attributes import held_values, put_back
 from fxmem.frontend.origin import Line, is_own, module_path, name_of, path_of, place, stack_of
 
 LONGEST = 200
@@ -173,7 +173,7 @@ def _without(model: nn.Module, path: str | None) -> str | None:
 
 def _raised_by(plain: Callable[[], Any], model: nn.Module | None = None) -> Exception | None:
     """The exception of the plain call; buffers and random state are afterwards as before."""
-    buffers = [] if model is None else held_values(model)
+    held = [] if model is None else held_values(model)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.no_grad(), torch.random.fork_rng(devices):
         try:
@@ -181,8 +181,7 @@ def _raised_by(plain: Callable[[], Any], model: nn.Module | None = None) -> Exce
         except Exception as error:
             return error
         finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            put_back(held)
     return None
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmem._compat.overrides import DATA
+from fxmem.frontend.attributes import put_back
 
 _LOCAL = threading.local()
 
@@ -75,13 +76,6 @@ def undoable() -> Iterator[Callable[[], None]]:
         yield lambda: put_back(log[::-1])
     finally:
         _LOCAL.log = before
-
-
-def put_back(values: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Each tensor as it was when its value was copied."""
-    with torch.no_grad():
-        for held, value in values:
-            held.copy_(value)
 
 
 def is_write(node: fx.Node) -> bool:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from fxmem._compat import errors as dynamo
 from fxmem.errors import CaptureError, FxmemWarning, InternalError
-from fxmem.frontend.attributes import Attributes, held_values
-from fxmem.frontend.functional_writes import put_back
+from fxmem.frontend.attributes import Attributes, held_values, put_back
 from fxmem.frontend.random_state import RandomState
 
 

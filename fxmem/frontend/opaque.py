@@ -24,8 +24,8 @@ from fxmem._compat import capture_stack
 from fxmem._compat import errors as dynamo
 from fxmem.errors import CaptureError, FxmemError, FxmemWarning, PlanError
 from fxmem.frontend import faults
-from fxmem.frontend.attributes import read
-from fxmem.frontend.functional_writes import put_back, undoable
+from fxmem.frontend.attributes import put_back, read
+from fxmem.frontend.functional_writes import undoable
 from fxmem.frontend.methods import Method, called_at, method_of, methods_at, methods_on
 from fxmem.frontend.origin import Line
 from fxmem.frontend.piece import Again, Piece

@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fxmem._compat import capture_stack
 from fxmem._compat import overrides as _compat
-from fxmem.frontend.attributes import Attribute
+from fxmem.frontend.attributes import Attribute, put_back
 from fxmem.frontend.faults import AS_IT_IS
-from fxmem.frontend.functional_writes import put_back
 from fxmem.frontend.random_state import RandomState
 from fxmem.frontend.structure import describe, rebuild
 

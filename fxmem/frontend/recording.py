@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import overrides as _compat
-from fxmem.frontend.attributes import Attributes, held_values
+from fxmem.frontend.attributes import Attributes, held_values, put_back
 from fxmem.frontend.piece import Piece, PieceCall
 from fxmem.frontend.random_state import RandomState
 from fxmem.frontend.structure import IrregularError, describe, rebuild
@@ -37,7 +37,7 @@ class Recording:
 
     def __enter__(self) -> Recording:
         stack = self._stack
-        self._buffers = held_values(self.model)
+        self._held = held_values(self.model)
         self._attributes = Attributes(self.model)
         self._random = RandomState.now([*self.given.values(), *self.model.parameters()])
         stack.enter_context(torch.no_grad())
@@ -48,9 +48,7 @@ class Recording:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        with torch.no_grad():
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
+        put_back(self._held)
         self._attributes.restore()
         self._random.restore()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxmem
 from fxmem import Plan, Stream
+from fxmem.frontend.attributes import held_values, put_back
 
 D, WORDS = 8, 11
 PLAN = Plan(stream=Stream(chunk=5, loss_chunk=4))
@@ -275,3 +276,14 @@ def test_a_buffer_is_not_made_part_of_autograds_graph() -> None:
         streamed(ids_of(9))
     assert "keeps_the_graph" in str(caught.value) and "detach" in str(caught.value)
     assert not streamed.mean.any() and not streamed.mean.requires_grad  # type: ignore[operator,union-attr]
+
+
+def test_what_no_call_can_write_is_not_put_back() -> None:
+    net: Any = nn.Linear(2, 2)
+    with torch.inference_mode():
+        net.cached = torch.ones(3)
+    net.spread, net.counted = torch.ones(1).expand(4), torch.zeros(3)
+    held = held_values(net)
+    net.counted.data.add_(1)
+    put_back(held)
+    assert net.counted.tolist() == [0, 0, 0] and [t for t, _ in held] == [net.counted]
