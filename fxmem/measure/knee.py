@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import statistics
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fxmem.measure.remembered import remembered
+from fxmem.measure.undisturbed import timed
 
 ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 WITHIN = 1.05
@@ -29,6 +30,9 @@ WIDTH, INNER = 512, 2048
 STEADY = 1.2
 """How far two of four times of one chunk may be apart, at the median over lengths. A machine that
 does other work shows whose chunks met it, not which are fast."""
+ALONE = 0.5
+"""Part of the times of a round in which nobody else may have had the processor."""
+ROUNDS = 4
 LIMIT = 3.0
 """Seconds after which no further round begins; four take about one where nothing else runs."""
 PATIENCE = 0.5
@@ -83,31 +87,29 @@ def of_curve(curve: dict[int, float]) -> int:
 
 @torch.no_grad()
 def _times(device: torch.device, dtype: torch.dtype) -> dict[int, list[float]]:
-    """Seconds by rows; rounds take turns, so that other load meets all lengths."""
+    """Seconds by rows; rounds take turns, so that other load meets all lengths. Nothing where other
+    work had a part of the processor: with several threads it makes short chunks look slow.
+    """
     weights = [torch.ones(WIDTH, INNER, device=device, dtype=dtype) / WIDTH for _ in range(4)]
     longest = ROWS[-1]
     states = torch.ones(longest, WIDTH, device=device, dtype=dtype)
     times: dict[int, list[float]] = {}
-    end = time.perf_counter() + LIMIT
-    lengths = list(ROWS)
-    for _ in range(4):
+    lengths, total = list(ROWS), 0.0
+    for _ in range(ROUNDS):
+        undisturbed: list[bool] = []
         for rows in list(lengths):
-            spent = _seconds(states[:rows], weights)
+            spent, alone = timed(partial(_layer, states[:rows], *weights), device)
             times.setdefault(rows, []).append(spent)
+            undisturbed.append(alone)
+            total += spent
             if spent > PATIENCE:
                 lengths = lengths[: lengths.index(rows)]
                 break
-        if time.perf_counter() > end:
+        if sum(undisturbed) < ALONE * len(undisturbed):
+            return {}
+        if total > LIMIT:
             break
     return times
-
-
-def _seconds(states: Tensor, weights: list[Tensor]) -> float:
-    _wait(states.device)
-    start = time.perf_counter()
-    _layer(states, *weights)
-    _wait(states.device)
-    return time.perf_counter() - start
 
 
 def _layer(x: Tensor, up: Tensor, down: Tensor, up_grad: Tensor, down_grad: Tensor) -> None:
@@ -124,11 +126,6 @@ def _layer(x: Tensor, up: Tensor, down: Tensor, up_grad: Tensor, down_grad: Tens
     up_grad.addmm_(normed.T, d_wide)
     d_normed = d_wide @ up.T
     (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True)).mul_(scale).add_(out)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
 
 
 __all__ = ["knee"]

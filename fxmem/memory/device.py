@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,16 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fxmem.measure.remembered import remembered
+from fxmem.measure.undisturbed import timed
 from fxmem.runtime.offload import Disk
 from fxmem.streaming.costs import Rates
 
 SHARE = 0.9
 """Of what is free, the part that ``memory="auto"`` takes."""
+_CPU = torch.device("cpu")
+CPU = Rates(flops=1e11, bytes=2e10)
+DISK = 1e9
+"""Where nothing can be measured, since other work has the processor."""
 GPU = Rates(flops=100e12, bytes=1e12)
 LINK = 2e10
 """Bytes per second between a GPU and pinned memory; PCIe 4 and better."""
@@ -40,32 +44,33 @@ class DeviceRates:
 
 @functools.cache
 def rates(device: torch.device) -> DeviceRates:
-    """Measured in about a second on a CPU, once per machine; nominal on a GPU, whose ratio of
-    operations to bytes is all that a choice depends on."""
+    """Measured in about a second on a CPU, once per machine, and nominal while that is busy;
+    nominal on a GPU, whose ratio of operations to bytes is all that a choice depends on."""
     if device.type != "cpu":
-        return DeviceRates(GPU, {"cpu": LINK, "disk": 1e9})
-    flops, moved, disk = remembered("rates", device, "float32", _measure)
+        return DeviceRates(GPU, {"cpu": LINK, "disk": DISK})
+    found = remembered("rates", device, "float32", _measure) or (CPU.flops, CPU.bytes, DISK)
+    flops, moved, disk = found
     return DeviceRates(Rates(flops, moved), {"disk": disk})
 
 
-def _measure() -> tuple[float, float, float]:
-    """Operations per second, and bytes per second in memory and to and from the disk."""
+def _measure() -> list[float]:
+    """Operations per second, and bytes per second in memory and to and from the disk; nothing on a
+    machine that does other work."""
     a = torch.rand(384, 768)
     b = torch.rand(768, 2048)
-    flops = 2 * 384 * 768 * 2048 / _fastest(lambda: a @ b)
+    product = _fastest(lambda: a @ b)
     wide = torch.rand(1 << 23)
     out = torch.empty_like(wide)
-    moved = 3 * wide.nbytes / _fastest(lambda: torch.add(wide, wide, out=out))
-    return flops, moved, _disk_rate()
+    added = _fastest(lambda: torch.add(wide, wide, out=out))
+    if product is None or added is None:
+        return []
+    return [2 * 384 * 768 * 2048 / product, 3 * wide.nbytes / added, _disk_rate()]
 
 
-def _fastest(run: Any, times: int = 5) -> float:
-    best = float("inf")
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
+def _fastest(run: Callable[[], object], times: int = 8) -> float | None:
+    """Of those times in which nobody else had the processor."""
+    found = [timed(run, _CPU) for _ in range(times)]
+    return min((seconds for seconds, alone in found if alone), default=None)
 
 
 def _disk_rate() -> float:
@@ -76,7 +81,7 @@ def _disk_rate() -> float:
         ticket = disk.put(tensor)
         ticket.get()
 
-    return 2 * tensor.nbytes / _fastest(there_and_back, 3)
+    return 2 * tensor.nbytes / min(timed(there_and_back, _CPU)[0] for _ in range(3))
 
 
 def available(device: torch.device) -> int:

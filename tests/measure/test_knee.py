@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import given
 
 from fxmem._compat.graph import FakeTensorMode
 from fxmem._compat.memory import StorageWatch
-from fxmem.measure import knee
+from fxmem.measure import knee, undisturbed
 from fxmem.measure.remembered import remembered
+from fxmem.memory import device
 
 CPU = torch.device("cpu")
 
@@ -22,6 +25,7 @@ CPU = torch.device("cpu")
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knee, "ROWS", (8, 16, 32))
     monkeypatch.setattr(knee, "STEADY", float("inf"))
+    monkeypatch.setattr(knee, "ALONE", 0.0)
 
 
 @given(st.dictionaries(st.integers(1, 4096), st.floats(1e-9, 1.0), min_size=1))
@@ -65,6 +69,29 @@ def test_a_busy_machine_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert knee.knee(CPU, torch.float32) == knee.NOMINAL["cpu"]
     knee._knee.cache_clear()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_times_of_a_processor_in_use_are_not_taken(
+    share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Steady or not: the process has had a part of the processor."""
+    monkeypatch.setenv("FXMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(knee, "ROWS", (8, 16, 32))
+    monkeypatch.setattr(knee, "STEADY", float("inf"))
+    used = itertools.count(step=share * torch.get_num_threads() / 64)
+    wall = itertools.count(step=1 / 64)
+    clock = SimpleNamespace(perf_counter=lambda: next(wall), process_time=lambda: next(used))
+    monkeypatch.setattr(undisturbed, "time", clock)
+    for known in (knee._knee, device.rates):
+        known.cache_clear()
+    rows, rates = knee.knee(CPU, torch.float32), device.rates(CPU)
+    alone = share == 1.0
+    assert (rows == knee.NOMINAL["cpu"]) is not alone
+    assert (rates.compute == device.CPU) is not alone
+    assert bool(list(tmp_path.iterdir())) is alone
+    for known in (knee._knee, device.rates):
+        known.cache_clear()
 
 
 def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
