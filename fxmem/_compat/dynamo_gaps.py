@@ -6,6 +6,8 @@
 - ``x.requires_grad = False`` where that is so already.
 - ``x.uniform_(low, high)`` with bounds that are tensors (NEFTune), as numbers in [0, 1) scaled.
 - Names of torch's classes: ``type(weight).__module__.startswith("torchao.")``.
+- ``torch.utils.checkpoint.checkpoint``: the call itself, without a checkpoint. Regions make again
+  what they need, and a graph within the graph may not record hidden states by hooks.
 - In which function of its file a line stands, for a log that nobody reads: Dynamo takes every file
   that it traces to pieces for it.
 """
@@ -20,8 +22,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch._dynamo import symbolic_convert
-from torch._dynamo.variables import BuiltinVariable, ConstantVariable, TensorVariable, builtin
+from torch._dynamo.variables import (
+    BuiltinVariable,
+    ConstantVariable,
+    TensorVariable,
+    builtin,
+    higher_order_ops,
+)
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+from torch._higher_order_ops.wrap import TagActivationCheckpoint
 
 _LOCAL = threading.local()
 _NAMES = ("__module__", "__name__", "__qualname__")
@@ -77,6 +86,13 @@ def _getattro(self: Any, tx: Any, name: str) -> Any:
     return _named(self, name) or _PLAIN_GETATTR(self, tx, name)
 
 
+def _checkpoint(self: Any, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if not _capturing():
+        return _PLAIN_CHECKPOINT(self, tx, args, kwargs)
+    _, given = TagActivationCheckpoint.divide_kwargs(kwargs)
+    return args[0].call_function(tx, list(args[1:]), given)
+
+
 def _function_name(filename: str, lineno: int) -> str | None:
     logs = (symbolic_convert.trace_source_log, symbolic_convert.trace_call_log)
     if _capturing() and not any(log.isEnabledFor(logging.DEBUG) for log in logs):
@@ -105,6 +121,10 @@ if "tp_getattro_impl" in vars(owners):
     _PLAIN_GETATTR, owners.tp_getattro_impl = owners.tp_getattro_impl, _getattro
 elif getter is not None:
     _PLAIN_GETATTR, getter._call_getattr = getter._call_getattr, _getattr
+
+_PLAIN_CHECKPOINT: Any = None
+if (owner := getattr(higher_order_ops, "CheckpointHigherOrderVariable", None)) is not None:
+    _PLAIN_CHECKPOINT, owner._call_function = owner._call_function, _checkpoint
 
 _PLAIN_FUNCTION_NAME: Any = getattr(symbolic_convert, "get_funcname", None)
 if _PLAIN_FUNCTION_NAME is not None:

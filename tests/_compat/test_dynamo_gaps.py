@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import funcname_cache, symbolic_convert
+from torch.utils.checkpoint import checkpoint
 
 from fxmem._compat.dynamo_gaps import answered
 
@@ -36,11 +37,24 @@ def noise_with_tensors_as_bounds(x: Tensor) -> Tensor:
     return (x + torch.zeros_like(x).uniform_(-bound, bound)) @ WEIGHT
 
 
+def list_that_a_checkpoint_fills(x: Tensor) -> Tensor:
+    """As a forward hook does that records what a layer returns."""
+    states: list[Tensor] = []
+
+    def layer(h: Tensor, *, scale: float) -> Tensor:
+        states.append(h @ WEIGHT * scale)
+        return states[-1]
+
+    h = checkpoint(layer, x, use_reentrant=False, scale=2.0)
+    return h + states[0]
+
+
 KINDS = (
     embeddings_that_learn,
     identity_that_does_not,
     name_of_a_class,
     noise_with_tensors_as_bounds,
+    list_that_a_checkpoint_fills,
 )
 
 

@@ -33,6 +33,40 @@ def test_a_checkpointed_model_streams(name: str) -> None:
     assert difference <= 1e-10, where
 
 
+ASKED = {"llama": "output_hidden_states", "mixtral": "output_router_logits"}
+
+
+@pytest.mark.parametrize(
+    "name, reentrant",
+    [
+        ("mixtral", False),
+        pytest.param("mixtral", True, marks=pytest.mark.slow),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:aten.scatter_add:fxmem.FxmemWarning")
+def test_what_hooks_record_inside_checkpoints(name: str, reentrant: bool) -> None:
+    """Layers that write to a list of the model's, as transformers' hooks do."""
+
+    def step(net: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        net.zero_grad()
+        out = net(**tiny.batch(2, 23, "mixed"), **{ASKED[name]: True})
+        states = out.hidden_states or out.router_logits
+        loss = out.loss + sum(s.square().mean() for s in states[1:])
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+
+    net = tiny.model(name).double()
+    with everything_in_double():
+        loss, want = step(net)
+        net.activation_checkpointing_enable({"use_reentrant": reentrant})
+        fxmem.transform(net, STREAM)
+        got_loss, got = step(net)
+    assert not fxmem.explain(net).in_parts
+    torch.testing.assert_close(got_loss, loss, rtol=1e-12, atol=0)
+    assert largest_difference(got, want)[0] <= 1e-10
+
+
 class Nested(nn.Module):
     """Checkpoints within a checkpoint, several results, a switch of grad mode inside."""
 
