@@ -214,6 +214,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
         of.in_parts, of.flags.truth = parts.now, of.flags.truth or parts.now
         with (
             _compat.capture_config(), answered(), _compat_hooks.gradient_hooks(),
+            _compat_hooks.without_asking(model, but=int(parts.now)),
             streamable(model), carried_kernels(model),
             uniform(args, kwargs) as (own, given), of.flags.shown(model), plain_head(),
             reported(on_capture), resting(on_capture), counters.shown(on_capture),

@@ -18,7 +18,7 @@ from torch.utils.hooks import BackwardHook
 
 __all__ = [
     "function", "gradient_hooks", "has_hooks", "has_old_hooks", "is_hook", "is_hook_state",
-    "lazy_module", "saved_elsewhere", "unguarded", "watched", "without_hooks",
+    "lazy_module", "saved_elsewhere", "unguarded", "watched", "without_asking", "without_hooks",
 ]  # fmt: skip
 
 
@@ -73,6 +73,40 @@ def without_hooks(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for m, kind, hooks in held:
             setattr(m, kind, hooks)
+
+
+def _ask(module: Any, args: Any, output: Any) -> None:
+    output.requires_grad_(True)
+
+
+def _asks(hook: Any) -> bool:
+    """All it does is to have the output of its module learn."""
+    code, own = getattr(hook, "__code__", None), _ask.__code__
+    return code is not None and all(
+        getattr(code, name) == getattr(own, name)
+        for name in ("co_argcount", "co_code", "co_consts", "co_names", "co_freevars")
+    )
+
+
+@contextlib.contextmanager
+def without_asking(module: torch.nn.Module, but: int = 0) -> Iterator[None]:
+    """Calls of the modules inside ``module`` do not ask for gradients of what they give, ``but``
+    for so many hooks of each: a checkpoint wants to be asked. transformers adds such a hook
+    whenever checkpointing is switched on, and trainers switch it off and on at every step.
+    """
+    held = []
+    for hooks in (m._forward_hooks for m in module.modules() if m._forward_hooks):
+        if asking := [k for k, hook in hooks.items() if _asks(hook)][but:]:
+            held.append((hooks, dict(hooks), asking))
+            for key in asking:
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before, asking in held:
+            now = {k: h for k, h in before.items() if k in hooks or k in asking} | hooks
+            hooks.clear()
+            hooks.update(now)
 
 
 _hooks_lock = threading.Lock()

@@ -198,9 +198,22 @@ class Piece:
         return bool(new)
 
     def call(self, args: Any, kwargs: Any) -> Any:
+        args = self._learning(args)
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(self.own, *args, use_reentrant=False, **kwargs)
         return self.own(*args, **kwargs)
+
+    def _learning(self, args: Any) -> Any:
+        """Something of ``args`` learns where the piece does: a checkpoint of the model's own may
+        want that, and what asked for it may have been outside.
+        """
+        floating = [i for i, a in enumerate(args)
+                    if isinstance(a, Tensor) and a.is_floating_point()]  # fmt: skip
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
+        if not learns or not floating or any(args[i].requires_grad for i in floating):
+            return args
+        first = floating[0]
+        return (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
 
 
 class _Classless(nn.Module):

@@ -87,6 +87,34 @@ def test_a_function_runs_no_hook_of_all_modules() -> None:
     assert _compat_hooks.unguarded(gm) != before
 
 
+def test_hooks_that_only_ask_for_gradients_are_set_aside() -> None:
+    """By what they do, wherever they come from; the others stay, and all are back in order."""
+    inner = torch.nn.Linear(2, 2)
+    net = torch.nn.Sequential(inner)
+
+    def asks(module: object, args: object, out: torch.Tensor) -> None:
+        out.requires_grad_(True)
+
+    def asks_not(module: object, args: object, out: torch.Tensor) -> None:
+        out.requires_grad_(False)
+
+    def doubles(module: object, args: object, out: torch.Tensor) -> torch.Tensor:
+        return out * 2
+
+    gone, *_ = [inner.register_forward_hook(h) for h in (doubles, asks, asks_not, asks, doubles)]
+    inner.register_forward_hook(lambda m, a, o: o.requires_grad_(True))  # it returns it as well
+    hooks = list(inner._forward_hooks.items())
+    for but in range(3):
+        with _compat_hooks.without_asking(net, but):
+            left = [h for h in inner._forward_hooks.values() if h is asks]
+            assert len(left) == but and len(inner._forward_hooks) == 4 + but
+        assert list(inner._forward_hooks.items()) == hooks
+    with _compat_hooks.without_asking(net):
+        gone.remove()
+        new = inner.register_forward_hook(doubles)
+    assert list(inner._forward_hooks.items()) == [*hooks[1:], (new.id, doubles)]
+
+
 def test_old_hooks_are_known() -> None:
     module = torch.nn.Linear(2, 2)
     assert not _compat_hooks.has_old_hooks(module)

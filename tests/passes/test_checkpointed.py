@@ -109,3 +109,40 @@ def test_nested_checkpoints() -> None:
     assert fxmem.explain(net).executed_bodies
     torch.testing.assert_close(got_loss, loss, rtol=1e-12, atol=0)
     assert largest_difference(got, want)[0] <= 1e-10
+
+
+class Branching(nn.Module):
+    """Cannot be captured, with a checkpoint inside that needs something that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.sum() < 1e6 else -x
+        return checkpoint(self.mix, x, use_reentrant=True)
+
+
+class Frozen(nn.Module):
+    """Nothing learns before the layer but on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(11, 8).requires_grad_(False), Branching()
+        self.head = nn.Linear(8, 11).requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).requires_grad_(True)
+        return nn.functional.cross_entropy(self.head(self.layer(x)).flatten(0, 1), ids.flatten())
+
+
+def test_a_checkpoint_in_a_part_that_runs_as_it_is() -> None:
+    net, ids = Frozen().double(), torch.randint(11, (2, 17))
+    net(ids).backward()
+    want = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
+    net.zero_grad()
+    with pytest.warns(fxmem.FxmemWarning, match="runs whole"):
+        fxmem.transform(net, STREAM)(ids).backward()
+    got = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    assert largest_difference(got, want)[0] <= 1e-10
+    assert [p.name for p in fxmem.explain(net).pieces] == ["layer"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 import twins
@@ -16,6 +17,7 @@ from twins import agree, some, step
 
 import fxmem
 from fxmem.runtime import loops
+from fxmem.runtime.counters import COUNTER
 
 Handles = list[Any]
 Change = Callable[[Any, Handles], None]
@@ -105,6 +107,20 @@ def test_forward_hooks_come_and_go(change: Change) -> None:
         for handle in handles:
             handle.remove()
     agree(models)
+
+
+def test_checkpoints_switched_off_and_on_capture_nothing() -> None:
+    """As trainers do around what they generate. Each time transformers adds one more hook."""
+    net = tiny.model()
+    net.activation_checkpointing_enable()
+    fxmem.transform(net, twins.PLAN)
+    before = COUNTER.captures
+    for _ in range(3):
+        tiny.step(net, tiny.batch(2, 13))
+        net.activation_checkpointing_disable()
+        net.activation_checkpointing_enable()
+    assert len(net.get_input_embeddings()._forward_hooks) > 2
+    assert COUNTER.captures == before + 1
 
 
 def whole(grads: Any) -> None:
