@@ -20,6 +20,7 @@ from fxmem._compat.dynamo_gaps import answered
 from fxmem._compat.repeated_layers import Sharing, sharing
 from fxmem._compat.tracing import inside_transform, on_capture
 from fxmem._compat.trl import plain_head
+from fxmem._compat.varying import mark_dynamic
 from fxmem.blocks import adapters
 from fxmem.blocks.attach import attach, detach, state_of
 from fxmem.blocks.state import BlockState
@@ -221,7 +222,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
         ):  # fmt: skip
             for leaf in _compat.tree_leaves((own, given)):
                 if isinstance(leaf, Tensor):
-                    _compat.mark_dynamic(leaf)
+                    mark_dynamic(leaf)
 
             def run() -> Any:
                 key = _compat_hooks.unguarded(model), opaque.version

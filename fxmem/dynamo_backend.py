@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fxmem._compat import errors as _compat_errors
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
-from fxmem._compat import tracing
+from fxmem._compat import tracing, varying
 from fxmem._compat.capture_stack import keep_symbolic, sources
 from fxmem.compiler.compile import LAYER_PASSES, compile_graph
 from fxmem.compiler.step import CompiledGraph
@@ -103,7 +103,7 @@ class Backend:
         )
         if not (learns or self.idle) or (self.plan.stream is None and self.roles is None):
             return _unstreamed(gm)
-        if _compat.mark_inputs(gm, example_inputs):
+        if varying.mark_inputs(gm, example_inputs):
             tracing.restart_capture("fxmem streams a symbolic length")
         if not has_varying_size(gm) and self.roles is None and self.in_parts:
             return _unstreamed(gm)

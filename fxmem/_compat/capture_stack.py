@@ -19,7 +19,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch.fx.experimental.sym_node import SymNode
 
 from fxmem._compat.errors import frames
-from fxmem._compat.graph import STAND_IN
+from fxmem._compat.varying import STAND_IN
 
 __all__ = [
     "FixedSizeError", "callers", "demanded", "dynamic_sources", "is_held", "is_piece",

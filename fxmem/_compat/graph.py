@@ -30,49 +30,13 @@ __all__ = [
     "enable_python_dispatcher", "fake_mode_of", "fixed_sizes", "hint_bytes", "is_fixed",
     "inlined_operands", "input_name", "inside_ddp", "is_control_node", "is_custom_function",
     "is_forward_mode", "is_mutable", "is_random", "is_transformed", "is_view",
-    "mark_axis_dynamic", "mark_dynamic", "mark_inputs", "may_alias", "named_arguments",
+    "may_alias", "named_arguments",
     "no_autocast", "origin", "runs_in_this_pass",
     "schema_names", "set_compiled_call", "size_guards", "storage_key", "transform_step",
     "tree_leaves", "tree_map_only", "unary_functions", "unset_compiled_call", "wrapper_tensor",
 ]  # fmt: skip
 
 
-def mark_dynamic(tensor: torch.Tensor) -> list[int]:
-    """Mark every dimension of size > 1 as symbolic (a wish, not a demand); those newly marked."""
-    fresh = [
-        d for d in range(tensor.dim())
-        if tensor.shape[d] > 1 and d not in getattr(tensor, "_dynamo_weak_dynamic_indices", ())
-    ]  # fmt: skip
-    for d in fresh:
-        torch._dynamo.maybe_mark_dynamic(tensor, d)
-    return fresh
-
-
-def mark_axis_dynamic(tensor: torch.Tensor, axis: int) -> None:
-    """Demand that one axis is a symbolic size; a graph that fixes it is an error."""
-    torch._dynamo.mark_dynamic(tensor, axis)
-
-
-def mark_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Mark the tensors that vary from call to call, neither parameters nor attributes of a module;
-    True if the capture has fixed a size that nobody had asked to be symbolic.
-    """
-    again = False
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
-            continue
-        if hasattr(value, STAND_IN):
-            continue
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        if source is not None and ("_modules" in source.name or "_buffers" in source.name):
-            continue
-        sizes = node.meta["example_value"].shape
-        again |= any([isinstance(sizes[d], int) for d in mark_dynamic(value)])
-    return again
-
-
-STAND_IN = "_fxmem_stand_in"
-"""An attribute of tensors whose sizes that vary are marked already."""
 BY_INDEX = {"gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"}
 """Functions whose operands may have other sizes."""
 

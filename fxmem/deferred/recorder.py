@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxmem._compat import graph as _compat
 from fxmem._compat.overrides import version
+from fxmem._compat.varying import mark_dynamic
 from fxmem.axes.sizes import evaluate
 from fxmem.caches import Cache
 from fxmem.deferred.source import Source, source
@@ -135,7 +136,7 @@ class Recorder:
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
                 for x in own:
                     if not isinstance(x, nn.Parameter):
-                        _compat.mark_dynamic(x)
+                        mark_dynamic(x)
                 found: Sequence[Tensor] = program.compiled(*own)
                 return found
         except (MemoryError, torch.OutOfMemoryError):

@@ -14,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from fxmem._compat import capture_stack
 from fxmem._compat import overrides as _compat
 from fxmem.frontend.attributes import Attribute, put_back
+from fxmem.frontend.experts import streamable
 from fxmem.frontend.faults import AS_IT_IS
 from fxmem.frontend.random_state import RandomState
+from fxmem.frontend.recurrences import carried_kernels
 from fxmem.frontend.structure import describe, rebuild
 
 Size = int | tuple[str, int]
@@ -200,8 +202,19 @@ class Piece:
     def call(self, args: Any, kwargs: Any) -> Any:
         args = self._learning(args)
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self.own, *args, use_reentrant=False, **kwargs)
+            return checkpoint(
+                self.own, *args, use_reentrant=False, context_fn=self._contexts, **kwargs
+            )
         return self.own(*args, **kwargs)
+
+    def _contexts(self) -> tuple[Any, Any]:
+        """Of both runs; the second, in the backward, finds what the call of the model had set."""
+        return contextlib.nullcontext(), self._as_in_a_call()
+
+    @contextlib.contextmanager
+    def _as_in_a_call(self) -> Iterator[None]:
+        with streamable(self.module), carried_kernels(self.module):
+            yield
 
     def _learning(self, args: Any) -> Any:
         """Something of ``args`` learns where the piece does: a checkpoint of the model's own may

@@ -16,7 +16,7 @@ from captures import capture, marked
 from torch import fx, nn
 
 from fxmem._compat import graph as _compat
-from fxmem._compat import tracing
+from fxmem._compat import tracing, varying
 from fxmem._compat.inductor import Symbolic
 
 
@@ -45,15 +45,6 @@ def test_tree_leaves() -> None:
     assert _compat.tree_leaves({"a": [1, (2,)], "b": 3}) == [1, 2, 3]
 
 
-def test_mark_dynamic_gives_symbolic_sizes_and_says_what_is_new() -> None:
-    tensor = torch.randn(1, 7, 3)
-    assert _compat.mark_dynamic(tensor) == [1, 2]
-    assert _compat.mark_dynamic(tensor) == []
-    assert tensor._dynamo_weak_dynamic_indices == {1, 2}
-    _, inputs = capture(lambda x: x * 2, tensor)
-    assert sum(isinstance(value, torch.SymInt) for value in inputs) == 2
-
-
 def test_restart_capture_traces_the_frame_again() -> None:
     tensor = torch.randn(5, 3)
     symbolic: list[bool] = []
@@ -61,7 +52,7 @@ def test_restart_capture_traces_the_frame_again() -> None:
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
         symbolic.append(any(isinstance(value, torch.SymInt) for value in example_inputs))
         if not symbolic[-1]:
-            _compat.mark_dynamic(tensor)
+            varying.mark_dynamic(tensor)
             tracing.restart_capture("a test")
         return gm.forward
 
@@ -84,36 +75,6 @@ def test_a_graph_tells_whether_more_of_its_frame_follows() -> None:
     torch._dynamo.reset()
     torch.compile(broken, backend=backend)(torch.ones(2))
     assert early == [True, False]
-
-
-def test_marked_inputs_leave_out_parameters_and_buffers() -> None:
-    module, given = nn.BatchNorm1d(4).eval(), torch.randn(3, 4)
-    seen: list[bool] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        # Asked in here: Dynamo forgets where inputs came from when the backend returns.
-        seen.append(_compat.mark_inputs(gm, example_inputs))
-        marked = [hasattr(v, "_dynamo_weak_dynamic_indices") for v in example_inputs]
-        assert (len(marked), sum(marked)) == (5, 1)
-        return gm.forward
-
-    torch._dynamo.reset()
-    torch.compile(module, backend=backend, fullgraph=True)(given)
-    assert seen == [True]
-    assert given._dynamo_weak_dynamic_indices == {0, 1}
-
-
-def test_marking_tells_sizes_that_are_symbolic_already() -> None:
-    seen: list[bool] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        seen.append(_compat.mark_inputs(gm, example_inputs))
-        return gm.forward
-
-    torch._dynamo.reset()
-    call = torch.compile(lambda x, y: x.sum() + y.sum(), backend=backend, dynamic=True)
-    call(torch.randn(5), torch.randn(7))
-    assert seen == [False]
 
 
 def test_bytes_at_the_sizes_of_the_capture() -> None:
@@ -316,22 +277,6 @@ def test_wrapper_tensor_has_metadata_without_storage() -> None:
     tensor = _compat.wrapper_tensor(Empty, (2**20, 2**20), torch.bfloat16, torch.device("cpu"))
     assert isinstance(tensor, Empty)
     assert (tuple(tensor.shape), tensor.dtype) == ((2**20, 2**20), torch.bfloat16)
-
-
-def test_mark_axis_dynamic_makes_one_axis_symbolic() -> None:
-    seen: list[torch.Size] = []
-
-    def record(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
-        seen.extend(
-            n.meta["example_value"].shape for n in gm.graph.nodes
-            if n.op == "placeholder" and isinstance(n.meta["example_value"], torch.Tensor)
-        )  # fmt: skip
-        return gm.forward
-
-    tensor = torch.ones(4, 6)
-    _compat.mark_axis_dynamic(tensor, 1)
-    torch.compile(lambda t: t * 2, backend=record)(tensor)
-    assert [isinstance(n, torch.SymInt) for n in seen[0]] == [False, True]
 
 
 def test_functions_of_sizes_keep_them_symbolic() -> None:

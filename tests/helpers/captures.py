@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxmem._compat import graph as _compat
+from fxmem._compat.varying import mark_dynamic
 
 
 def capture(fn: Any, *args: torch.Tensor) -> tuple[fx.GraphModule, list[Any]]:
@@ -26,5 +27,5 @@ def capture(fn: Any, *args: torch.Tensor) -> tuple[fx.GraphModule, list[Any]]:
 
 def marked(*shape: int) -> torch.Tensor:
     tensor = torch.randn(*shape)
-    _compat.mark_dynamic(tensor)
+    mark_dynamic(tensor)
     return tensor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fxmem._compat import graph as _compat
+from fxmem._compat.varying import mark_axis_dynamic
 from fxmem.errors import MaskError
 from fxmem.frontend.experts import odd_experts, streamable
 from fxmem.plan.carry import left_behind
@@ -103,7 +103,7 @@ class Instances:
             t = t.to(self.device, copy=name in silent)
             for axis in range(t.dim()):
                 if (name, axis) in self.cut_axes and t.shape[axis] > 1:
-                    _compat.mark_axis_dynamic(t, axis)
+                    mark_axis_dynamic(t, axis)
             values[name] = t
         if bare:
             silence(values, self.coupling, masks, bare)
