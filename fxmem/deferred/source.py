@@ -119,7 +119,9 @@ class _Writer:
         return f"{constant(node.target)}({', '.join([*args, *named])})"
 
     def learn_sizes(self, nodes: Sequence[Node]) -> None:
-        """Numbers that are a size, or one less, of an input that varies, and not of a weight."""
+        """Numbers that are a size, or one beside it, of an input that varies, and not of a weight;
+        then what one length leaves of another: of a sequence, where its answer begins.
+        """
         operands = (v.real if isinstance(v, Node) else v for n in nodes for v in n.operands())
         found = list(dict.fromkeys(v for v in operands if isinstance(v, Tensor)))
         fixed = {d for v in found if isinstance(v, nn.Parameter) for d in v.shape}
@@ -133,9 +135,13 @@ class _Writer:
             b, t = (f"{self.tensor(v)}.shape[{i}]" for i in range(2))
             for number, text in ((length, t), (length - 1, f"({t} - 1)")):
                 self._learn(batch * number, f"({b} * {text})", fixed, near=False)
+            for other in [w for w in varying if w.dim() > 1 and w.shape[1] < length]:
+                text = f"({t} - {self.tensor(other)}.shape[1])"
+                self._learn(length - other.shape[1], text, fixed)
 
     def _learn(self, size: int, name: str, fixed: set[int], near: bool = True) -> None:
-        for number, text in ((size, name), (size - 1, f"({name} - 1)"))[: 1 + near]:
+        beside = ((size - 1, f"({name} - 1)"), (size + 1, f"({name} + 1)"))
+        for number, text in ((size, name), *beside[: 2 * near]):
             if number >= SMALLEST and number not in fixed:
                 self.sizes.setdefault(number, text)
 

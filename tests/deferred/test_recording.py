@@ -54,11 +54,11 @@ def programs(net: nn.Module) -> dict[str, Any]:
     return found
 
 
-def both(twins: Twins, step: Any, *, whole: bool = False) -> None:
+def both(twins: Twins, step: Any, *, whole: bool = False, length: int = 13) -> None:
     """``step(net, target)`` returns values to compare; the gradients are compared as well.
     ``whole``: warnings that something does not stream are no errors.
     """
-    target = ids()
+    target = ids(length=length)
     results = []
     for net in twins:
         net.zero_grad()
@@ -120,6 +120,21 @@ def test_accumulation_with_a_number_that_changes(twins: Twins) -> None:
     before = len(programs(twins[1]))
     both(twins, step)
     assert len(programs(twins[1])) == before + 2
+
+
+def test_answers_behind_prompts_of_any_length_are_one_program(twins: Twins) -> None:
+    """As PPO and online DPO score them: from the last token of the prompt to the last but one."""
+    before = len(programs(twins[1]))
+    for prompt, answer in ((20, 13), (23, 11), (11, 30), (40, 14)):
+
+        def step(net: nn.Module, target: Tensor, prompt: int = prompt) -> list[Tensor]:
+            found = net(target)[0][:, prompt - 1 : -1].log_softmax(-1)
+            loss = -found.gather(-1, target[:, prompt:, None]).mean()
+            loss.backward()
+            return [loss]
+
+        both(twins, step, whole=True, length=prompt + answer)
+    assert len(programs(twins[1])) == before + 1
 
 
 def test_writes_in_place(twins: Twins) -> None:
