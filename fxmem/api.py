@@ -17,6 +17,7 @@ from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import recorded_outputs
 from fxmem._compat.dynamo_gaps import answered
+from fxmem._compat.other_compilers import by_itself
 from fxmem._compat.repeated_layers import Sharing, sharing
 from fxmem._compat.tracing import inside_transform, on_capture
 from fxmem._compat.trl import plain_head
@@ -282,7 +283,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
         return plain(*args, **kwargs) if terms is None else terms(plain, *args, **kwargs)
 
     evaluated = Evaluation(model, stream, whole, evaluates)
-    _compat.set_compiled_call(model, call)
+    _compat.set_compiled_call(model, by_itself(call))
     _TRANSFORMED[model] = engine
     return engine
 

@@ -36,20 +36,21 @@ _LOCAL = threading.local()
 _NAMES = ("__module__", "__name__", "__qualname__")
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """A capture of fxmem's own is under way in this thread."""
     return getattr(_LOCAL, "capturing", False)
 
 
 def _requires_grad(self: Any, tx: Any, requires_grad: Any = True) -> Any:
     wanted = requires_grad is True or requires_grad.as_python_constant() is True
-    if _capturing() and wanted and self.source is None:
+    if capturing() and wanted and self.source is None:
         return self
     return _PLAIN_REQUIRES_GRAD(self, tx, requires_grad)
 
 
 def _setattr(self: Any, tx: Any, obj: Any, name_var: Any, val: Any) -> Any:
     if (
-        _capturing() and obj.is_tensor() and name_var.is_python_constant()
+        capturing() and obj.is_tensor() and name_var.is_python_constant()
         and name_var.as_python_constant() == "requires_grad"
     ):  # fmt: skip
         now = obj.as_proxy().node.meta["example_value"].requires_grad
@@ -60,7 +61,7 @@ def _setattr(self: Any, tx: Any, obj: Any, name_var: Any, val: Any) -> Any:
 
 def _uniform(self: Any, tx: Any, *bounds: Any, **options: Any) -> Any:
     tensors = [b for b in bounds if b.is_tensor()]
-    if not _capturing() or len(bounds) != 2 or options or not tensors:
+    if not capturing() or len(bounds) != 2 or options or not tensors:
         return None  # Dynamo's own answer
     low, high = bounds
     width = BuiltinVariable(operator.sub).call_function(tx, [high, low], {})
@@ -72,7 +73,7 @@ def _uniform(self: Any, tx: Any, *bounds: Any, **options: Any) -> Any:
 def _named(owner: Any, name: str) -> Any:
     """The name of a class of torch's as a constant; None for anything else."""
     known = isinstance(owner, TorchInGraphFunctionVariable) and isinstance(owner.value, type)
-    if _capturing() and known and name in _NAMES:
+    if capturing() and known and name in _NAMES:
         return ConstantVariable.create(getattr(owner.value, name))
     return None
 
@@ -87,7 +88,7 @@ def _getattro(self: Any, tx: Any, name: str) -> Any:
 
 
 def _checkpoint(self: Any, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    if not _capturing():
+    if not capturing():
         return _PLAIN_CHECKPOINT(self, tx, args, kwargs)
     _, given = TagActivationCheckpoint.divide_kwargs(kwargs)
     return args[0].call_function(tx, list(args[1:]), given)
@@ -95,7 +96,7 @@ def _checkpoint(self: Any, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> 
 
 def _function_name(filename: str, lineno: int) -> str | None:
     logs = (symbolic_convert.trace_source_log, symbolic_convert.trace_call_log)
-    if _capturing() and not any(log.isEnabledFor(logging.DEBUG) for log in logs):
+    if capturing() and not any(log.isEnabledFor(logging.DEBUG) for log in logs):
         return None
     return _PLAIN_FUNCTION_NAME(filename, lineno)
 
@@ -134,7 +135,7 @@ if _PLAIN_FUNCTION_NAME is not None:
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
     """Captures of this thread get these answers."""
-    before = _capturing()
+    before = capturing()
     _LOCAL.capturing = True
     try:
         yield
@@ -142,4 +143,4 @@ def answered() -> Iterator[None]:
         _LOCAL.capturing = before
 
 
-__all__ = ["answered"]
+__all__ = ["answered", "capturing"]
