@@ -64,14 +64,24 @@ class InPlace(LocalPass[fx.Graph]):
     def edits(self, graph: fx.Graph) -> Iterator[Edit]:
         memory = _Memory.of(graph)
         for node in list(graph.nodes):
-            form = _FORMS.get(str(node.target)) if node.op == "call_function" else None
-            if form is None or "alpha" in node.kwargs or not _by_rows(node):
-                continue
-            for position in form[1]:
+            for position in _positions(node):
                 asked = self.only is None or self.only(node, position)
                 if asked and memory.writable(node, position):
-                    yield partial(_rewrite, memory, node, form[0], position)
+                    yield partial(_rewrite, memory, node, position)
                     break
+
+
+def overwritable(node: fx.Node) -> list[fx.Node]:
+    """Operands in whose place this operator could write its result."""
+    operands = (node.args[i] for i in _positions(node))
+    return [n for n in operands if isinstance(n, fx.Node)]
+
+
+def _positions(node: fx.Node) -> tuple[int, ...]:
+    form = _FORMS.get(str(node.target)) if node.op == "call_function" else None
+    if form is None or "alpha" in node.kwargs or not _by_rows(node):
+        return ()
+    return form[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +137,10 @@ def _count(info: Any) -> Any:
     return math.prod(info.shape, start=1)
 
 
-def _rewrite(memory: _Memory, node: fx.Node, target: Any, position: int) -> None:
+def _rewrite(memory: _Memory, node: fx.Node, position: int) -> None:
     root = memory.storage[node.args[position]]
     assert root is not None
     if position:
         node.args = (node.args[position], node.args[0], *node.args[2:])
-    node.target = target
+    node.target = _FORMS[str(node.target)][0]
     memory.merge(node, root)

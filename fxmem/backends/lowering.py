@@ -16,6 +16,7 @@ from fxmem.kernels.registry import find, kernels
 from fxmem.passes.add_products import AddProducts, adds_product
 from fxmem.passes.in_place import InPlace
 from fxmem.passes.lower_kernels import Found, LowerKernels
+from fxmem.passes.order_by_memory import OrderByMemory
 from fxmem.plan.plan import Plan
 from fxmem.program.steps import Program
 from fxmem.rewriting.pipeline import Pass
@@ -66,8 +67,8 @@ class Lowering:
         if self.mode == "inductor":
             return (InPlace(only=adds_product), AddProducts()) if device.type == "cpu" else ()
         if self.mode == "triton" or (self.mode == "auto" and device.type != "cpu"):
-            return (LowerKernels(device, self.found, self.off), InPlace())
-        return (InPlace(), AddProducts())
+            return (LowerKernels(device, self.found, self.off), OrderByMemory(), InPlace())
+        return (OrderByMemory(), InPlace(), AddProducts())
 
     def tells_nothing(self, values: Sequence[torch.Tensor]) -> bool:
         """Bodies over these are rewritten without a note in :attr:`found`."""

@@ -12,6 +12,7 @@ from fxmem.frontend.joint import Caller, Joint
 from fxmem.passes.free_factories import FreeFactories
 from fxmem.passes.global_mean import GlobalMean
 from fxmem.passes.running_sums import RunningSums
+from fxmem.passes.scatter_into_sums import ScatterIntoSums
 from fxmem.passes.shifts import Shifts
 from fxmem.passes.simplify import Simplify
 from fxmem.rewriting.pipeline import Pass, run_passes
@@ -30,7 +31,7 @@ _CODES = CodeLibrary()
 
 
 JOINT_PASSES: tuple[Pass[Joint], ...] = (
-    FreeFactories(), GlobalMean(), Simplify(), Shifts(), RunningSums(),
+    FreeFactories(), GlobalMean(), Simplify(), ScatterIntoSums(), Shifts(), RunningSums(),
 )  # fmt: skip
 """Rewrites of every traced region, in order."""
 
