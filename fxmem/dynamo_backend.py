@@ -33,6 +33,7 @@ from fxmem.frontend.flags import Flags
 from fxmem.frontend.in_parts import InParts
 from fxmem.frontend.opaque import Opaque
 from fxmem.memory.budget import Budget
+from fxmem.memory.late import LateWorking
 from fxmem.passes.inline_bodies import inline_layers
 from fxmem.plan.plan import Plan, Stream, check_names
 from fxmem.roles.roles import RoleSource
@@ -116,6 +117,8 @@ class Backend:
             gm, example_inputs, self.plan, self.roles, late=late, one=self.one, states=self.states,
             learns=learns, told=self.told, group=self.group, last=last,
         )  # fmt: skip
+        if (recorder := self.recorder) is not None:
+            graph.late_working = LateWorking(graph, recorder.graphs)
         stream = self.plan.stream
         if stream is not None and (stream.memory, stream.offload) != ("least", "none"):
             graph.holding = Budget(graph, stream)

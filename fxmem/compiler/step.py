@@ -16,6 +16,7 @@ from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import wrapped
 from fxmem.axes.sizes import evaluate
 from fxmem.compiler.borders import Borders
+from fxmem.compiler.late_bytes import LateBytes, late_bytes
 from fxmem.compiler.region_codes import _adapted, save_codes
 from fxmem.compiler.tied_weights import _link_shared
 from fxmem.compiler.together import Together
@@ -34,7 +35,7 @@ from fxmem.runtime.autograd import Run, run_region
 from fxmem.runtime.loops import CallState
 from fxmem.runtime.offload import Leaving, home
 from fxmem.runtime.region_call import RegionCall
-from fxmem.runtime.retention import Holding, Kept, Retention
+from fxmem.runtime.retention import Holding, Kept, Moment, Retention
 from fxmem.runtime.sharding import NotStreamedError, current
 from fxmem.streaming.chunk_size import Chunker
 from fxmem.streaming.shards import WHOLE
@@ -83,7 +84,8 @@ class CompiledGraph:
         self._plan_releases()
         self.sizes: dict[str, int] = {}
         self._weights: list[weakref.ref[Tensor]] = []
-        self.holding: Retention = Holding(calls, chunker, plan.stream)
+        self.late_working: Callable[[Mapping[str, int]], int] = lambda _: 0
+        self.holding: Retention = Holding(calls, chunker, plan.stream, self._late_moment)
         self.kept = Kept((0,) * len(calls))
         self._trained: tuple[Mapping[str, int], Kept] = ({}, self.kept)
 
@@ -213,9 +215,27 @@ class CompiledGraph:
         latest, kept = self._trained
         return kept if latest == sizes and kept.levels else self.holding.kept(sizes)
 
+    def late_bytes(self, sizes: Mapping[str, int]) -> LateBytes | None:
+        """What becomes of the outputs that are promised, where any is."""
+        if not self._late:
+            return None
+        return late_bytes(self.capture, self._late, self.chunker, sizes, self.late_working(sizes))
+
+    def _late_moment(self, sizes: Mapping[str, int]) -> Moment | None:
+        found = self.late_bytes(sizes)
+        if found is None:
+            return None
+        states = sum(found.states.values())
+        return Moment(states, 0, found.working, sum(found.weights.values()))
+
     def weights(self) -> list[Tensor]:
         """The parameters of the latest call that are alive, or this rank's shards of them."""
         return [w for found in self._weights if (w := found()) is not None]
+
+    def weight(self, leaf: pre_.Leaf) -> Tensor | None:
+        """One of them."""
+        at = [("input", self.capture.inputs[i].name) for i, _ in self._parameters].index(leaf)
+        return self._weights[at]() if at < len(self._weights) else None
 
     def chunk(self, at: int) -> int:
         """Rows per chunk of a region in the latest call."""

@@ -79,6 +79,10 @@ class Recorder:
     sharding: Sharding | None = None
     told: set[str] = field(default_factory=set)
 
+    def graphs(self) -> list[Any]:
+        """What has been compiled."""
+        return [g for p in self.programs.values() for g in p.backend.graphs]
+
     @property
     def roles(self) -> bool:
         """Some program follows the roles of its parameters."""

@@ -157,6 +157,7 @@ class Step:
     def predict(self) -> Prediction:
         saved = self.forward()
         between = self.ledger.live
+        self._late()
         self.backward(saved)
         return Prediction(
             max((b for _, b in self.ledger.timeline), default=0), self.gradient_bytes(), between,
@@ -212,6 +213,24 @@ class Step:
         self.groups.end_forward()
         self.ledger.mark("after forward")
         return saved
+
+    def _late(self) -> None:
+        """What is done with outputs that the call promised, and the gradients of what it reads."""
+        late = self.graph.late_bytes(self.sizes)
+        if late is None:
+            return
+        self.ledger.position = len(self.graph.calls)
+        made = {leaf: (size, 0) for leaf, size in late.states.items()}
+        made |= {leaf: self.late_gradient(leaf, size) for leaf, size in late.weights.items()}
+        for leaf, (stays, _) in made.items():
+            if stays:
+                self.gradients[leaf] = "late", leaf
+                self.ledger.hold(("late", leaf), stays)
+        self.ledger.mark("on promised outputs", late.working + sum(n for _, n in made.values()))
+
+    def late_gradient(self, weight: Leaf, size: int) -> tuple[int, int]:
+        """Bytes of a parameter's gradient that stay, and bytes that go at once."""
+        return (size, 0) if self.fresh else (0, size)
 
     def _save(
         self, index: int, call: RegionCall, use: Use, gradients: list[Any] | None, held: list[Any]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fxmem._compat import graph as _compat
 from fxmem._compat.memory import StorageWatch
 from fxmem.compiler.step import CompiledGraph
+from fxmem.frontend.parameter_free import Leaf
 from fxmem.memory.predict import Prediction, Saved, Step, Use
 from fxmem.roles.kernel_update import Rule
 from fxmem.roles.roles import Role, RoleTable
@@ -77,6 +78,12 @@ class RoleStep(Step):
         self.expected = Counter(p for s in graph.selected for p in s.updates.values())
         self.sums: dict[nn.Parameter, Any] = {}
         self.whole = graph.plan.stream is None or graph.chunker.whole(sizes)
+
+    def late_gradient(self, weight: Leaf, size: int) -> tuple[int, int]:
+        parameter = self.graph.weight(weight)
+        assert isinstance(parameter, nn.Parameter), "it is alive, since its model is"
+        role = self.table.role(parameter)
+        return (size if role is Role.ACTIVE else 0, size if role is Role.UPDATE else 0)
 
     def use(self, index: int) -> Use:
         chosen, call = self.graph.selected[index], self.graph.calls[index]

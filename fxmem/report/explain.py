@@ -63,7 +63,8 @@ def explain(model: nn.Module | api.Backend) -> Report:
             raise NotTransformedError(f"{name} was not transformed")
         engine = found
     recorded = [] if engine.recorder is None else list(engine.recorder.programs.values())
-    report = _report(name, engine.graphs, [g for p in recorded for g in p.backend.graphs])
+    made = [] if engine.recorder is None else engine.recorder.graphs()
+    report = _report(name, engine.graphs, made)
     report.recorded = [p.summary for p in recorded]
     if isinstance(model, nn.Module) and engine.plan.blocks is not None:
         dtype = next(model.parameters()).dtype

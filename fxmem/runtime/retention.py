@@ -12,7 +12,7 @@ backward begins with one more loop, which makes them again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -109,12 +109,16 @@ def _levels(moments: Sequence[Moment], accumulates: bool) -> list[float]:
 
 
 class Holding:
-    """Which regions of a capture hold, for the sizes of a call; each answer is found once."""
+    """Which regions of a capture hold, for the sizes of a call; each answer is found once.
+
+    ``late``: what is run between forward and backward.
+    """
 
     def __init__(
-        self, calls: Sequence[RegionCall], chunker: Chunker, stream: Stream | None
-    ) -> None:
-        self.calls, self.chunker = calls, chunker
+        self, calls: Sequence[RegionCall], chunker: Chunker, stream: Stream | None,
+        late: Callable[[Mapping[str, int]], Moment | None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.calls, self.chunker, self.late = calls, chunker, late
         self.off = stream is None or stream.hold == "none"
         self.known: dict[tuple[Any, ...], frozenset[int]] = {}
         self.uses = Counter(id(c.code) for c in calls)
@@ -150,7 +154,8 @@ class Holding:
         """``fresh``: no parameter has a gradient yet."""
         if self.off:
             return frozenset()
-        key = (fresh, *sorted(sizes.items()))
+        late = self.late(sizes)
+        key = (fresh, late, *sorted(sizes.items()))
         if key not in self.known:
             self._build()
             found = moments(self.calls, sizes, self.chunker)
@@ -158,6 +163,7 @@ class Holding:
                 m if self._able(c.code) else replace(m, held=0)
                 for m, c in zip(found, self.calls, strict=True)
             ]
+            found += [late] if late is not None else []
             always = {i for i, c in enumerate(self.calls) if c.code.hands_on and self._able(c.code)}
             self.known[key] = choose(found, accumulates=fresh) | always
         return self.known[key]

@@ -53,6 +53,8 @@ _DEFAULT = (torch.device("cpu"), torch.float32)
 LAYER_VALUES = 4.0
 LOSS_VALUES = 1.9
 """Room for the working set of a chunk: of a layer by its widest value, of a loss as measured."""
+UNSEEN_VALUES = 1.25
+"""Values as wide as the vocabulary in a loss that is not known yet, with what lies beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +200,7 @@ class Chunker:
         saved = evaluate(self.fixed.saved, sizes)
         sizes = call.sizes(sizes)
         batch = code.footprint.batch(sizes)
-        budget = max(FLOOR_BYTES, (2 * self.fixed.weights + saved) / FIXED_SHARE)
-        tokens = budget / max(1.0, self._working(code, sizes))
+        tokens = self._room(saved) / max(1.0, self._working(code, sizes))
         cap = knee(self.fixed.device, self.fixed.dtype)
         whole = min(tokens, UPDATE_KNEES * cap)
         if updates and not code.is_loss and length(sizes) * batch <= whole:
@@ -209,6 +210,23 @@ class Chunker:
             return max(1, int(tokens // 64) * 64 // batch)
         rows = max(1, int(tokens) // batch)
         return rows - rows % 64 if rows >= FLOOR_TOKENS else 1 << (rows.bit_length() - 1)
+
+    def _room(self, saved: int) -> float:
+        """Bytes that a chunk's working set may take; ``saved``: of the states of the call."""
+        return max(FLOOR_BYTES, (2 * self.fixed.weights + saved) / FIXED_SHARE)
+
+    def unseen(self, widest: float, sizes: Mapping[str, int]) -> int:
+        """Bytes that a chunk takes of a loss that is not known yet, whose widest value has so many
+        per token.
+        """
+        tokens: float = FLOOR_TOKENS
+        if self.stream.loss_chunk != "auto":
+            tokens = self.stream.loss_chunk
+        elif widest:
+            room = self._room(evaluate(self.fixed.saved, sizes)) / LOSS_VALUES
+            longest = knee(self.fixed.device, self.fixed.dtype)
+            tokens = min(longest, max(tokens, room / widest))
+        return round(UNSEEN_VALUES * widest * tokens)
 
     def working(self, call: Any, sizes: Mapping[str, int]) -> float:
         """Bytes that a chunk of the region takes, about."""
