@@ -85,7 +85,8 @@ class CompiledGraph:
         self.sizes: dict[str, int] = {}
         self._weights: list[weakref.ref[Tensor]] = []
         self.late_working: Callable[[Mapping[str, int]], int] = lambda _: 0
-        self.holding: Retention = Holding(calls, chunker, plan.stream, self._late_moment)
+        moment = weakref.WeakMethod(self._late_moment)  # it goes with the model, not later
+        self.holding: Retention = Holding(calls, chunker, plan.stream, moment)
         self.kept = Kept((0,) * len(calls))
         self._trained: tuple[Mapping[str, int], Kept] = ({}, self.kept)
 

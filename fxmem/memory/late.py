@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from fxmem.compiler.step import CompiledGraph
 from fxmem.memory.predict import Step
@@ -19,12 +19,14 @@ class LateWorking:
     def __init__(
         self, graph: CompiledGraph, recorded: Callable[[], Sequence[CompiledGraph]]
     ) -> None:
-        self._graph, self._recorded = graph, recorded
+        self._graph, self._recorded = ref(graph), recorded  # the graph keeps this
         self._known: WeakKeyDictionary[CompiledGraph, tuple[int, int]] = WeakKeyDictionary()
 
     def __call__(self, sizes: Mapping[str, int]) -> int:
-        own = {id(w) for w in self._graph.weights()}
-        tokens = self._graph.chunker.tokens(sizes)
+        graph = self._graph()
+        assert graph is not None, "it asks"
+        own = {id(w) for w in graph.weights()}
+        tokens = graph.chunker.tokens(sizes)
         return max(
             (
                 self._of(g, tokens)

@@ -111,12 +111,12 @@ def _levels(moments: Sequence[Moment], accumulates: bool) -> list[float]:
 class Holding:
     """Which regions of a capture hold, for the sizes of a call; each answer is found once.
 
-    ``late``: what is run between forward and backward.
+    ``late``: who tells what is run between forward and backward, while it is there.
     """
 
     def __init__(
         self, calls: Sequence[RegionCall], chunker: Chunker, stream: Stream | None,
-        late: Callable[[Mapping[str, int]], Moment | None] = lambda _: None,
+        late: Callable[[], Callable[[Mapping[str, int]], Moment | None] | None] = lambda: None,
     ) -> None:  # fmt: skip
         self.calls, self.chunker, self.late = calls, chunker, late
         self.off = stream is None or stream.hold == "none"
@@ -154,7 +154,8 @@ class Holding:
         """``fresh``: no parameter has a gradient yet."""
         if self.off:
             return frozenset()
-        late = self.late(sizes)
+        moment = self.late()
+        late = None if moment is None else moment(sizes)
         key = (fresh, late, *sorted(sizes.items()))
         if key not in self.known:
             self._build()
