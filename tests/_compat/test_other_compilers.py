@@ -31,8 +31,15 @@ def in_place(net: nn.Module, backend: Any) -> Any:
     return net
 
 
-@pytest.mark.parametrize("made", [of_model, of_a_step, in_place], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("backend", ["eager", fxmem.backend(twins.PLAN)], ids=["eager", "fxmem"])
+OURS = fxmem.backend(twins.PLAN)
+CASES = [("eager", of_a_step)]
+LATER = [("eager", of_model), ("eager", in_place), (OURS, of_model), (OURS, of_a_step),
+         (OURS, in_place)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "backend, made", [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in LATER)]
+)
 def test_it_streams(made: Made, backend: Any) -> None:
     torch._dynamo.reset()
     plain, streamed = twins.pair()

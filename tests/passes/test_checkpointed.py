@@ -39,9 +39,9 @@ ASKED = {"llama": "output_hidden_states", "mixtral": "output_router_logits"}
 @pytest.mark.parametrize(
     "name, reentrant",
     [
-        ("mixtral", False),
+        ("llama", False),
+        pytest.param("mixtral", False, marks=pytest.mark.slow),
         pytest.param("mixtral", True, marks=pytest.mark.slow),
-        pytest.param("llama", False, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:aten.scatter_add:fxmem.FxmemWarning")
