@@ -27,7 +27,7 @@ from fxmem.blocks.attach import attach, detach, state_of
 from fxmem.blocks.state import BlockState
 from fxmem.compiler.evaluation import Evaluation
 from fxmem.compiler.training_step import check_called
-from fxmem.deferred.tensor import settle
+from fxmem.deferred.tensor import settle, with_values
 from fxmem.distributed import fsdp2
 from fxmem.distributed.sequence import Group, digest
 from fxmem.dynamo_backend import Backend, backend, fxmem_backend, recorder_of
@@ -150,6 +150,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
         )  # fmt: skip
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = with_values((args, kwargs), type(model).__name__)
         if inside_transform():
             return transformed(args, kwargs)
         if not torch.is_grad_enabled():
@@ -220,6 +221,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
             streamable(model), carried_kernels(model),
             uniform(args, kwargs) as (own, given), of.flags.shown(model), plain_head(),
             reported(on_capture), resting(on_capture), counters.shown(on_capture),
+            _compat_hooks.own_hooks_uncaptured(model),
         ):  # fmt: skip
             for leaf in _compat.tree_leaves((own, given)):
                 if isinstance(leaf, Tensor):

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 __all__ = [
     "Group", "Hooks", "dtensor_parameter", "fsdp1_module", "group_of", "hooks_of", "is_sharded",
@@ -213,10 +212,10 @@ def _name(state: Any) -> str:
 
 
 def _cast(dtype: torch.dtype, value: Any) -> Any:
-    def one(x: Any) -> Any:
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    """As FSDP2 does: also in dataclasses."""
+    from torch.distributed.utils import _apply_to_tensors
 
-    return tree_map(one, value)
+    return _apply_to_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, value)
 
 
 def _cast_inputs(dtype: torch.dtype | None) -> Callable[..., Any] | None:

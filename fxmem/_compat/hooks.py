@@ -18,7 +18,8 @@ from torch.utils.hooks import BackwardHook
 
 __all__ = [
     "function", "gradient_hooks", "has_hooks", "has_old_hooks", "is_hook", "is_hook_state",
-    "lazy_module", "saved_elsewhere", "unguarded", "watched", "without_asking", "without_hooks",
+    "lazy_module", "own_hooks_uncaptured", "returned_by_this_pass", "saved_elsewhere", "unguarded",
+    "watched", "without_asking", "without_hooks",
 ]  # fmt: skip
 
 
@@ -109,6 +110,21 @@ def without_asking(module: torch.nn.Module, but: int = 0) -> Iterator[None]:
             hooks.update(now)
 
 
+@contextlib.contextmanager
+def own_hooks_uncaptured(model: torch.nn.Module) -> Iterator[None]:
+    """Hooks on the output of ``model`` itself run as they are: what they see has left the capture,
+    and may be a tensor that Dynamo knows nothing of.
+    """
+    hooks: dict[int, Any] = model._forward_hooks
+    held = dict(hooks)
+    apart = {k: torch.compiler.disable(h) for k, h in held.items()}
+    hooks.update(apart)
+    try:
+        yield
+    finally:  # one may have removed or added some
+        hooks.update((k, held[k]) for k, h in apart.items() if hooks.get(k) is h)
+
+
 _hooks_lock = threading.Lock()
 _hooks_wanted = 0
 
@@ -161,3 +177,12 @@ def watched(register: Any) -> Callable[..., Any]:
 def saved_elsewhere() -> bool:
     """What autograd saves goes through hooks of the caller's: a checkpoint, or an offload."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def returned_by_this_pass(leaf: Any) -> bool:
+    """Whether ``torch.autograd.grad`` runs, and returns the gradient that a leaf's node gets."""
+    try:
+        torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # which says so
+        return True
+    return False

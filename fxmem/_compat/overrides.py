@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["DATA", "autocasts", "edge", "plainly", "tree_leaves", "tree_map", "version"]
+__all__ = [
+    "DATA",
+    "autocasts",
+    "edge",
+    "plainly",
+    "tree_leaves",
+    "tree_map",
+    "unchanged",
+    "version",
+]
 
 DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 """What a captured graph calls for ``x.data``."""
@@ -29,6 +38,14 @@ def edge(tensor: torch.Tensor) -> Any:
 def version(tensor: torch.Tensor) -> int:
     """How often a tensor has been written to in place."""
     return 0 if tensor.is_inference() else tensor._version  # made in inference_mode
+
+
+def unchanged(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Writes inside are not counted."""
+    manager: contextlib.AbstractContextManager[Any] = (
+        torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor)
+    )
+    return manager
 
 
 def autocasts() -> tuple[tuple[str, torch.dtype, bool], ...]:

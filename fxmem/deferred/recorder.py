@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,21 +108,39 @@ class Recorder:
         _unchanged(nodes)
         made = _settled(source(nodes, wanted))
         for node, real in zip(wanted, self._run(made, wide, name, learns), strict=True):
-            node.real, node.memory.given = real, True
-            node.args, node.kwargs, node.writers, node.versions = (), {}, (), []
+            node.know(real)
 
-    def _run(self, made: Source, wide: bool, name: str, learns: bool) -> Sequence[Tensor]:
+    def apart(self, node: Node, name: str) -> tuple[Tensor, dict[int, Tensor]]:
+        """Values of a node, made of copies of what has a gradient and is no parameter; the copies
+        by what they are of.
+        """
+        nodes = needed([node])
+        _unchanged(nodes)
+        made = _settled(source(nodes, [node]))
+        copies = {
+            id(x): x.detach().requires_grad_()
+            for x in made.inputs if x.requires_grad and not x.is_leaf
+        }  # fmt: skip
+        (real,) = self._run(made, node.wide, name, True, copies)
+        return real, copies
+
+    def begin_backward(self) -> None:
+        """Before a pass inside the pass that runs now."""
+        if self.sharding is not None:
+            self.sharding.begin_backward()
+
+    def _run(
+        self, made: Source, wide: bool, name: str, learns: bool, copies: Mapping[int, Tensor] = {}
+    ) -> Sequence[Tensor]:
+        own = replace(made, inputs=[copies.get(id(x), x) for x in made.inputs])
         # nor where the caller is in inference_mode: what he is given may be part of a loss
         with torch.inference_mode(False), torch.set_grad_enabled(learns), _compat.no_autocast():
-            return self._outside(made, wide, name)
-
-    def _outside(self, made: Source, wide: bool, name: str) -> Sequence[Tensor]:
-        if self.sharding is None:
-            return self._values(made, wide, name)
-        found: Sequence[Tensor] = self.sharding.outside(
-            lambda: self._values(made, wide, name), made.inputs
-        )
-        return found
+            if self.sharding is None:
+                return self._values(own, wide, name)
+            found: Sequence[Tensor] = self.sharding.outside(
+                lambda: self._values(own, wide, name), made.inputs
+            )
+            return found
 
     def _values(self, made: Source, wide: bool, name: str) -> Sequence[Tensor]:
         program = self._program(made)

@@ -63,6 +63,11 @@ class Node:
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     """Tensors from outside, as they were."""
 
+    def know(self, real: Tensor) -> None:
+        """Its values, in place of the way to them."""
+        self.real, self.memory.given = real, True
+        self.args, self.kwargs, self.writers, self.versions = (), {}, (), []
+
     def operands(self) -> Iterable[Any]:
         return tree_leaves((self.args, self.kwargs))
 
@@ -149,3 +154,12 @@ def needed(roots: Iterable[Node]) -> list[Node]:
         found[node] = None
         stack += [n for n in (*node.operands(), *node.writers) if isinstance(n, Node)]
     return sorted(found, key=lambda n: n.order)
+
+
+def sources(root: Node) -> tuple[Tensor, ...]:
+    """Tensors that the values of ``root`` are computed from now and a gradient goes to."""
+    nodes = needed([root])
+    operands = [v for n in nodes for v in n.operands()]
+    values = [v.real if isinstance(v, Node) else v for v in operands]
+    found = {id(v): v for v in values if isinstance(v, Tensor) and v.requires_grad}
+    return tuple(found.values())

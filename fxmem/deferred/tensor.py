@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import operator
 import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxmem._compat import graph as _compat
-from fxmem._compat.overrides import edge, plainly, tree_leaves, tree_map, version
+from fxmem._compat.overrides import edge, plainly, tree_leaves, tree_map, unchanged, version
 from fxmem.deferred.source import constant_like
-from fxmem.deferred.tape import Node, Unknown, probe, record
+from fxmem.deferred.tape import Node, Unknown, probe, record, sources
 from fxmem.errors import ModifiedParameterError, MutationError
 
 _VALUES = frozenset((
@@ -26,6 +28,7 @@ _VALUES = frozenset((
 ))  # fmt: skip
 """Calls that a tensor without values would answer, and wrongly."""
 _HANDLES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_WAYS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class Deferred(Tensor):
@@ -37,6 +40,11 @@ class Deferred(Tensor):
     """
 
     _node: Node
+    _edge: Any = None
+    """What of autograd's graph we gave it; where it has another, a function of somebody else's has
+    returned it."""
+    _way: _Way | None = None
+    """Of an :class:`_Edge`; None where the values are known, or nothing learns."""
 
     @classmethod
     @torch.compiler.disable
@@ -48,34 +56,74 @@ class Deferred(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         def values(x: Any) -> Any:
-            return _whole([_node_of(x)], str(func))[0].detach() if isinstance(x, cls) else x
+            return _values(x, str(func)) if isinstance(x, cls) else x
 
         given, named = tree_map(values, (args, kwargs or {}))
         return func(*given, **named)
 
 
-class _Edge(torch.autograd.Function):
-    """Where a gradient arrives that autograd has for a deferred tensor itself; it goes on to what
-    the tensor is made of.
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class _Way:
+    """How a gradient gets from a deferred tensor to ``sources``, which it is made of.
+
+    ``apart``: the values, made of copies of the sources. No pass through them gets to what lies
+    before a source, where another source (the weight of a head that is the embedding) may be.
     """
 
+    sources: tuple[Tensor, ...]
+    node: Node | None
+    apart: tuple[Tensor, Mapping[int, Tensor]] | None = None
+
+    def values(self, name: str) -> tuple[Tensor, Mapping[int, Tensor]]:
+        if self.apart is None:
+            assert self.node is not None
+            self.apart = _recorder(self.node).apart(self.node, name)
+            self.node = None  # whose other values may have a gradient that goes this way
+        return self.apart
+
+
+class _Edge(torch.autograd.Function):
+    """Where a gradient arrives that autograd has for a deferred tensor itself."""
+
     @staticmethod
-    def forward(ctx: Any, node: Node, *sources: Tensor) -> Tensor:
-        ctx.node, ctx.sources = node, sources
-        return _wrapper(node)
+    def forward(ctx: Any, tensor: Deferred, way: _Way, *sources: Tensor) -> Tensor:
+        ctx.way, ctx.recorder = way, _recorder(tensor._node)
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        sources = ctx.way.sources
+        if gradient is None:
+            return None, None, *(None for _ in sources)
+        ctx.recorder.begin_backward()
+        real, copies = ctx.way.values("backward")
+        with torch.enable_grad():
+            found = torch.autograd.grad(
+                real, [copies.get(id(s), s) for s in sources], gradient, allow_unused=True,
+                retain_graph=True,
+            )  # fmt: skip
+        return None, None, *found
+
+
+class _Known(torch.autograd.Function):
+    """A gradient of a deferred tensor goes to its values."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, real: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        (real,) = _whole([ctx.node], "backward")
-        with torch.enable_grad():
-            found = torch.autograd.grad(
-                real, ctx.sources, gradient, allow_unused=True, retain_graph=True
-            )
-        return None, *found
+        return None, gradient
 
 
 class _Values(torch.autograd.Function):
-    """The values of a tensor that somebody else's function has returned; its gradient is theirs."""
+    """Values of a tensor that somebody else's function has; their gradient goes where that of the
+    tensor goes.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, value: Tensor) -> Tensor:
@@ -86,7 +134,7 @@ class _Values(torch.autograd.Function):
         return gradient, None
 
 
-def _wrapper(node: Node) -> Tensor:
+def _wrapper(node: Node) -> Deferred:
     fake = node.fake
     made: Deferred = _compat.wrapper_tensor(Deferred, fake.shape, fake.dtype, fake.device)
     made._node = node
@@ -95,11 +143,16 @@ def _wrapper(node: Node) -> Tensor:
 
 def handle(node: Node) -> Tensor:
     """The tensor that stands for a node."""
-    with plainly(), torch.enable_grad():
-        learns = node.fake.requires_grad
-        made: Tensor = _Edge.apply(node, *node.sources) if learns else _wrapper(node)
+    made = _wrapper(node)
+    if node.fake.requires_grad:
+        _lead(made, _Way(sources(node), node))
     _HANDLES[node.order] = made
     return made
+
+
+def _recorder(node: Node) -> Any:
+    """Of the model whose outputs it depends on: of a student rather than of its teacher."""
+    return next((h for h in node.heads if h.learns), next(iter(node.heads))).recorder
 
 
 def alive() -> list[Node]:
@@ -132,23 +185,87 @@ register_optimizer_step_pre_hook(_before_step)
 
 def _node_of(x: Deferred) -> Node:
     own = edge(x)
-    if own is not None and getattr(own, "node", None) is not x._node:
-        (value,) = _whole([x._node], own.name())
-        node = x._node
+    if own is not None and own is not x._edge:
+        (value,) = (
+            _whole([x._node], own.name()) if x._way is None else x._way.values(own.name())[:1]
+        )
+        node, x._edge = x._node, own
         x._node = Node("", None, (), {}, node.context, node.fake, node.memory, node.rows)
-        with plainly():
-            x._node.real = _Values.apply(x, value.detach())
+        _learned(x, value)
     return x._node
+
+
+def _values(x: Deferred, name: str) -> Tensor:
+    """For a function that has the edge of ``x``, by which the gradient will come."""
+    node = _node_of(x)
+    if x._way is not None:
+        _learned(x, x._way.values(name)[0])
+    return _whole([node], name)[0].detach()
+
+
+def _learned(x: Deferred, value: Tensor) -> None:
+    with plainly(), torch.enable_grad():
+        x._node.know(_Values.apply(x, value.detach()))
+    x._way = None
 
 
 def _whole(nodes: list[Node], name: str) -> list[Tensor]:
     """Values of nodes that a call of ``name`` wants."""
-    missing = [n for n in nodes if n.real is None]
-    if missing:
-        heads = missing[0].heads  # of a student and of its teacher, say
-        head = next((h for h in heads if h.learns), next(iter(heads)))
-        head.recorder.give(missing, alive(), name)
+    with _redirected(name) if any(n.real is None for n in nodes) else contextlib.nullcontext():
+        if missing := [n for n in nodes if n.real is None]:
+            _recorder(missing[0]).give(missing, alive(), name)
     return [n.real for n in nodes]
+
+
+def with_values(given: Any, name: str) -> Any:
+    """``given`` to ``name``, a call that is not recorded: with the values of deferred tensors."""
+    if not any(isinstance(x, Deferred) for x in tree_leaves(given)):
+        return given
+    return tree_map(
+        lambda x: _whole([_node_of(x)], name)[0] if isinstance(x, Deferred) else x, given
+    )
+
+
+@contextlib.contextmanager
+def _redirected(name: str) -> Iterator[None]:
+    """Inside, values become known. From then on gradients go by these, not past them."""
+    learn = [x for x in list(_HANDLES.values()) if x._way is not None and edge(x) is x._edge]
+    learn.sort(key=lambda x: x._node.order)
+    ways = [weakref.ref(x._way) for x in learn]
+    try:
+        for x in learn:
+            _let_go(x)
+        for way in list(_WAYS.values()):  # by an edge that a function of somebody else's has
+            way.values(name)
+        for x, held in zip(learn, ways, strict=True):
+            if (kept := held()) is not None:
+                _lead(x, kept)
+                _learned(x, kept.values(name)[0])
+        yield
+    finally:
+        for x in learn:
+            if x._edge is None and x._node.real is None:
+                _lead(x, _Way(sources(x._node), x._node))
+            elif x._edge is None:
+                _point(x, _Known, x._node.real)
+
+
+def _lead(x: Deferred, way: _Way) -> None:
+    x._way = _WAYS[x._node.order] = way
+    _point(x, _Edge, way, *way.sources)
+
+
+def _point(x: Deferred, function: Any, *given: Any) -> None:
+    """Where a gradient of ``x`` goes. Its values stay, so this is no write."""
+    with plainly(), torch.enable_grad(), unchanged(x):
+        function.apply(x, *given)
+    x._edge = edge(x)
+
+
+def _let_go(x: Deferred) -> None:
+    with plainly():
+        x.detach_()
+    x._edge = x._way = None
 
 
 @torch.compiler.disable  # a compiled function breaks here, and goes on behind

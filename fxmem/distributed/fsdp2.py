@@ -217,6 +217,10 @@ class ShardedModel:
                 states[0].register_hook(_reducing(group))
         return output
 
+    def begin_backward(self) -> None:
+        """See :class:`fxmem.runtime.sharding.Sharding`."""
+        self.root.open_backward()
+
 
 @dataclass(eq=False, slots=True)
 class Region:

@@ -53,6 +53,9 @@ class Sharding(Protocol):
     def outside(self, run: Callable[[], Sequence[Tensor]], inputs: Sequence[Any]) -> Any:
         """``run()``, which reads parameters among ``inputs`` after the call has ended."""
 
+    def begin_backward(self) -> None:
+        """In the pass that all gradients are part of, before a pass inside it."""
+
 
 class NotStreamedError(FxmemError):
     """The call is to run as it is in plain PyTorch, which gathers parameters by itself."""

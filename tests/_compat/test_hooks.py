@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.utils.checkpoint
 
@@ -46,6 +48,36 @@ def test_which_nodes_a_backward_runs() -> None:
     torch.autograd.grad(z.sum(), [w], retain_graph=True)
     z.sum().backward()
     assert seen == [False, True]
+
+
+def test_which_leaves_a_backward_returns() -> None:
+    x, w = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    z, seen = x * w, []  # type: torch.Tensor, list[bool]
+    leaf = z.grad_fn.next_functions[1][0]  # type: ignore[union-attr]
+    z.register_hook(lambda grad: seen.append(_compat_hooks.returned_by_this_pass(leaf)))
+    for wanted in ([w], [x], [x, w]):
+        torch.autograd.grad(z.sum(), wanted, retain_graph=True)
+    z.sum().backward(inputs=[w], retain_graph=True)
+    z.sum().backward()
+    assert seen == [True, False, True, False, False]
+
+
+def test_own_hooks_run_uncaptured() -> None:
+    """They may remove themselves and add others."""
+    model = torch.nn.Linear(2, 2)
+
+    def hook(*_: Any) -> None:
+        torch._dynamo.graph_break()  # an error where it is captured
+        first.remove()
+        model.register_forward_hook(later)
+
+    def later(*_: Any) -> None: ...
+
+    first = model.register_forward_hook(hook)
+    call = torch.compile(model._call_impl, backend="eager", fullgraph=True)
+    with _compat_hooks.own_hooks_uncaptured(model):
+        call(torch.ones(1, 2))
+    assert list(model._forward_hooks.values()) == [later]
 
 
 def test_gradient_hooks_are_nodes() -> None:

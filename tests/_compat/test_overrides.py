@@ -37,6 +37,15 @@ def test_writes_in_place_are_counted() -> None:
     assert overrides.version(x) == before + 2
 
 
+def test_a_new_edge_is_no_write() -> None:
+    x, y = torch.ones(2, requires_grad=True) * 1, torch.ones(2, requires_grad=True)
+    before = overrides.version(x)
+    with overrides.unchanged(x):
+        x.detach_()
+        x.copy_(y)
+    assert overrides.version(x) == before and "Copy" in overrides.edge(x).name()
+
+
 def test_autocast_as_it_is() -> None:
     assert overrides.autocasts() == ()
     with torch.autocast("cpu", dtype=torch.bfloat16):

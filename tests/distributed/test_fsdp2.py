@@ -19,6 +19,7 @@ from sharded_runs import (
     refused,
     two_steps,
 )
+from sharded_uses import USES, used
 
 
 @pytest.mark.distributed
@@ -125,3 +126,15 @@ def test_predicted_peaks_know_shards(options: dict[str, str], stay: bool) -> Non
     for expected, measured, moments in on_ranks(predicted, options, stay, double=False):
         assert measured < 1.02 * expected, (measured, moments)
         assert expected < 1.05 * measured, (measured, moments)
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_uses_that_its_documentation_offers() -> None:
+    """Prefetch by hand, groups of any kind, and calls in any order."""
+    for found in on_ranks(used, list(USES)):
+        for name, (worst, plain, streamed, bodies) in found.items():
+            assert worst < 1e-10, name
+            more = {"all-reduces": plain.get("all-reduces", 0) + 1}  # that plans are equal, once
+            assert streamed == {**plain, **more}, name
+            assert bodies > 0, name
