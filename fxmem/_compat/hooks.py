@@ -17,9 +17,9 @@ from torch.fx.experimental._backward_state import BackwardState
 from torch.utils.hooks import BackwardHook
 
 __all__ = [
-    "function", "gradient_hooks", "has_hooks", "has_old_hooks", "is_hook", "is_hook_state",
-    "lazy_module", "own_hooks_uncaptured", "returned_by_this_pass", "saved_elsewhere", "unguarded",
-    "watched", "without_asking", "without_hooks",
+    "accumulates_in_this_pass", "function", "gradient_hooks", "has_hooks", "has_old_hooks",
+    "is_hook", "is_hook_state", "lazy_module", "own_hooks_uncaptured", "saved_elsewhere",
+    "unguarded", "watched", "without_asking", "without_hooks",
 ]  # fmt: skip
 
 
@@ -179,10 +179,9 @@ def saved_elsewhere() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def returned_by_this_pass(leaf: Any) -> bool:
-    """Whether ``torch.autograd.grad`` runs, and returns the gradient that a leaf's node gets."""
+def accumulates_in_this_pass(leaf: Any) -> bool:
+    """Whether the autograd pass that runs now adds to the ``.grad`` of a leaf, by its node."""
     try:
-        torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:  # which says so
-        return True
-    return False
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # autograd.grad returns that gradient
+        return False

@@ -11,7 +11,8 @@ plain FSDP2: a rank that runs plain by itself (one token) waits for nobody.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from fxmem._compat import fsdp as _compat
 from fxmem._compat import graph as _compat_graph
+from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat.fsdp import Group
 from fxmem.distributed.agreement import agree
 from fxmem.errors import PlanError
@@ -88,6 +90,7 @@ class ShardedModel:
         self._agreed = False
         self._later: dict[Group, bool] = {}
         """Groups that are read after the call, and so stay whole; whether regions read them too."""
+        self.due = Due(self.in_step)
 
     @contextlib.contextmanager
     def call(
@@ -101,7 +104,7 @@ class ShardedModel:
             self._agreed = True
         self.let_go()
         if self.root.in_backward and _compat_graph.backward_id() < 0:
-            self.root.reset()  # a backward that failed
+            self.reset()  # a backward that failed
         given = self.root.open(args, kwargs)
         for group in self.groups:
             for whole, shard in group.whole():
@@ -134,7 +137,19 @@ class ShardedModel:
     def reset(self) -> None:
         """After a call that failed."""
         self._later.clear()
+        self.due.clear()
         self.root.reset()
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Where something fails inside, the step is given up."""
+        try:
+            yield
+        except BaseException as error:
+            self.reset()
+            if (gone := lost(error)) is not None:
+                raise gone from error
+            raise
 
     def let_go(self) -> None:
         """Close what waits for a reader after the call that never came."""
@@ -254,28 +269,63 @@ class Region:
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
         """Gather what it uses; the root first, which ends the backward."""
-        try:
+        with self.model.in_step():
             self.model.let_go()
+            self.model.due.reduce()
             self.model.root.open_backward()
             for group in reversed(self.uses):
                 group.open_backward()
             yield
-        except BaseException as error:
-            self.model.reset()
-            if (gone := lost(error)) is not None:
-                raise gone from error
-            raise
 
-    def take(self, grads: list[Tensor | None]) -> None:
-        """Hand the gradients to FSDP2, which reduces them where they are complete."""
+    def take(self, grads: list[Tensor | None], nodes: Sequence[Any]) -> None:
+        """FSDP2 reduces them where they are complete."""
         with torch.no_grad():
             for at, parameter in self.mine:
-                grad, grads[at] = grads[at], None
-                if grad is not None:
-                    _accumulate(parameter, grad)
-                    del grad
-        for group in reversed(self.reduces):
-            group.reduce()
+                if nodes[at] is None:
+                    grad, grads[at] = grads[at], None
+                    if grad is not None:
+                        _accumulate(parameter, grad)
+                        del grad
+                elif grads[at] is not None and _compat_hooks.accumulates_in_this_pass(nodes[at]):
+                    self.model.due.wait_for(parameter)
+        self.model.due.add(reversed(self.reduces))
+
+
+class Due:
+    """Groups of which a region was the last to make gradients: as under FSDP2's own hooks, they are
+    reduced when autograd has added these up, or at the latest before the next region runs. What
+    another call in the same pass will add to is not there yet, and closes without.
+    """
+
+    def __init__(self, in_step: Callable[[], AbstractContextManager[None]]) -> None:
+        self.in_step = in_step
+        self.groups: list[Group] = []
+        self.waiting: set[Tensor] = set()
+        self.hooked: dict[Tensor, Any] = {}
+
+    def wait_for(self, parameter: Tensor) -> None:
+        self.waiting.add(parameter)
+        if parameter not in self.hooked:
+            hook = parameter.register_post_accumulate_grad_hook(self._arrived)
+            self.hooked[parameter] = hook
+
+    def _arrived(self, parameter: Tensor) -> None:
+        self.waiting.discard(parameter)
+        if not self.waiting:
+            with self.in_step():
+                self.reduce()
+
+    def add(self, groups: Iterable[Group]) -> None:
+        self.groups += groups
+        if not self.waiting:
+            self.reduce()
+
+    def reduce(self) -> None:
+        while self.groups:
+            self.groups.pop(0).reduce()
+
+    def clear(self) -> None:
+        self.groups, self.waiting = [], set()
 
 
 def _reducing(group: Group) -> Callable[[Tensor], None]:

@@ -138,12 +138,12 @@ class RoleRun(Run):
         return [g if r or i in kept else None
                 for i, (g, r) in enumerate(zip(out, there, strict=True))]  # fmt: skip
 
-    def hand_in(self, grads: list[Tensor | None]) -> None:
+    def hand_in(self, grads: list[Tensor | None], nodes: Sequence[Any]) -> None:
         """The table gets one gradient per update, the last parameter's first."""
         self.done = True
         for parameter in self.selection.reduced.values():
             self.step.table.arrive(parameter)
-        Run.hand_in(self, grads)
+        Run.hand_in(self, grads, nodes)
         for i, parameter in reversed(self.selection.updates.items()):
             grad, grads[i] = grads[i], None
             if grad is not None:  # else its update ran in the program

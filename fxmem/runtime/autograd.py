@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmem._compat import graph as _compat
-from fxmem._compat import hooks as _compat_hooks
 from fxmem.errors import BackwardTwiceError, DoubleBackwardError, ModifiedParameterError
 from fxmem.runtime.loops import CallState
 from fxmem.runtime.offload import Leaving
@@ -83,10 +81,12 @@ class Run:
             [f for f, t in zip(free, there, strict=True) if t], held,
         )  # fmt: skip
 
-    def hand_in(self, grads: list[Tensor | None]) -> None:
-        """Take gradients that autograd does not get out of ``grads``."""
+    def hand_in(self, grads: list[Tensor | None], nodes: Sequence[Any]) -> None:
+        """Take gradients that autograd does not get out of ``grads``; ``nodes``: what of its graph
+        gets the others.
+        """
         if self.shards is not None:
-            self.shards.take(grads)
+            self.shards.take(grads, nodes)
 
 
 class RegionFunction(torch.autograd.Function):
@@ -135,9 +135,8 @@ class RegionFunction(torch.autograd.Function):
         run.enter()
         with run.shards.backward() if run.shards is not None else nullcontext():
             out = _gradients(ctx, run, tangents)
-            returned = _take_returned(ctx, out) if run.shards is not None else {}
-            run.hand_in(out)
-        return (None, None, *(returned.get(i, g) for i, g in enumerate(out)))
+            run.hand_in(out, [node for node, _ in ctx.next_functions[-ctx.count :]])
+        return (None, None, *out)
 
 
 def _gradients(ctx: Any, run: Run, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -158,21 +157,6 @@ def _gradients(ctx: Any, run: Run, tangents: Sequence[Tensor | None]) -> list[Te
     _tell_fresh(state, code, out, [*saved, *taken])
     state.shared.hand_on(run.shared, out)
     return out
-
-
-def _take_returned(ctx: Any, grads: list[Tensor | None]) -> dict[int, Tensor | None]:
-    """Take out of ``grads`` what no ``.grad`` gets in this pass, as for ``torch.autograd.grad`` of
-    some inputs; those that the pass returns, by position.
-    """
-    found = {}
-    for i, (node, _) in enumerate(ctx.next_functions[-ctx.count :]):
-        if node is None or grads[i] is None:  # autograd does not see what a table takes
-            continue
-        if _compat_hooks.returned_by_this_pass(node):
-            found[i], grads[i] = grads[i], None
-        elif not _compat.runs_in_this_pass(node):
-            grads[i] = None
-    return found
 
 
 def _joined(grads: list[Tensor | None], more: Mapping[int, Tensor]) -> list[Tensor | None]:

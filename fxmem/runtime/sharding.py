@@ -28,9 +28,9 @@ class RegionShards(Protocol):
     def backward(self) -> AbstractContextManager[None]:
         """The region's parameters are whole inside; if it fails, the step is given up."""
 
-    def take(self, grads: list[Tensor | None]) -> None:
-        """Take the gradients of sharded parameters out of ``grads``, which are those of the
-        region's tensors, and reduce what is complete.
+    def take(self, grads: list[Tensor | None], nodes: Sequence[Any]) -> None:
+        """Reduce what is complete when autograd has ``grads``, which are those of the region's
+        tensors. Take those out that no node of autograd's graph gets.
         """
 
 

@@ -50,16 +50,16 @@ def test_which_nodes_a_backward_runs() -> None:
     assert seen == [False, True]
 
 
-def test_which_leaves_a_backward_returns() -> None:
+def test_which_leaves_a_backward_adds_to() -> None:
     x, w = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     z, seen = x * w, []  # type: torch.Tensor, list[bool]
     leaf = z.grad_fn.next_functions[1][0]  # type: ignore[union-attr]
-    z.register_hook(lambda grad: seen.append(_compat_hooks.returned_by_this_pass(leaf)))
+    z.register_hook(lambda grad: seen.append(_compat_hooks.accumulates_in_this_pass(leaf)))
     for wanted in ([w], [x], [x, w]):
         torch.autograd.grad(z.sum(), wanted, retain_graph=True)
     z.sum().backward(inputs=[w], retain_graph=True)
     z.sum().backward()
-    assert seen == [True, False, True, False, False]
+    assert seen == [False, False, False, True, True]
 
 
 def test_own_hooks_run_uncaptured() -> None:

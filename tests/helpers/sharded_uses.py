@@ -144,6 +144,19 @@ def called_twice(net: Any, rank: int) -> Any:
     return [*found, ([], state(net))]
 
 
+def several_calls(net: Any, rank: int) -> Any:
+    """Of one backward; one has one token on a rank and runs as plain there, at any place."""
+    found = []
+    for at in range(3):
+        net.zero_grad()
+        calls = [inputs(rank, i)["input_ids"] for i in range(3)]
+        calls[at] = calls[at][:, : None if rank else 1]
+        loss = torch.stack([net(input_ids=ids).logits.square().mean() for ids in calls]).sum()
+        loss.backward()
+        found.append(([loss.item()], state(net)))
+    return found
+
+
 def of_inputs_only(net: Any, rank: int) -> Any:
     """No parameter gets a gradient, and nothing is reduced; then a step."""
     torch.manual_seed(rank)
@@ -254,6 +267,8 @@ USES: dict[str, tuple[Callable[[], Any], Shards, Runs]] = {
     "by hand": (llama(), by_layer, by_hand),
     "open between steps": (llama(), by_layer, open_between_steps),
     "called twice": (llama(), by_layer, called_twice),
+    "several calls": (llama(), by_layer, several_calls),
+    "several calls, tied": (lambda: tiny.model("qwen2").double(), tied_together, several_calls),
     "inputs only": (llama(), by_layer, of_inputs_only),
     "learning changes": (llama(), by_layer, learning_changes),
     "evaluated between": (llama(), by_layer, evaluated_between),
