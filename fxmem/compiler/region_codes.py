@@ -54,7 +54,9 @@ def _region_call(
     code = _CODES.take(f"{rows} {lowering} {own}", region, make, shared=alone)
     outputs: list[pre_.Leaf] = [("main", n.name) for n in region.outputs]
     length = region.capture.length
-    return RegionCall(code, region.leaves, outputs, modules=region.modules, length=length)
+    return RegionCall(
+        code, region.leaves, outputs, modules=region.modules, calls=region.calls, length=length
+    )
 
 
 def save_codes() -> None:

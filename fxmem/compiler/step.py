@@ -161,6 +161,7 @@ class CompiledGraph:
             [[env.get(leaf) for leaf in call.leaves] for call in self.calls],
             [s.learns for s in self.selected] if step is not None else [True] * len(self.calls),
             [env.get(leaf) for o in self._late for leaf in o.region.leaves],
+            [call.calls for call in self.calls],
         )  # fmt: skip
         if self.together is not None and not self.together.agree(sizes, env, kept.levels):
             kept = self.kept = replace(kept, levels=(0,) * len(self.calls))

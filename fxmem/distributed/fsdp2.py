@@ -24,6 +24,7 @@ from fxmem._compat import graph as _compat_graph
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat.fsdp import Group
 from fxmem.distributed.agreement import agree
+from fxmem.distributed.stretches import ModuleCall, stretches
 from fxmem.errors import PlanError
 from fxmem.frontend.faults import lost
 from fxmem.runtime import sharding
@@ -44,7 +45,7 @@ def of(model: nn.Module) -> ShardedModel | None:
     if any(map(_compat.is_sharded, model.modules())):
         raise PlanError(
             f"fully_shard was applied to parts of {type(model).__name__} and not to it",
-            advice="apply it to the whole model last: fully_shard(model)",
+            advice="apply it to the whole model last, fully_shard(model), and transform that model",
         )
     if (name := _compat.fsdp1_module(model)) is not None:
         raise PlanError(
@@ -85,11 +86,18 @@ class ShardedModel:
             (m, _compat.group_of(m, known)) for m in model.modules() if _compat.is_sharded(m)
         ]
         self.groups = list(known.values())
+        groups = dict(self.modules)
+        self.paths = {
+            path: (groups[m], m)
+            for path, m in model.named_modules(remove_duplicate=False) if m in groups
+        }  # fmt: skip
         self.owners: dict[Tensor, Group] = {}
         self.shards: dict[Tensor, Tensor] = {}
         self._agreed = False
         self._later: dict[Group, bool] = {}
         """Groups that are read after the call, and so stay whole; whether regions read them too."""
+        self._alone: set[Group] = set()
+        """Groups that no region has read in a call, but what came after it."""
         self.due = Due(self.in_step)
 
     @contextlib.contextmanager
@@ -172,34 +180,37 @@ class ShardedModel:
         return Shards(self.root.ranks, owner, tuple(sizes), stays)
 
     def regions(
-        self, tensors: Sequence[Sequence[Any]], learns: Sequence[bool], later: Sequence[Any]
+        self,
+        tensors: Sequence[Sequence[Any]],
+        learns: Sequence[bool],
+        later: Sequence[Any],
+        calls: Sequence[Sequence[ModuleCall]],
     ) -> list[Region]:
         """See :class:`fxmem.runtime.sharding.Sharding`."""
         found_later = {self.owners[x] for x in later if isinstance(x, Tensor) and x in self.owners}
-        found = []
-        first: dict[Group, Region] = {}
-        learning: dict[Group, Region] = {}
-        last: dict[Group, Region] = {}
-        for given, enters in zip(tensors, learns, strict=True):
-            region = Region(self)
+        found = [Region(self) for _ in tensors]
+        uses: dict[Group, list[int]] = {}
+        for i, (region, given) in enumerate(zip(found, tensors, strict=True)):
             for at, value in enumerate(given):
                 group = self.owners.get(value) if isinstance(value, Tensor) else None
                 if group is not None:
                     region.mine.append((at, value))
-                    first.setdefault(group, region)
-                    if enters:
-                        learning.setdefault(group, region)
-                    last[group] = region
                     if group not in region.uses:
                         region.uses.append(group)
-            found.append(region)
-        self._later = {g: g in first or g is self.root for g in self.groups if g in found_later}
+                        uses.setdefault(group, []).append(i)
+        self._later = {g: g in uses or g is self.root for g in self.groups if g in found_later}
+        self._alone |= {g for g, used in self._later.items() if not used}
         # the root is opened and closed by the call, and reduced at the end of the backward
-        for group in self.groups:
-            if group in first and group is not self.root:
-                first[group].opens.append(group)
-                last[group].closes.append(group)
-                learning.get(group, first[group]).reduces.append(group)
+        uses.pop(self.root, None)
+        ordered = {g: uses[g] for g in self.groups if g in uses}
+        for group, stretch in stretches(ordered, calls, self.paths):
+            found[stretch.start].opens.append((group, stretch.again))
+            if not stretch.goes_on:
+                found[stretch.end].closes.append(group)
+            if not stretch.again:
+                inside = range(stretch.start, stretch.end + 1)
+                learn = (i for i in inside if learns[i] and group in found[i].uses)
+                found[next(learn, stretch.start)].reduces.append(group)
         return found
 
     def whole(self) -> Iterator[tuple[Any, Any]]:
@@ -227,7 +238,8 @@ class ShardedModel:
         states = [x for x in inputs if x not in self.owners and x.requires_grad and not x.is_leaf]
         for group in reversed(groups):
             output = group.let_go(output) if group in stayed else group.close(output)
-            if not self._later.pop(group, True) and states:
+            self._later.pop(group, None)
+            if group in self._alone and states:
                 # its gradients are complete when one goes on to the regions
                 states[0].register_hook(_reducing(group))
         return output
@@ -243,22 +255,24 @@ class Region:
 
     Attributes:
         uses: groups of its parameters.
-        opens: those that no earlier region of the forward uses.
-        closes: those that no later one uses.
-        reduces: those that no later region of the backward uses.
+        opens: those that FSDP2 gathers here, and whether it has closed them in the middle of it.
+        closes: those that no later one uses before they are gathered again.
+        reduces: those that no later region of the backward uses before.
         mine: sharded parameters, by position among its tensors.
     """
 
     model: ShardedModel
     uses: list[Group] = field(default_factory=list)
-    opens: list[Group] = field(default_factory=list)
+    opens: list[tuple[Group, bool]] = field(default_factory=list)
     closes: list[Group] = field(default_factory=list)
     reduces: list[Group] = field(default_factory=list)
     mine: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def before_forward(self) -> None:
         """Gather what the region is the first to use."""
-        for group in self.opens:
+        for group, again in self.opens:
+            if again:
+                group.close()
             group.open()
 
     def after_forward(self) -> None:
@@ -274,6 +288,9 @@ class Region:
             self.model.due.reduce()
             self.model.root.open_backward()
             for group in reversed(self.uses):
+                group.open_backward()
+            for group in reversed([group for group, again in self.opens if again]):
+                group.reduce()
                 group.open_backward()
             yield
 

@@ -118,6 +118,13 @@ def module_path(node: fx.Node) -> str | None:
     return path_of(list(stack.values())[-1][0]) if stack else None
 
 
+def module_calls(node: fx.Node) -> list[tuple[str, int]]:
+    """The calls of modules that a node comes from, the outermost first: path, and number."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    found = [(path_of(source), str(key).partition("@")[2]) for key, (source, _) in stack.items()]
+    return [(path, int(number or 0)) for path, number in found if path]
+
+
 def path_of(source: Any) -> str | None:
     """What the user calls a module, from Dynamo's name for it, such as ``L['self'].blocks[1]``."""
     text = re.sub(r"^[LG]\['(self|args|kwargs|fn)'\](\[[^\]]*\]|\.__self__)*", "", str(source))
@@ -127,6 +134,6 @@ def path_of(source: Any) -> str | None:
 
 
 __all__ = [
-    "Line", "calling_line", "is_own", "module_path", "name_of", "path_of", "place", "source_line",
-    "stack_of", "stands_for",
+    "Line", "calling_line", "is_own", "module_calls", "module_path", "name_of", "path_of", "place",
+    "source_line", "stack_of", "stands_for",
 ]  # fmt: skip

@@ -36,7 +36,7 @@ from fxmem.frontend.capture import (
     value_of,
 )
 from fxmem.frontend.interpret import attribute, call_node, run
-from fxmem.frontend.origin import module_path
+from fxmem.frontend.origin import module_calls, module_path
 from fxmem.frontend.parameter_free import Cone, Leaf, Parts, Preamble, leaf_of
 from fxmem.frontend.subgraph import Body, Subgraph
 from fxmem.frontend.waists import along, changes, waists
@@ -70,6 +70,11 @@ class Region:
         """Paths of the modules that it comes from, first and last; empty where none is known."""
         paths = list(dict.fromkeys(p for n in self.nodes if (p := module_path(n))))
         return " .. ".join(dict.fromkeys((*paths[:1], *paths[-1:])))
+
+    @property
+    def calls(self) -> list[tuple[str, int]]:
+        """The calls of modules that it is a part of, in order: path, and number."""
+        return list(dict.fromkeys(c for n in self.nodes for c in module_calls(n)))
 
     @property
     def parameter_mask(self) -> list[bool]:

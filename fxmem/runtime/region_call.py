@@ -21,6 +21,8 @@ class RegionCall:
     outputs: list[pre_.Leaf]
     release: list[pre_.Leaf] = field(default_factory=list)
     modules: str = ""
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    """See :attr:`fxmem.frontend.regions.Region.calls`."""
     shared: dict[int, tuple[pre_.Leaf, bool]] = field(default_factory=dict)
     sole: list[bool] = field(default_factory=list)
     """Which outputs have one reader, a later region."""

@@ -41,11 +41,16 @@ class Sharding(Protocol):
         """Of the parameters among the inputs of a graph."""
 
     def regions(
-        self, tensors: Sequence[Sequence[Any]], learns: Sequence[bool], later: Sequence[Any]
+        self,
+        tensors: Sequence[Sequence[Any]],
+        learns: Sequence[bool],
+        later: Sequence[Any],
+        calls: Sequence[Sequence[tuple[str, int]]],
     ) -> Sequence[RegionShards]:
         """For the regions of a capture in order, by the tensors that each takes, and whether a
-        backward enters it. ``later``: what is read after the call.
-        """
+        backward enters it. ``later``: what is read after the call. ``calls``: of modules that each
+        is a part of, by path and number.
+        """  # fmt: skip
 
     def shard(self, parameter: Tensor) -> Tensor:
         """What an optimizer changes: this rank's part, or the parameter itself."""

@@ -8,7 +8,16 @@ from typing import Any
 
 import tiny
 import torch
-from sharded import by_layer, counted, difference, inputs, state, steps, stream
+from sharded import (
+    by_layer,
+    counted,
+    difference,
+    head_apart,
+    inputs,
+    state,
+    steps,
+    stream,
+)
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import (
@@ -151,7 +160,11 @@ def several_calls(net: Any, rank: int) -> Any:
         net.zero_grad()
         calls = [inputs(rank, i)["input_ids"] for i in range(3)]
         calls[at] = calls[at][:, : None if rank else 1]
-        loss = torch.stack([net(input_ids=ids).logits.square().mean() for ids in calls]).sum()
+        losses = []
+        for ids in calls:
+            losses.append(net(input_ids=ids).logits.square().mean())
+            losses[-1].item()
+        loss = torch.stack(losses).sum()
         loss.backward()
         found.append(([loss.item()], state(net)))
     return found
@@ -244,6 +257,48 @@ def result_of(net: Any, rank: int) -> Any:
     return [([loss.item()], state(net))]
 
 
+class Looped(nn.Module):
+    """It goes through its layers twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: Any = tiny.model().double()
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        h = self.inner.model(input_ids, attention_mask=attention_mask)[0]
+        h = self.inner.model(inputs_embeds=h, attention_mask=attention_mask)[0]
+        logits = self.inner.lm_head(h)
+        loss: Tensor = logits.square().mean()
+        return loss if labels is None else loss + self.inner.loss_function(logits, labels, 50)
+
+
+def looped_layers(model: Any) -> None:
+    for layer in model.inner.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def looped_pair(model: Any) -> None:
+    fully_shard(list(model.inner.model.layers))
+    fully_shard(model)
+
+
+def looped(net: Any, rank: int) -> Any:
+    """Then with one token on a rank."""
+    found = []
+    for length in (None, None if rank else 1):
+        net.zero_grad()
+        batch = inputs(rank)
+        if length is not None:
+            batch = {"input_ids": batch["input_ids"][:, :length]}
+        loss = net(**batch)
+        loss.backward()
+        found.append(([loss.item()], state(net)))
+    return found
+
+
 def llama(**changes: Any) -> Callable[[], Any]:
     return lambda: tiny.model(**changes).double()
 
@@ -268,7 +323,10 @@ USES: dict[str, tuple[Callable[[], Any], Shards, Runs]] = {
     "open between steps": (llama(), by_layer, open_between_steps),
     "called twice": (llama(), by_layer, called_twice),
     "several calls": (llama(), by_layer, several_calls),
+    "several calls, head": (llama(), head_apart, several_calls),
     "several calls, tied": (lambda: tiny.model("qwen2").double(), tied_together, several_calls),
+    "looped": (Looped, looped_layers, looped),
+    "looped pair": (Looped, looped_pair, looped),
     "inputs only": (llama(), by_layer, of_inputs_only),
     "learning changes": (llama(), by_layer, learning_changes),
     "evaluated between": (llama(), by_layer, evaluated_between),
