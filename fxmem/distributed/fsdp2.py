@@ -184,7 +184,7 @@ class ShardedModel:
         tensors: Sequence[Sequence[Any]],
         learns: Sequence[bool],
         later: Sequence[Any],
-        calls: Sequence[Sequence[ModuleCall]],
+        calls: Sequence[Mapping[ModuleCall, bool]],
     ) -> list[Region]:
         """See :class:`fxmem.runtime.sharding.Sharding`."""
         found_later = {self.owners[x] for x in later if isinstance(x, Tensor) and x in self.owners}
@@ -207,7 +207,9 @@ class ShardedModel:
             found[stretch.start].opens.append((group, stretch.again))
             if not stretch.goes_on:
                 found[stretch.end].closes.append(group)
-            if not stretch.again:
+            if stretch.again and stretch.entered:
+                found[stretch.start].again.append(group)
+            elif stretch.entered:
                 inside = range(stretch.start, stretch.end + 1)
                 learn = (i for i in inside if learns[i] and group in found[i].uses)
                 found[next(learn, stretch.start)].reduces.append(group)
@@ -257,6 +259,7 @@ class Region:
         uses: groups of its parameters.
         opens: those that FSDP2 gathers here, and whether it has closed them in the middle of it.
         closes: those that no later one uses before they are gathered again.
+        again: those that a backward closes and gathers in the middle of it.
         reduces: those that no later region of the backward uses before.
         mine: sharded parameters, by position among its tensors.
     """
@@ -265,6 +268,7 @@ class Region:
     uses: list[Group] = field(default_factory=list)
     opens: list[tuple[Group, bool]] = field(default_factory=list)
     closes: list[Group] = field(default_factory=list)
+    again: list[Group] = field(default_factory=list)
     reduces: list[Group] = field(default_factory=list)
     mine: list[tuple[int, Tensor]] = field(default_factory=list)
 
@@ -289,7 +293,7 @@ class Region:
             self.model.root.open_backward()
             for group in reversed(self.uses):
                 group.open_backward()
-            for group in reversed([group for group, again in self.opens if again]):
+            for group in reversed(self.again):
                 group.reduce()
                 group.open_backward()
             yield

@@ -22,6 +22,8 @@ class Stretch:
     """Regions from ``start`` to ``end``; ``order`` in which stretches begin.
 
     Attributes:
+        entered: a gradient leaves the first call of a module there. FSDP2 closes and reduces others
+            at the end of a backward.
         again: at its start the group is whole from the stretch before it.
         goes_on: at its end it is whole for the next one.
     """
@@ -29,20 +31,21 @@ class Stretch:
     start: int
     end: int
     order: int
+    entered: bool = True
     again: bool = False
     goes_on: bool = False
 
 
 def stretches(
     uses: Mapping[G, Sequence[int]],
-    calls: Sequence[Sequence[ModuleCall]],
+    calls: Sequence[Mapping[ModuleCall, bool]],
     modules: Mapping[str, tuple[G, Hashable]],
 ) -> list[tuple[G, Stretch]]:
     """Of all groups, in the order in which they are gathered.
 
     Args:
         uses: regions that read a group's parameters, in order.
-        calls: what each region is a part of, in the order of the calls.
+        calls: what each region is a part of, in order, and whether what is given wants a gradient.
         modules: by path, the group and the module itself, which may have several paths.
     """
     found = []
@@ -51,8 +54,8 @@ def stretches(
         own = [s for s in of_calls.get(group, []) if any(s.start <= r <= s.end for r in regions)]
         covered = all(any(s.start <= r <= s.end for s in own) for r in regions)
         if len(own) < 2 or not covered:
-            order = own[0].order if own else place
-            own = [Stretch(regions[0], regions[-1], order)]
+            order, entered = (own[0].order, own[0].entered) if own else (place, True)
+            own = [Stretch(regions[0], regions[-1], order, entered)]
         for before, after in zip(own, own[1:], strict=False):
             after.again = before.goes_on = after.start <= before.end
         found += [(group, s) for s in own]
@@ -60,7 +63,7 @@ def stretches(
 
 
 def _of_calls(
-    calls: Sequence[Sequence[ModuleCall]], modules: Mapping[str, tuple[G, Hashable]]
+    calls: Sequence[Mapping[ModuleCall, bool]], modules: Mapping[str, tuple[G, Hashable]]
 ) -> dict[G, list[Stretch]]:
     last = {call: i for i, region in enumerate(calls) for call in region}
     first: dict[ModuleCall, int] = {}
@@ -78,7 +81,8 @@ def _of_calls(
         group, module = modules[call[0]]
         if not missing.get(group):
             missing[group] = set(members[group])
-            found.setdefault(group, []).append(Stretch(start, last[call], order))
+            entered = any(region.get(call) for region in calls)
+            found.setdefault(group, []).append(Stretch(start, last[call], order, entered))
         missing[group].discard(module)
         found[group][-1].end = max(found[group][-1].end, last[call])
     return found

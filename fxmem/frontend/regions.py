@@ -72,9 +72,20 @@ class Region:
         return " .. ".join(dict.fromkeys((*paths[:1], *paths[-1:])))
 
     @property
-    def calls(self) -> list[tuple[str, int]]:
-        """The calls of modules that it is a part of, in order: path, and number."""
-        return list(dict.fromkeys(c for n in self.nodes for c in module_calls(n)))
+    def calls(self) -> dict[tuple[str, int], bool]:
+        """The calls of modules that it is a part of, in order, by path and number; and whether what
+        they are given here wants a gradient.
+        """
+        found: dict[tuple[str, int], bool] = {}
+        for n in self.nodes:
+            given = [
+                x for x in n.all_input_nodes
+                if x not in self.capture.parameters and is_tensor(x) and value_of(x).requires_grad
+            ]  # fmt: skip
+            outside = [module_calls(x) for x in given]
+            for call in module_calls(n):
+                found[call] = found.get(call, False) or any(call not in c for c in outside)
+        return found
 
     @property
     def parameter_mask(self) -> list[bool]:

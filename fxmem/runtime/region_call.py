@@ -21,7 +21,7 @@ class RegionCall:
     outputs: list[pre_.Leaf]
     release: list[pre_.Leaf] = field(default_factory=list)
     modules: str = ""
-    calls: list[tuple[str, int]] = field(default_factory=list)
+    calls: dict[tuple[str, int], bool] = field(default_factory=dict)
     """See :attr:`fxmem.frontend.regions.Region.calls`."""
     shared: dict[int, tuple[pre_.Leaf, bool]] = field(default_factory=dict)
     sole: list[bool] = field(default_factory=list)

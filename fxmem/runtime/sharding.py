@@ -45,11 +45,11 @@ class Sharding(Protocol):
         tensors: Sequence[Sequence[Any]],
         learns: Sequence[bool],
         later: Sequence[Any],
-        calls: Sequence[Sequence[tuple[str, int]]],
+        calls: Sequence[Mapping[tuple[str, int], bool]],
     ) -> Sequence[RegionShards]:
         """For the regions of a capture in order, by the tensors that each takes, and whether a
         backward enters it. ``later``: what is read after the call. ``calls``: of modules that each
-        is a part of, by path and number.
+        is a part of, by path and number, and whether they are given what wants a gradient.
         """  # fmt: skip
 
     def shard(self, parameter: Tensor) -> Tensor:

@@ -129,10 +129,10 @@ def test_predicted_peaks_know_shards(options: dict[str, str], stay: bool) -> Non
 
 
 @pytest.mark.distributed
-@pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_uses_that_its_documentation_offers() -> None:
+@pytest.mark.parametrize("part", range(3))
+def test_uses_that_its_documentation_offers(part: int) -> None:
     """Prefetch by hand, groups of any kind, and calls in any order."""
-    for found in on_ranks(used, list(USES)):
+    for found in on_ranks(used, list(USES)[part::3]):
         for name, (worst, plain, streamed, bodies) in found.items():
             assert worst < 1e-10, name
             more = {"all-reduces": plain.get("all-reduces", 0) + 1}  # that plans are equal, once

@@ -12,7 +12,7 @@ Found = list[tuple[str, int, int, bool, bool]]
 def found(
     uses: dict[str, list[int]], calls: list[list[ModuleCall]], modules: dict[str, tuple[str, str]]
 ) -> Found:
-    got = stretches(uses, calls, modules)
+    got = stretches(uses, [dict.fromkeys(c, True) for c in calls], modules)
     return [(g, s.start, s.end, s.again, s.goes_on) for g, s in got]
 
 
@@ -73,3 +73,9 @@ def test_what_is_read_outside_of_calls_is_whole_from_the_first_to_the_last() -> 
     calls = [[once("a")], [], [again("a")], []]
     assert found({"A": [0, 2, 3]}, calls, LAYERS) == [("A", 0, 3, False, False)]
     assert found({"A": [1, 3]}, [[]] * 4, {}) == [("A", 1, 3, False, False)]
+
+
+def test_a_module_that_is_given_no_gradient_is_reduced_at_the_end() -> None:
+    calls = [{once("a"): False, once("b"): False}, {once("b"): True}]
+    got = stretches({"A": [0], "B": [0, 1]}, calls, LAYERS)
+    assert [(g, s.entered) for g, s in got] == [("A", False), ("B", True)]

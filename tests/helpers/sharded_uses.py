@@ -170,6 +170,18 @@ def several_calls(net: Any, rank: int) -> Any:
     return found
 
 
+def long_and_short(net: Any, rank: int) -> Any:
+    """Calls that stream on one rank, and on the other run as plain: they are small."""
+    found = []
+    for i in range(3):
+        net.zero_grad()
+        loss = net(**(tiny.batch(1, 6) if (rank + i) % 2 else tiny.batch(24, 100)))
+        loss = getattr(loss, "loss", loss)
+        loss.backward()
+        found.append(([loss.item()], state(net)))
+    return found
+
+
 def of_inputs_only(net: Any, rank: int) -> Any:
     """No parameter gets a gradient, and nothing is reduced; then a step."""
     torch.manual_seed(rank)
@@ -322,6 +334,11 @@ USES: dict[str, tuple[Callable[[], Any], Shards, Runs]] = {
     "by hand": (llama(), by_layer, by_hand),
     "open between steps": (llama(), by_layer, open_between_steps),
     "called twice": (llama(), by_layer, called_twice),
+    "long and short": (llama(), by_layer, long_and_short),
+    "long and short, embedding": (llama(), embedding_apart, long_and_short),
+    "long and short, head": (llama(), head_apart, long_and_short),
+    "long and short, tied": (lambda: tiny.model("qwen2").double(), tied_together, long_and_short),
+    "long and short, looped": (Looped, looped_layers, long_and_short),
     "several calls": (llama(), by_layer, several_calls),
     "several calls, head": (llama(), head_apart, several_calls),
     "several calls, tied": (lambda: tiny.model("qwen2").double(), tied_together, several_calls),
@@ -348,7 +365,9 @@ def used(rank: int, names: list[str]) -> dict[str, Any]:
             torch.manual_seed(0)
             net = make()
             shard(net)
-            if streamed:
+            if streamed and run is long_and_short:
+                fxmem.transform(net)
+            elif streamed:
                 stream(net, 9)
             with counted() as collectives:
                 results.append(_of(run(net, rank)))
