@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.multiprocessing as mp
-from data_parallel import hook_runs, inputs, run_rank, run_trainer, writing
+from data_parallel import hook_runs, inputs, outside, run_rank, run_trainer, writing
 from double import everything_in_double, largest_difference
 from ranks import on_ranks
 
@@ -76,3 +76,12 @@ def test_buffers_that_a_forward_writes_and_models_in_parts() -> None:
         for kind, (difference, bodies) in found.items():
             assert difference < 1e-10, kind
             assert bodies > 0, kind
+
+
+@pytest.mark.distributed
+def test_losses_outside_of_what_it_copies() -> None:
+    """Also of tied weights, and where parameters get no gradient."""
+    for found in on_ranks(outside):
+        for name, (difference, bodies) in found.items():
+            assert difference < 1e-10, name
+            assert bodies > 0, name

@@ -176,3 +176,35 @@ def _written(rank: int, kind: str) -> tuple[float, int]:
         results.append({**model.state_dict(), **losses})
         bodies = fxmem.explain(net).executed_bodies if stream else 0
     return largest_difference(results[1], results[0])[0], bodies
+
+
+def outside(rank: int) -> dict[str, tuple[float, int]]:
+    """Losses that are made of what DistributedDataParallel returns, which are copies; of all of it
+    or of some: how far gradients are from plain, and bodies.
+    """
+    losses: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "logits": lambda out, ids: nn.functional.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        ),
+        "states": lambda out, ids: out.hidden_states[1].square().mean(),
+    }
+    found = {}
+    for name in ("llama", "qwen2"):
+        for option in ("find_unused_parameters", "static_graph"):
+            for kind, loss_of in losses.items():
+                results, net = [], None
+                for stream in (False, True):
+                    net = nn.parallel.DistributedDataParallel(
+                        tiny.model(name).double(), **{option: True}
+                    )
+                    if stream:
+                        fxmem.transform(net, fxmem.Plan(stream=fxmem.Stream(chunk=9)))
+                    for i in range(2):
+                        net.zero_grad()
+                        ids = inputs((rank + i) % 2)["input_ids"]
+                        loss_of(net(input_ids=ids, output_hidden_states=True), ids).backward()
+                    results.append({n: p.grad for n, p in net.named_parameters()})
+                plain, got = ({n: g for n, g in r.items() if g is not None} for r in results)
+                bodies = fxmem.explain(net).executed_bodies
+                found[f"{name} {option} {kind}"] = largest_difference(got, plain)[0], bodies
+    return found
