@@ -133,8 +133,9 @@ def test_predicted_peaks_know_shards(options: dict[str, str], stay: bool) -> Non
 def test_uses_that_its_documentation_offers(part: int) -> None:
     """Prefetch by hand, groups of any kind, and calls in any order."""
     for found in on_ranks(used, list(USES)[part::3]):
-        for name, (worst, plain, streamed, bodies) in found.items():
+        for name, (worst, plain, streamed, whole, in_regions, bodies) in found.items():
             assert worst < 1e-10, name
+            assert in_regions <= whole, name
             more = {"all-reduces": plain.get("all-reduces", 0) + 1}  # that plans are equal, once
             assert streamed == {**plain, **more}, name
             assert bodies > 0, name

@@ -15,6 +15,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 import fxmem
 
@@ -97,6 +98,33 @@ def counted() -> Iterator[Counter[str]]:
     finally:
         for name, fn in was.items():
             setattr(dist, name, fn)
+
+
+@contextlib.contextmanager
+def whole_at_once() -> Iterator[list[int]]:
+    """The most elements of parameters that are whole, or on their way, at one time."""
+    there: dict[Any, int] = {}
+    most = [0]
+    names = ("unshard", "wait_for_unshard", "reshard")
+    was = {name: getattr(FSDPParamGroup, name) for name in names}
+
+    def follow(name: str) -> Callable[..., Any]:
+        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+            result = was[name](group, *args, **kwargs)
+            gathered = group.is_unsharded or group._all_gather_result is not None
+            there[group] = sum(p._orig_size.numel() for p in group.fsdp_params) * gathered
+            most[0] = max(most[0], sum(there.values()))
+            return result
+
+        return call
+
+    for name in names:
+        setattr(FSDPParamGroup, name, follow(name))
+    try:
+        yield most
+    finally:
+        for name, fn in was.items():
+            setattr(FSDPParamGroup, name, fn)
 
 
 def whole(value: Tensor | None) -> Tensor | None:

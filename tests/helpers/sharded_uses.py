@@ -17,6 +17,7 @@ from sharded import (
     state,
     steps,
     stream,
+    whole_at_once,
 )
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -356,11 +357,12 @@ def _of(result: Any) -> list[Any]:
 
 
 def used(rank: int, names: list[str]) -> dict[str, Any]:
-    """By use: the largest difference, and what plain and streamed have sent."""
+    """By use: the largest difference; what plain and streamed have sent, and had whole at once;
+    and bodies."""
     found = {}
     for name in names:
         make, shard, run = USES[name]
-        results, sent = [], []
+        results, sent, whole = [], [], []
         for streamed in (False, True):
             torch.manual_seed(0)
             net = make()
@@ -369,9 +371,10 @@ def used(rank: int, names: list[str]) -> dict[str, Any]:
                 fxmem.transform(net)
             elif streamed:
                 stream(net, 9)
-            with counted() as collectives:
+            with counted() as collectives, whole_at_once() as most:
                 results.append(_of(run(net, rank)))
+            whole.append(most[0])
             sent.append(dict(collectives))
         worst = max(difference(a, b) for a, b in zip(*results, strict=True))
-        found[name] = worst, *sent, fxmem.explain(net).executed_bodies
+        found[name] = worst, *sent, *whole, fxmem.explain(net).executed_bodies
     return found
