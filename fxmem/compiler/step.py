@@ -217,11 +217,13 @@ class CompiledGraph:
         latest, kept = self._trained
         return kept if latest == sizes and kept.levels else self.holding.kept(sizes)
 
-    def late_bytes(self, sizes: Mapping[str, int]) -> LateBytes | None:
-        """What becomes of the outputs that are promised, where any is."""
+    def late_bytes(self, sizes: Mapping[str, int], known: int = 0) -> LateBytes | None:
+        """What becomes of the outputs that are promised, where any is; ``known``: the working set
+        of what has been done with them, where that is of interest.
+        """
         if not self._late:
             return None
-        return late_bytes(self.capture, self._late, self.chunker, sizes, self.late_working(sizes))
+        return late_bytes(self.capture, self._late, self.chunker, sizes, known)
 
     def _late_moment(self, sizes: Mapping[str, int]) -> Moment | None:
         found = self.late_bytes(sizes)

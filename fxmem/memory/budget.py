@@ -99,8 +99,7 @@ class Budget:
             )  # fmt: skip
         auto = self.stream.memory == "auto"  # decided once: what is free changes all the time
         room = 0 if auto else self._room() >> 20 << 20
-        late = self.graph.late_bytes(sizes)
-        key = (fresh, room, late and late.working, *sorted(sizes.items()))
+        key = (fresh, room, self.graph.late_working(sizes), *sorted(sizes.items()))
         if key not in self._known:
             room = available(self.device) if auto else room
             self._known[key] = self.choose(sizes, room, fresh)

@@ -6,21 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakKeyDictionary, ref
 
 from fxmem.compiler.step import CompiledGraph
-from fxmem.memory.predict import Step
+from fxmem.memory.predict import predict
 
 
 class LateWorking:
     """Called with the sizes of a call for the largest working set of those of ``recorded`` that
     last read a parameter of ``graph``, without the gradients that they make; 0 where there is none.
 
-    A program's is that of the longest call so far: little of it depends on the length.
+    It is replayed at the sizes of the longest call so far, since those of a program may depend on
+    one another.
     """
 
     def __init__(
         self, graph: CompiledGraph, recorded: Callable[[], Sequence[CompiledGraph]]
     ) -> None:
         self._graph, self._recorded = ref(graph), recorded  # the graph keeps this
-        self._known: WeakKeyDictionary[CompiledGraph, tuple[int, int]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[CompiledGraph, tuple[int, int, int]] = WeakKeyDictionary()
 
     def __call__(self, sizes: Mapping[str, int]) -> int:
         graph = self._graph()
@@ -37,13 +38,17 @@ class LateWorking:
         )
 
     def _of(self, graph: CompiledGraph, tokens: int) -> int:
-        longest, known = self._known.get(graph, (0, 0))
-        if graph.sizes and not graph.selected and tokens > longest:
-            length = graph.sizes.get("T", 1) * tokens // max(1, graph.chunker.tokens(graph.sizes))
-            step = Step(graph, {**graph.sizes, "T": max(1, length)})
-            known = max(0, step.predict().peak_bytes - step.gradient_bytes())
-            self._known[graph] = tokens, known
-        return known
+        if not graph.sizes or graph.selected:
+            return 0
+        longest, known, chunk = self._known.get(graph, (0, 0, 0))
+        if graph.chunker.tokens(graph.sizes) > longest:
+            found = predict(graph, graph.sizes)
+            longest = graph.chunker.tokens(graph.sizes)
+            known = max(0, found.peak_bytes - found.parameter_gradient_bytes)
+            chunk = max((graph.chunk(i) for i in range(len(graph.calls))), default=0)
+            self._known[graph] = longest, known, chunk
+        # a longer call has longer chunks only where the longest so far was shorter than one
+        return round(known * max(1.0, min(tokens, chunk) / max(1, longest)))
 
 
 __all__ = ["LateWorking"]

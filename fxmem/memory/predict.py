@@ -216,7 +216,7 @@ class Step:
 
     def _late(self) -> None:
         """What is done with outputs that the call promised, and the gradients of what it reads."""
-        late = self.graph.late_bytes(self.sizes)
+        late = self.graph.late_bytes(self.sizes, self.graph.late_working(self.sizes))
         if late is None:
             return
         self.ledger.position = len(self.graph.calls)

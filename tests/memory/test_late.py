@@ -114,3 +114,22 @@ def test_a_budget_is_kept(name: str) -> None:
             assert taken <= budget
             kept.append(taken)
     assert len(kept) > 2 and max(kept) > 1.2 * min(kept), kept
+
+
+def test_sizes_of_a_loss_may_depend_on_one_another() -> None:
+    """Answers behind prompts: one is longer where the other is shorter."""
+    budget = 30_000_000
+    net = fxmem.transform(build(), Plan(stream=Stream(chunk=128, loss_chunk=128, memory=budget)))
+    weights = sum(p.nbytes for p in net.parameters())
+    for prompt, answer in ((30, 33), (31, 35), (11, 600), (400, 14)):
+        net.zero_grad()
+
+        def behind(logits: Tensor, ids: Tensor, prompt: int = prompt) -> Tensor:
+            logp = logits[:, prompt - 1 : -1].log_softmax(-1)
+            return -logp.gather(-1, ids[:, prompt:, None]).mean()
+
+        run = step(net, behind, 1, prompt + answer)
+        if prompt == 30:
+            run()  # makes the programs
+        else:
+            assert weights + fxmem.measure.peak_bytes(run) <= budget
