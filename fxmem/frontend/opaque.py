@@ -89,7 +89,7 @@ class Opaque:
         if len({p.kind for p in self.pieces}) < KINDS:
             methods, refused = self._methods(error, again, given)
             for method in methods:
-                if not most and self._is_most(method[0]):
+                if not most and method[1] == "forward" and self._is_most(method[0]):
                     continue
                 before = self.pieces
                 self.pieces = _with(before, self.model, method, reason, refused)
