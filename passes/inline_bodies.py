@@ -70,7 +70,7 @@ def inline_layers(
         for inner in made if traced != layer else ():
             _rename(inner, traced, layer)
         again.update(made if traced != layer else ())
-    if any(writes(n) or is_hook(n) for n in gm.graph.nodes):
+    if views is None:
         _values_of_their_own(gm, again)
     return gm
 

@@ -86,10 +86,12 @@ class Capture:
     changed: set[fx.Node] = field(default_factory=set)
     """Other inputs that are written: all that reads them takes what they held at the start."""
     sizes: list[fx.Node] = field(init=False)  # among the inputs
+    parameter_names: set[str] = field(init=False)
     lengths: list[sympy.Symbol] = field(init=False)
     """``T``, and sizes that stand last in the shape of an input, and before no other."""
 
     def __post_init__(self) -> None:
+        self.parameter_names = {n.name for n in self.parameters}
         self.sizes = [n for n in self.inputs if isinstance(value_of(n), torch.SymInt)]
         last: set[sympy.Symbol] = {T}
         before: set[sympy.Symbol] = set()
@@ -334,15 +336,22 @@ def _computed(main: Sequence[fx.Node], symbol: sympy.Symbol) -> int:
     grows evenly with anything: the patches of an image do not with its width.
     """
     total = 0
-    for n in main:
-        value = value_of(n)
-        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-            shape: Sequence[Any] = value.shape
-            sizes = [s.node.expr for s in shape if isinstance(s, torch.SymInt)]
-            growing = [g for g in map(_grows_with, sizes) if g]
-            if growing and symbol in growing[-1]:
-                total += _compat.hint_bytes(value)
+    for value, count in _floats(main):
+        shape: Sequence[Any] = value.shape
+        sizes = [s.node.expr for s in shape if isinstance(s, torch.SymInt)]
+        growing = [g for g in map(_grows_with, sizes) if g]
+        if growing and symbol in growing[-1]:
+            total += _compat.hint_bytes(value) * count
     return total
+
+
+def _floats(nodes: Sequence[fx.Node]) -> Iterable[tuple[torch.Tensor, int]]:
+    """The values of floating point, and how many nodes have each: equal layers share theirs."""
+    values = [value_of(n) for n in nodes]
+    counts = Counter(map(id, values))
+    for value in {id(v): v for v in values}.values():
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            yield value, counts[id(value)]
 
 
 @lru_cache(maxsize=4096)
@@ -357,15 +366,12 @@ def _grows_with(size: Any) -> frozenset[sympy.Symbol]:
 def _excess(main: Sequence[fx.Node], symbol: sympy.Symbol) -> int:
     """How much longer than ``symbol`` most of what is computed is, by bytes."""
     weights: Counter[int] = Counter()
-    for n in main:
-        value = value_of(n)
-        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-            continue
+    for value, count in _floats(main):
         sizes = [
             s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in value.shape
         ]
         found = [e - symbol for e in sizes if symbol in e.free_symbols]
         if len(found) == 1 and found[0].is_Integer:
             fixed = [int(e) for e in sizes if e.is_Integer]
-            weights[int(found[0])] += math.prod(fixed) * value.dtype.itemsize
+            weights[int(found[0])] += math.prod(fixed) * value.dtype.itemsize * count
     return max(weights, key=lambda k: weights[k], default=0)

@@ -6,6 +6,7 @@ path inside the library, so that a reader sees that it is not theirs to change.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import sysconfig
@@ -127,7 +128,12 @@ def module_calls(node: fx.Node) -> list[tuple[str, int]]:
 
 def path_of(source: Any) -> str | None:
     """What the user calls a module, from Dynamo's name for it, such as ``L['self'].blocks[1]``."""
-    text = re.sub(r"^[LG]\['(self|args|kwargs|fn)'\](\[[^\]]*\]|\.__self__)*", "", str(source))
+    return _path(str(source))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _path(text: str) -> str | None:
+    text = re.sub(r"^[LG]\['(self|args|kwargs|fn)'\](\[[^\]]*\]|\.__self__)*", "", text)
     text = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", text.replace("_modules", ""))
     text = re.sub(r"^[LG]\.", "", text.replace("__self__", ""))
     return ".".join(filter(None, text.split("."))) or None

@@ -18,7 +18,7 @@ import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Region:
     values: list[torch.Tensor]
     cones: list[tuple[fx.Node, Cone | Parts]]
     cone_args: list[list[int]]
+    _key: str = field(default="", init=False, compare=False, repr=False)
 
     @property
     def needs_grad(self) -> list[bool]:
@@ -77,20 +78,25 @@ class Region:
         they are given here wants a gradient.
         """
         found: dict[tuple[str, int], bool] = {}
+        known: dict[fx.Node, list[tuple[str, int]]] = {}
+
+        def of(node: fx.Node) -> list[tuple[str, int]]:
+            return known[node] if node in known else known.setdefault(node, module_calls(node))
+
         for n in self.nodes:
             given = [
                 x for x in n.all_input_nodes
                 if x not in self.capture.parameters and is_tensor(x) and value_of(x).requires_grad
             ]  # fmt: skip
-            outside = [module_calls(x) for x in given]
-            for call in module_calls(n):
+            outside = [of(x) for x in given]
+            for call in of(n):
                 found[call] = found.get(call, False) or any(call not in c for c in outside)
         return found
 
     @property
     def parameter_mask(self) -> list[bool]:
-        named = {("input", p.name) for p in self.capture.parameters}
-        return [leaf in named for leaf in self.leaves]
+        names = self.capture.parameter_names
+        return [kind == "input" and name in names for kind, name, *_ in self.leaves]
 
     def function(
         self, call: Callable[[fx.Node, Any, Any], Any] = call_node
@@ -120,7 +126,8 @@ class Region:
 
     def key(self) -> str:
         """Structural identity: equal keys run the same program on other weights."""
-        return hashlib.sha256(self.described().encode()).hexdigest()
+        self._key = self._key or hashlib.sha256(self.described().encode()).hexdigest()
+        return self._key
 
     def described(self) -> str:
         """What the key stands for. What only this process knows stands behind :data:`HERE`."""

@@ -110,6 +110,7 @@ def _large_states(
     ends: dict[int, list[fx.Node]] = {}
     alive: dict[fx.Node, float] = {}
     out: list[list[State] | None] = []
+    sizes: dict[int, float | None] = {}  # by value: equal layers share theirs
     tuples = -1  # last use of a tuple of tensors: no cut before it
     for p, n in enumerate(main):
         for gone in ends.pop(p, ()):
@@ -123,8 +124,11 @@ def _large_states(
             tuples, last if isinstance(value, (tuple, list)) and not is_size(value) else -1
         )
         tuples = -1 if tuples <= p else tuples
-        sizes = _symbols(capture, n) if last > p else set()
-        if axis in sizes and (axis == T or T not in sizes):
-            alive[n] = _per_token(capture, n)
+        if last > p and id(value) not in sizes:
+            own = _symbols(capture, n)
+            along = axis in own and (axis == T or T not in own)
+            sizes[id(value)] = _per_token(capture, n) if along else None
+        if last > p and (size := sizes[id(value)]) is not None:
+            alive[n] = size
             ends.setdefault(last + 1, []).append(n)
     return out

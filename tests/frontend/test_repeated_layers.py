@@ -23,6 +23,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm, self.up = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
         self.down, self.scale = nn.Linear(2 * WIDTH, WIDTH), 1.0
+        self.act = nn.Tanh()  # nothing below it is an input of the graph
         self.in_place, self.extra = False, None
 
     def forward(self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -30,7 +31,7 @@ class Layer(nn.Module):
         if self.in_place:
             h = h.contiguous()
             h += 1
-        y = x + self.down(torch.tanh(self.up(h))) * self.scale
+        y = x + self.down(self.act(self.up(h))) * self.scale
         return y if self.extra is None else y * self.extra
 
 
@@ -138,6 +139,23 @@ def of_another_class(model: Net) -> None:
     model.layers[2].__class__ = Doubled
 
 
+def another_activation(model: Net) -> None:
+    model.layers[4].act = nn.Sigmoid()
+
+
+def an_activation_of_another_kind(model: Net) -> None:
+    model.layers[4].act.__class__ = nn.Sigmoid
+
+
+def a_method_of_its_own(model: Net) -> None:
+    act = model.layers[1].act
+    act.forward = lambda x: x.sin()
+
+
+def another_epsilon(model: Net) -> None:
+    model.layers[3].norm.eps = 0.5
+
+
 KINDS: dict[Callable[[Net], None], int] = {
     other_number: 2, frozen: 1, hooked: 1, tied: 1, writing: 1, a_tensor_of_its_own: 1,
     half_without_gradients: 3, of_another_class: 1,
@@ -156,8 +174,11 @@ def test_layers_that_differ(change: Callable[[Net], None], seen: list[Sharing]) 
 
 
 @pytest.mark.parametrize(
-    "change", [other_number, frozen, hooked, a_tensor_of_its_own], ids=lambda f: f.__name__
-)
+    "change", [
+        other_number, frozen, hooked, a_tensor_of_its_own, of_another_class, another_activation,
+        an_activation_of_another_kind, a_method_of_its_own, another_epsilon,
+    ], ids=lambda f: f.__name__,
+)  # fmt: skip
 def test_a_layer_that_changes_after_its_capture(change: Callable[[Net], None]) -> None:
     """Guards of layers that were not traced are as good as those of the one that was."""
     plain = net()
