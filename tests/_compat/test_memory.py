@@ -16,7 +16,7 @@ from fxmem._compat.memory import StorageWatch
 
 
 def test_memory_events_see_an_allocation_and_its_free() -> None:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as done:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
         tensor = torch.empty(12345, dtype=torch.uint8)
         del tensor
     sizes = [size for _, size, device in memory_events(done) if device == "cpu"]

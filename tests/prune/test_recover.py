@@ -104,7 +104,7 @@ def test_no_logits_of_the_teacher_are_held_whole() -> None:
     batch = {"input_ids": torch.randint(wide, (1, length))}
     teacher = Teacher(dense, 8)
     teacher.loss(small, batch).backward()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         teacher.loss(small, batch).backward()
     largest = max(size for _, size, _ in memory_events(seen))
     weights = dense.get_input_embeddings().weight.nbytes  # as its gradient is

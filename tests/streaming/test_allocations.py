@@ -76,7 +76,7 @@ def watching(mode: Largest) -> Iterator[None]:
 
 def largest_bytes(net: nn.Module, inputs: dict[str, Tensor]) -> int:
     """Bytes of the largest single allocation of a step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as done:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
         tiny.step(net, inputs)
     return max(size for _, size, device in memory_events(done) if device == "cpu")
 
