@@ -81,6 +81,7 @@ class Group:
 
     def __init__(self, state: Any) -> None:
         self._state = state
+        self._waiting: list[Any] = []
 
     @property
     def _parameters(self) -> Iterator[Any]:
@@ -139,6 +140,26 @@ class Group:
                 for p in group.fsdp_params:
                     p._setattr_on_modules(p.sharded_param)
 
+    def wait(self, let_go: Callable[[], None]) -> None:
+        """Of a group that has stayed: modules have what they would have had it not, so that
+        ``zero_grad`` finds the shards; and who calls one lets go first.
+        """
+
+        def called(*_: Any) -> None:
+            let_go()
+
+        if not self.stays:
+            for p in self._parameters:
+                p._setattr_on_modules(p.sharded_param)
+            self._waiting += [
+                m.register_forward_pre_hook(called, prepend=True) for m in self._state._modules
+            ]
+
+    @property
+    def is_open(self) -> bool:
+        """Its parameters are whole: what reads shards by name, as a ``state_dict``, closes it."""
+        return all(group.is_unsharded for group in self._state._fsdp_param_groups)
+
     def open(self, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Any, Any]:
         """Gather the parameters; the arguments of the call, cast by the policy of precision."""
         given = self._state._pre_forward(self._state._modules[0], args, kwargs or {})
@@ -159,9 +180,13 @@ class Group:
 
     def let_go(self, output: Any = ()) -> Any:
         """Close what has stayed. The backward of ``output``, made since, gathers again."""
+        while self._waiting:
+            self._waiting.pop().remove()
         for group in self._state._fsdp_param_groups:
-            if group._reshard_after_forward:
-                group.reshard()
+            if group.is_unsharded:
+                # as after a forward, so that the backward gathers from the same ranks as others'
+                with group.use_training_state(type(group._training_state).FORWARD):
+                    group.reshard()
         return self._state._cast_output_dtype(self._state._register_pre_backward_hook(output))
 
     def open_backward(self) -> None:

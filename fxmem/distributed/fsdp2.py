@@ -129,6 +129,8 @@ class ShardedModel:
                 group.open()
                 group.close(stay=True)
         self.root.close(stay=self.root in self._later)
+        for group in self._later:
+            group.wait(self.let_go)
 
     @contextlib.contextmanager
     def _traced(self) -> Iterator[None]:
@@ -144,7 +146,7 @@ class ShardedModel:
 
     def reset(self) -> None:
         """After a call that failed."""
-        self._later.clear()
+        self.let_go()
         self.due.clear()
         self.root.reset()
 
@@ -228,6 +230,8 @@ class ShardedModel:
         sends what that of the last region would send.
         """
         groups = dict.fromkeys(self.owners[x] for x in inputs if x in self.owners)
+        if not all(group.is_open for group in self._later):
+            self.let_go()
         stayed = {group for group in groups if group in self._later}
         for group in groups:
             if group not in stayed:

@@ -75,6 +75,23 @@ def test_a_group_stays_whole_until_it_is_let_go(model: nn.Module) -> None:
     assert not first.stays
 
 
+def test_who_calls_a_module_that_waits_lets_go_first(model: nn.Module) -> None:
+    root, first, _ = groups(model)
+    root.open()
+    first.open()
+    (whole, shard), *_ = first.whole()
+    first.close(stay=True)
+    root.close()
+    first.wait(first.let_go)
+    assert model[0].weight is shard and whole.untyped_storage().nbytes() > 0
+    assert first.is_open
+    model(torch.ones(2, 3))
+    assert not first.is_open
+    assert not first._waiting
+    model.state_dict()
+    assert model[0].weight is shard
+
+
 def test_where_a_group_is(model: nn.Module) -> None:
     root, first, _ = groups(model)
     assert root.place is None  # its parameters are those of the layers

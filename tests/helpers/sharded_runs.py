@@ -121,12 +121,6 @@ def policies(rank: int) -> Any:
     return found
 
 
-def hybrid(rank: int) -> Any:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-    nets = both("llama", lambda m: by_layer(m, mesh=mesh))
-    return [steps(net, [inputs(rank), inputs(rank, 1)]) for net in nets]
-
-
 def failing(rank: int) -> Any:
     """All ranks fail in the middle of a forward, then of a backward; the next step is as plain."""
     plain, model = both("llama", by_layer)

@@ -357,24 +357,24 @@ def _of(result: Any) -> list[Any]:
 
 
 def used(rank: int, names: list[str]) -> dict[str, Any]:
-    """By use: the largest difference; what plain and streamed have sent, and had whole at once;
-    and bodies."""
-    found = {}
-    for name in names:
-        make, shard, run = USES[name]
-        results, sent, whole = [], [], []
-        for streamed in (False, True):
-            torch.manual_seed(0)
-            net = make()
-            shard(net)
-            if streamed and run is long_and_short:
-                fxmem.transform(net)
-            elif streamed:
-                stream(net, 9)
-            with counted() as collectives, whole_at_once() as most:
-                results.append(_of(run(net, rank)))
-            whole.append(most[0])
-            sent.append(dict(collectives))
-        worst = max(difference(a, b) for a, b in zip(*results, strict=True))
-        found[name] = worst, *sent, *whole, fxmem.explain(net).executed_bodies
-    return found
+    """By use: what :func:`compared` finds."""
+    return {name: compared(*USES[name], rank) for name in names}
+
+
+def compared(make: Callable[[], Any], shard: Shards, run: Runs, rank: int) -> Any:
+    """The largest difference; what plain and streamed have sent, and had whole at once; bodies."""
+    results, sent, whole = [], [], []
+    for streamed in (False, True):
+        torch.manual_seed(0)
+        net = make()
+        shard(net)
+        if streamed and run is long_and_short:
+            fxmem.transform(net)
+        elif streamed:
+            stream(net, 9)
+        with counted() as collectives, whole_at_once() as most:
+            results.append(_of(run(net, rank)))
+        whole.append(most[0])
+        sent.append(dict(collectives))
+    worst = max(difference(a, b) for a, b in zip(*results, strict=True))
+    return worst, *sent, *whole, fxmem.explain(net).executed_bodies
