@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo import guards as _guards
-from torch._dynamo.source import LocalSource, is_from_source
+from torch._dynamo.source import GlobalStateSource, LocalSource, is_from_source
 from torch._dynamo.variables import (
     ConstantVariable,
     TensorVariable,
@@ -58,6 +58,8 @@ makes the input; whether a module of the model has hooks is compared before ever
 """
 _CONSTANT = ("CONSTANT_MATCH", "EQUALS_MATCH")
 _NO_STACK = StackSummary()
+_NOWHERE = GlobalStateSource()
+"""What a guard of many places belongs to: a layer that reads its place could not be shared."""
 """Of a guard: else Dynamo writes the line of the user's code into each, which takes most of the
 time of making it.
 """
@@ -84,9 +86,9 @@ class Sharing:
         self._functions: dict[Hashable, FunctionType] = {}
         self._alone: set[Hashable] = set()
         self._excess: Counter[Hashable] = Counter()
-        self._checks: dict[int, tuple[Any, _Checks]] = {}
+        self._checks: dict[Any, tuple[Any, _Checks]] = {}
         self._output: Any = None
-        self._held: dict[tuple[str, ...], _Checks] = {}
+        self._held: dict[tuple[Any, tuple[str, ...]], _Checks] = {}
 
     def kind(self, module: torch.nn.Module) -> Hashable | None:
         if self._kinds is None:
@@ -233,9 +235,13 @@ class _Moved(dict[Any, Any]):
 
 def _guarded(tx: Any, layers: Sharing, condition: Any, roots: Any) -> bool:
     """Install for a layer what guards the one that was traced; False where it does not hold."""
-    if id(condition) not in layers._checks:
-        layers._checks[id(condition)] = condition, _Checks(tx.output, list(roots))
-    checks = layers._checks[id(condition)][1]
+    if not roots:  # the traced layer again, at the same places
+        return True
+    # what moved may be the layer, its arguments, or both: other places are read, others compared
+    key = id(condition), tuple(roots)
+    if key not in layers._checks:
+        layers._checks[key] = condition, _Checks(tx.output, list(roots))
+    checks = layers._checks[key][1]
     names = tuple(new.name for new in roots.values())
     places = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}
     at = [eval(name, places) for name in names]
@@ -245,8 +251,8 @@ def _guarded(tx: Any, layers: Sharing, condition: Any, roots: Any) -> bool:
     made = [moved[g.originating_source].make_guard(g.create_fn) for g in checks.others]
     if layers._output is not tx.output:
         layers._output, layers._held = tx.output, {}
-        made.append(next(iter(roots.values())).make_guard(_held_guard(layers._held)))
-    layers._held[names] = checks
+        made.append(_NOWHERE.make_guard(_held_guard(layers._held)))
+    layers._held[key, names] = checks
     for guard in made:
         guard.user_stack = _NO_STACK
     _guards.install_guard(*made)
@@ -305,14 +311,14 @@ class _Checks:
         self.once, self.always = _Comparison(once), _Comparison(always)
 
 
-def _held_guard(held: dict[tuple[str, ...], _Checks]) -> Callable[[Any, Any], None]:
+def _held_guard(held: dict[tuple[Any, tuple[str, ...]], _Checks]) -> Callable[[Any, Any], None]:
     """Makes one guard for all layers that took a graph: a tenth of the time that Dynamo takes to
     make one for everything that it compares.
     """
 
     def layers_alike(builder: Any, _: Any) -> None:
         space = builder.scope["G"]
-        places = ", ".join(f"({', '.join(names)},)" for names in held)
+        places = ", ".join(f"({', '.join(names)},)" for _, names in held)
         roots = eval(compile(f"lambda L, G: ({places},)", __file__, "eval"))
         always = [checks.always for checks in held.values()]
 

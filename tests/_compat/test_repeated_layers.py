@@ -61,6 +61,42 @@ def test_one_trace_stands_for_others_under_guards_of_their_own() -> None:
     assert len(seen) == 2
 
 
+class Again(nn.Module):
+    """Layers in an order in which they may come again, some with another argument."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.layers, self.order = nn.ModuleList(Layer() for _ in range(3)), order
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        for name in self.order:
+            given = y if name.islower() else z
+            x = self.layers["abc".index(name.lower())](given, pair=(x.cos(), x.sin()))
+        return x
+
+
+@pytest.mark.skipif(not _compat.AVAILABLE, reason="PyTorch before 2.13")
+@pytest.mark.parametrize("order", ["aab", "aabb", "aAb", "aAB", "abaB", "aAbBa"])
+def test_layers_that_come_again_are_guarded_like_others(order: str) -> None:
+    torch._dynamo.reset()
+    net = Again(order).requires_grad_(False)
+    layers = _compat.Sharing(lambda: {id(m): "kind" for m in net.layers})
+    seen: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        seen.append(gm)
+        return gm.forward
+
+    call = torch.compile(net._call_impl, backend=backend, fullgraph=True)
+    given = torch.randn(3, 2, 3).unbind()
+    for factor in (2, 3):  # of a layer that was not traced
+        net.layers[1].factor = factor
+        for _ in range(2):
+            with _compat.sharing(layers):
+                assert torch.equal(call(*given), net(*given))
+    assert len(seen) == 2
+
+
 @pytest.mark.skipif(not _compat.AVAILABLE, reason="PyTorch before 2.13")
 def test_outside_of_the_context_nothing_is_shared() -> None:
     seen: list[fx.GraphModule] = []
