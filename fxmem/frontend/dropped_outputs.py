@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmem._compat import graph as _compat
-from fxmem.axes.sizes import Size, evaluate_shape, per_token
+from fxmem.axes.sizes import Size, degree, evaluate_shape, per_token
 from fxmem.errors import DroppedLogitsError
 from fxmem.frontend.capture import Capture, is_tensor, live, value_of
 
@@ -104,7 +104,8 @@ def _widened(capture: Capture, output: fx.Node) -> bool:
 
 
 def drop_outputs(capture: Capture, *, states: bool = False) -> None:
-    """With a scalar loss, streamed activations do not leave the graph.
+    """With a scalar loss, streamed activations do not leave the graph; what does not grow with the
+    length does.
 
     ``states``: those that leave it are wanted, such as what a hook has kept, or the state of an
     encoder; only what is wider than what it is made from, as logits are, stays inside. A cache of
@@ -119,8 +120,9 @@ def drop_outputs(capture: Capture, *, states: bool = False) -> None:
     drop = set()
     for o in nodes:
         learned = o in capture.main_set and value_of(o).requires_grad
-        wide = learned and per_token(capture.shape(o)) > KEEP_PER_TOKEN
-        if wide and not (states and not _widened(capture, o)):
+        shape = capture.shape(o)
+        wide = degree(shape) > 0 and per_token(shape) > KEEP_PER_TOKEN
+        if learned and wide and not (states and not _widened(capture, o)):
             drop.add(o)
     capture.outputs = [
         Dropped(value_of(o)) if isinstance(o, fx.Node) and o in drop else o for o in capture.outputs

@@ -214,8 +214,10 @@ def results(model: Callable[..., Any], program: Program, length: int) -> dict[st
 
 
 def streamed(program: Program, chunk: int, loss_chunk: int) -> Any:
+    """A state that is returned is read: where the batch streams it is wide enough to be dropped."""
     torch.compiler.reset()
-    plan = Plan(stream=Stream(chunk=chunk, loss_chunk=loss_chunk))
+    logits: Any = "keep" if program.case.sides else "drop"
+    plan = Plan(stream=Stream(chunk=chunk, loss_chunk=loss_chunk, logits=logits))
     return torch.compile(program, backend=fxmem.backend(plan), fullgraph=True)
 
 
@@ -270,6 +272,8 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 @example(Case(["linear"], "halves", 2, (9,), 4, 4))
 # a slice whose bounds are no polynomial of the length
 @example(Case(["past_blocks"], "squares", 2, (4, 3), 2, 2))
+# a length that torch fixes: the batch streams, and the state is returned
+@example(Case(["hooked"], "two_ahead", 2, (3, 8), 2, 2, sides=True))
 @settings(max_examples=8, suppress_health_check=QUIET)
 @given(cases())
 @pytest.mark.filterwarnings("ignore::fxmem.FxmemWarning")
