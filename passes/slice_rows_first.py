@@ -33,12 +33,12 @@ class SliceRowsFirst(LocalPass[fx.GraphModule]):
 
     def edits(self, gm: fx.GraphModule) -> Iterator[Edit]:
         for node in list(gm.graph.nodes):
-            chain = _chain(node) if _slices_rows(node) else None
+            chain = _chain(node) if slices_rows(node) else None
             if chain:
                 yield partial(_move, gm, node, chain)
 
 
-def _slices_rows(node: fx.Node) -> bool:
+def slices_rows(node: fx.Node) -> bool:
     """``x[:, a:b]`` and the like: slices of step 1, the last dimension whole."""
     if node.op != "call_function" or node.target is not operator.getitem:
         return False

@@ -36,6 +36,7 @@ from fxmem.passes.piece_borders import PieceBorders
 from fxmem.passes.positional_arguments import PositionalArguments
 from fxmem.passes.scalar_inputs import ScalarInputs, fix_numbers
 from fxmem.passes.select_log_probs import SelectLogProbs, decide_sizes
+from fxmem.passes.select_rows_first import SelectRowsFirst
 from fxmem.passes.share_kv_heads import ShareKvHeads
 from fxmem.passes.slice_rows_first import SliceRowsFirst
 from fxmem.passes.subgraphs import Subgraphs
@@ -54,7 +55,7 @@ from fxmem.streaming.token_mixing import mixes
 GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
     HookBorders(), Subgraphs(), PieceBorders(), PositionalArguments(), ScalarInputs(),
     Functionalize(), DropIdentities(), CausalConvolutions(), FirstRows(), ShareKvHeads(),
-    SliceRowsFirst(), SelectLogProbs(),
+    SliceRowsFirst(), SelectRowsFirst(), SelectLogProbs(),
 )  # fmt: skip
 """Rewrites of the captured graph, in order."""
 LAYER_PASSES: tuple[Pass[fx.GraphModule], ...] = (

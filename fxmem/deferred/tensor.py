@@ -278,6 +278,8 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _answer(func: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(func, "__name__", str(func))
+    if name == "__getitem__" and (rows := _masked(*args)) is not None:
+        return args[0].flatten(0, args[1].dim() - 1).index_select(0, rows)
     handles = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Deferred)]
     own = tree_map(lambda x: _node_of(x) if isinstance(x, Deferred) else x, (args, kwargs))
     nodes = [n for n in tree_leaves(own) if isinstance(n, Node)]
@@ -304,6 +306,15 @@ def _answer(func: Any, args: Any, kwargs: Any) -> Any:
     if any(n.memory.given for n in written):
         raise _aliased(name)
     return _recorded(form, target, given, own[1], result, written, handles)
+
+
+def _masked(tensor: Any, index: Any) -> Tensor | None:
+    """The numbers of the rows that a mask picks: of so many that the result has a size."""
+    mask = isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() > 0
+    if not mask or isinstance(index, Deferred) or not isinstance(tensor, Deferred):
+        return None
+    fits = index.dim() < tensor.dim() and index.shape == tensor.shape[: index.dim()]
+    return index.flatten().nonzero().squeeze(1) if fits else None
 
 
 def _run(func: Any, own: Any, nodes: list[Node], name: str) -> Any:

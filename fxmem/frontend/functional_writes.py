@@ -98,6 +98,15 @@ def selected_log_probs(logits: Tensor, index: Tensor, dtype: torch.dtype) -> Ten
     return logits.log_softmax(-1, dtype).gather(-1, index)
 
 
+def picked_rows(x: Tensor, index: Tensor, wrap: bool) -> Tensor:
+    """``x [rows, d]`` at ``index [n]``; ``wrap``: where it is negative, from the end.
+
+    As a look-up: its gradient is added row by row.
+    """
+    index = torch.where(index < 0, index + x.shape[0], index) if wrap else index
+    return torch.nn.functional.embedding(index, x)
+
+
 def view_name(op: str, target: Any) -> str | None:
     """A name that stands for a view op in :func:`assigned`; None where there is none."""
     if op == "call_method":

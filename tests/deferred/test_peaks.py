@@ -17,8 +17,10 @@ VOCAB, TOKENS = 8192, 1024
 PAIRS = ("dpo", "halves_of_logits", "orpo")
 FEW = ("cross_entropy", "dpo", "grpo", "distillation")
 """One loop, two, logits written to in place, and an input as large as the logits."""
-LIMITS = {"grpo": 1.35}
-"""Of the peak with labels; 1.3 for the others. GRPO takes an entropy besides."""
+LIMITS = {"grpo": 1.35, "divergence_of_answers": 1.6}
+"""Of the peak with labels; 1.3 for the others. GRPO takes an entropy besides, and the divergence
+makes a mixture of two distributions.
+"""
 
 
 def peak(net: nn.Module, loss: Callable[[], Tensor]) -> int:
@@ -51,7 +53,8 @@ def test_peak(name: str, net: nn.Module, given: Callable[[int], int]) -> None:
     count = 2 if name in PAIRS else 1
     data = batch(TOKENS // count, VOCAB, torch.float32, count)
     taken = peak(net, lambda: LOSSES[name](net(input_ids=data["ids"]).logits, data))
-    assert taken <= LIMITS.get(name, 1.3) * given(count)
+    own = data["teacher"].nbytes if name == "divergence_of_answers" else 0  # the loss adds to it
+    assert taken - own <= LIMITS.get(name, 1.3) * given(count)
 
 
 @torch.no_grad()

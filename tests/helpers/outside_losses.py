@@ -79,10 +79,29 @@ def distillation(logits: Tensor, data: Data) -> Tensor:
     return F.kl_div(student, data["teacher"], reduction="batchmean", log_target=True) * 4.0
 
 
+def answers(logits: Tensor, data: Data) -> Tensor:
+    """Cross-entropy of the tokens of a mask alone."""
+    mask = data["labels"][:, 1:] % 3 == 0
+    return F.cross_entropy(logits[:, :-1][mask], data["labels"][:, 1:][mask])
+
+
+def divergence_of_answers(logits: Tensor, data: Data) -> Tensor:
+    """Jensen and Shannon's, with a mixture, of what a mask leaves, as TRL distils."""
+    student, teacher = (logits / 0.9).log_softmax(-1), data["teacher"]
+    half = torch.tensor(0.5, dtype=student.dtype).log()
+    mixture = torch.logsumexp(torch.stack([student + half, teacher + half]), dim=0)
+    both = [F.kl_div(mixture, p, reduction="none", log_target=True) for p in (student, teacher)]
+    mask = data["labels"] % 2 == 0
+    return (0.5 * both[0] + 0.5 * both[1])[mask].sum() / mask.sum()
+
+
 LOSSES: dict[str, Loss] = {
     f.__name__: f
-    for f in (cross_entropy, smoothed, dpo, halves_of_logits, orpo, grpo, distillation)
-}
+    for f in (
+        cross_entropy, smoothed, dpo, halves_of_logits, orpo, grpo, distillation, answers,
+        divergence_of_answers,
+    )
+}  # fmt: skip
 
 
 def batch(
