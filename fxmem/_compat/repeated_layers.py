@@ -57,9 +57,9 @@ makes the input; whether a module of the model has hooks is compared before ever
 `fxmem._compat.hooks.unguarded`.
 """
 _CONSTANT = ("CONSTANT_MATCH", "EQUALS_MATCH")
-_NO_STACK = StackSummary()
 _NOWHERE = GlobalStateSource()
 """What a guard of many places belongs to: a layer that reads its place could not be shared."""
+_NO_STACK = StackSummary()
 """Of a guard: else Dynamo writes the line of the user's code into each, which takes most of the
 time of making it.
 """

@@ -317,13 +317,10 @@ CALLS["rnn"] = Called(
 
 def _recurrences() -> list[Sample]:
     x, w, zeros = f(2, 4, 6), f(6, 3), torch.zeros(1, 2, 3, dtype=torch.float64)
-    both = [True, True]
+    later = (f(2, 4, 3), f(1, 2, 3), [x, w], zeros, "rnn", [True, True])
     return [
         Sample("fxmem.recurrence.default", ([x, w], "rnn")),
-        Sample(
-            "fxmem.recurrence_backward.default",
-            (f(2, 4, 3), f(1, 2, 3), [x, w], zeros, "rnn", both),
-        ),
+        Sample("fxmem.recurrence_backward.default", later),
     ]
 
 
