@@ -97,6 +97,37 @@ def test_layers_that_come_again_are_guarded_like_others(order: str) -> None:
     assert len(seen) == 2
 
 
+class TwoWays(Layer):
+    """A layer that reads another number where it is called in another way."""
+
+    other = 5
+
+    def forward(self, x: torch.Tensor, pair: Any = None) -> torch.Tensor:
+        return self.inner(x) * (self.factor if pair is None else self.other)
+
+
+@pytest.mark.skipif(not _compat.AVAILABLE, reason="PyTorch before 2.13")
+@pytest.mark.parametrize("name", ["factor", "other"])
+def test_a_layer_that_is_called_in_two_ways_is_guarded_in_both(name: str) -> None:
+    torch._dynamo.reset()
+    net = nn.ModuleList(TwoWays() for _ in range(2)).requires_grad_(False)
+    layers = _compat.Sharing(lambda: {id(m): "kind" for m in net})
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for given in ((), (x,)):
+            for layer in net:
+                x = layer(x, *given)
+        return x
+
+    call = torch.compile(run, backend="eager", fullgraph=True)
+    x = torch.randn(2, 3)
+    for value in (2, 3):
+        setattr(net[1], name, value)  # of a layer that was not traced
+        with _compat.sharing(layers):
+            assert torch.equal(call(x), run(x))
+    assert layers.stamped >= 2
+
+
 @pytest.mark.skipif(not _compat.AVAILABLE, reason="PyTorch before 2.13")
 def test_outside_of_the_context_nothing_is_shared() -> None:
     seen: list[fx.GraphModule] = []
