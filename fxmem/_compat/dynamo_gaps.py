@@ -8,6 +8,8 @@
 - Names of torch's classes: ``type(weight).__module__.startswith("torchao.")``.
 - ``torch.utils.checkpoint.checkpoint``: the call itself, without a checkpoint. Regions make again
   what they need, and a graph within the graph may not record hidden states by hooks.
+- What ``torch.compile(module)`` made: the module inside, with the hooks of the outer one, which
+  Dynamo leaves out. Where ``fully_shard`` gave it another class Dynamo has no answer at all.
 - In which function of its file a line stands, for a log that nobody reads: Dynamo takes every file
   that it traces to pieces for it.
 """
@@ -21,14 +23,18 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from torch._dynamo import symbolic_convert
+from torch import nn
+from torch._dynamo import eval_frame, symbolic_convert
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.variables import (
     BuiltinVariable,
     ConstantVariable,
     TensorVariable,
+    builder,
     builtin,
     higher_order_ops,
 )
+from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 
@@ -94,6 +100,31 @@ def _checkpoint(self: Any, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> 
     return args[0].call_function(tx, list(args[1:]), given)
 
 
+def _as_a_module(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return nn.Module.__call__(self, *args, **kwargs)
+
+
+def _wrap_module(self: Any, value: nn.Module) -> Any:
+    if not capturing() or type(value) is not OptimizedModule:
+        return _PLAIN_WRAP_MODULE(self, value)
+    vars(eval_frame)["OptimizedModule"] = None  # so that it is a module like others
+    try:
+        return _PLAIN_WRAP_MODULE(self, value)
+    finally:
+        vars(eval_frame)["OptimizedModule"] = OptimizedModule
+
+
+def _call_module(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    if not capturing() or not isinstance(self.value, OptimizedModule):
+        return _PLAIN_CALL_MODULE(self, tx, args, kwargs)
+    instead = vars(OptimizedModule.__call__)  # one capture at a time runs in a process
+    instead["_torchdynamo_inline"] = _as_a_module
+    try:
+        return _PLAIN_CALL_MODULE(self, tx, args, kwargs)
+    finally:
+        instead.pop("_torchdynamo_inline", None)
+
+
 def _function_name(filename: str, lineno: int) -> str | None:
     logs = (symbolic_convert.trace_source_log, symbolic_convert.trace_call_log)
     if capturing() and not any(log.isEnabledFor(logging.DEBUG) for log in logs):
@@ -126,6 +157,12 @@ elif getter is not None:
 _PLAIN_CHECKPOINT: Any = None
 if (owner := getattr(higher_order_ops, "CheckpointHigherOrderVariable", None)) is not None:
     _PLAIN_CHECKPOINT, owner._call_function = owner._call_function, _checkpoint
+
+_PLAIN_WRAP_MODULE: Any = builder.VariableBuilder.wrap_module
+builder.VariableBuilder.wrap_module = _wrap_module  # type: ignore[method-assign]
+
+_PLAIN_CALL_MODULE: Any = UnspecializedNNModuleVariable.call_function
+UnspecializedNNModuleVariable.call_function = _call_module  # type: ignore[method-assign]
 
 _PLAIN_FUNCTION_NAME: Any = getattr(symbolic_convert, "get_funcname", None)
 if _PLAIN_FUNCTION_NAME is not None:

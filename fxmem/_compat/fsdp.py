@@ -260,17 +260,18 @@ def _cast_output(dtype: torch.dtype | None) -> Callable[..., Any] | None:
 Hooks = tuple[Any, Any, Any]
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks")
+
+
 def hooks_of(module: nn.Module) -> Hooks:
     """Forward pre-hooks, which of them take keywords, and forward hooks."""
-    return (
-        module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks
-    )  # fmt: skip
+    before, keywords, after = (vars(module)[name] for name in _HOOKS)
+    return before, keywords, after
 
 
 def set_hooks(module: nn.Module, hooks: Hooks) -> None:
-    (
-        module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks
-    ) = hooks  # fmt: skip
+    # what torch.compile makes of a module would set attributes of the module inside
+    vars(module).update(zip(_HOOKS, hooks, strict=True))
 
 
 def traced_hooks(module: nn.Module, group: Group) -> Hooks:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import funcname_cache, symbolic_convert
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.checkpoint import checkpoint
 
 from fxmem._compat.dynamo_gaps import answered
@@ -49,12 +51,27 @@ def list_that_a_checkpoint_fills(x: Tensor) -> Tensor:
     return h + states[0]
 
 
+class Shown(OptimizedModule):
+    """As ``fully_shard`` changes the class of what it is given."""
+
+
+COMPILED = torch.compile(nn.Linear(3, 3, bias=False), backend="eager")
+COMPILED._orig_mod.weight = WEIGHT
+COMPILED.__class__ = Shown
+COMPILED.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def layer_of_another_class(x: Tensor) -> Tensor:
+    return COMPILED(x)  # type: ignore[no-any-return]
+
+
 KINDS = (
     embeddings_that_learn,
     identity_that_does_not,
     name_of_a_class,
     noise_with_tensors_as_bounds,
     list_that_a_checkpoint_fills,
+    layer_of_another_class,
 )
 
 
@@ -75,6 +92,23 @@ def test_dynamo_needs_the_answer(fn: Callable[[Tensor], Tensor]) -> None:
     torch._dynamo.reset()
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
         torch.compile(fn, backend="eager", fullgraph=True)(torch.randn(2, 3))
+
+
+def test_hooks_on_what_torch_compile_made_of_a_layer() -> None:
+    """Dynamo itself leaves them out, without a word."""
+    layer = torch.compile(nn.Linear(3, 3), backend="eager")
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+
+    def fn(x: Tensor) -> Tensor:
+        return layer(x)  # type: ignore[no-any-return]
+
+    x = torch.randn(2, 3)
+    want = fn(x)
+    for answers, factor in ((nullcontext(), 2), (answered(), 1)):
+        torch._dynamo.reset()
+        with answers:
+            got = torch.compile(fn, backend="eager", fullgraph=True)(x)
+        assert torch.equal(got * factor, want)
 
 
 @pytest.mark.parametrize("reads", [False, True])

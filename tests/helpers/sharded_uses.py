@@ -98,6 +98,13 @@ def checkpointed(model: Any) -> None:
     by_layer(model)
 
 
+def compiled(model: Any) -> None:
+    layers = model.model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = torch.compile(layer, backend="eager")
+    by_layer(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float64))
+
+
 def cast(model: Any) -> None:
     by_layer(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float64))
 
@@ -327,6 +334,7 @@ USES: dict[str, tuple[Callable[[], Any], Shards, Runs]] = {
     "divided": (llama(), divided, two_steps),
     "knobs": (llama(), knobs, two_steps),
     "checkpointed": (llama(), checkpointed, two_steps),
+    "compiled": (llama(), compiled, two_steps),
     "cast": (llama(), cast, two_steps),
     "cast, outside": (llama(), cast, foreign),
     "cast, dataclass": (InDataclass, result_cast, result_of),
