@@ -33,15 +33,18 @@ def test_two_ranks_equal_one_process() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("names", "lengths", "chunk"),
+    ("count", "names", "lengths", "chunk"),
     [
-        (["qwen2", "gemma3", "mixtral"], [37, 23, 2], 4),
-        (["gpt2", "mistral-5", "qwen3_moe"], [64, 5], 64),
-        (["llama"], [17], 1),
+        (3, ["qwen2", "gemma3", "mixtral"], [37, 23, 2], 4),
+        (3, ["gpt2", "mistral-5", "qwen3_moe"], [64, 5], 64),
+        (3, ["llama"], [17], 1),
+        (4, ["llama"], [37, 11, 3], 4),
     ],
 )
-def test_three_ranks_equal_one_process(names: list[str], lengths: list[int], chunk: int) -> None:
-    for found in on_ranks(models, names, lengths, chunk, count=3):
+def test_more_ranks_equal_one_process(
+    count: int, names: list[str], lengths: list[int], chunk: int
+) -> None:
+    for found in on_ranks(models, names, lengths, chunk, count=count):
         assert max(found.values()) < 1e-10, found
 
 
