@@ -41,6 +41,8 @@ _NAMES: dict[int, tuple[str, ...]] = {
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    # one block a stage: with all 55, rounding of the input grows a million times in plain PyTorch
+    "efficientnet": {"depth_coefficient": 0.25, "width_coefficient": 0.25, "hidden_dim": 320},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
