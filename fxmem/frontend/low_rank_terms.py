@@ -44,7 +44,7 @@ class AdaptedRegion(Region):
         cls, region: Region, values: Sequence[Tensor], positions: Sequence[int]
     ) -> AdaptedRegion:
         """``values``: fake ``up, down`` of each position in order."""
-        given = {f.name: getattr(region, f.name) for f in fields(Region)}
+        given = {f.name: getattr(region, f.name) for f in fields(Region) if f.init}
         given["values"] = [*region.values, *values]
         given["leaves"] = [*region.leaves, *(("adapter", str(i)) for i in range(len(values)))]
         return cls(**given, positions=list(positions))
