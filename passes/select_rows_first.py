@@ -89,6 +89,8 @@ def _picked(node: fx.Node) -> tuple[fx.Node, _Rows] | None:
     while _merges(source) or (slices_rows(source) and len(source.all_input_nodes) == 1):
         steps.insert(0, source)
         source = source.args[0]
+    if any(user is not node and user not in steps for step in steps for user in step.users):
+        return None
     return source, _Rows(index, wrap, value_of(source).dim() - 1, steps)
 
 
@@ -193,11 +195,15 @@ def _move(gm: fx.GraphModule, node: fx.Node, rows: _Rows, cone: list[fx.Node]) -
     """Every call again on the rows, where it stands: autocast may end before ``node``."""
     contexts, _ = contexts_of(gm)
     made: dict[fx.Node, fx.Node] = {}
+    picked: dict[tuple[fx.Node, bool], fx.Node] = {}  # with a gradient, or under no_grad
     for one in cone:
+        own = dict(made)
         for leaf in _operands(one, rows) or ():
-            if leaf not in made:
-                made[leaf] = _pick(leaf, rows, one, contexts[one])
-        args, kwargs = fx.map_arg((one.args, dict(one.kwargs)), lambda a: made.get(a, a))
+            key = leaf, contexts[one].grad
+            if leaf not in made and key not in picked:
+                picked[key] = _pick(leaf, rows, one, contexts[one])
+            own[leaf] = made[leaf] if leaf in made else picked[key]
+        args, kwargs = fx.map_arg((one.args, dict(one.kwargs)), partial(_found, own))
         made[one] = call_before(one, one.target, args, kwargs, like=one, context=contexts[one])
     now = made[cone[-1]]
     for _ in range(rows.lead - 1):
@@ -205,6 +211,10 @@ def _move(gm: fx.GraphModule, node: fx.Node, rows: _Rows, cone: list[fx.Node]) -
     node.replace_all_uses_with(now)
     for one in (node, *reversed(rows.steps), *reversed(cone)):
         gm.graph.erase_node(one)
+
+
+def _found(made: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    return made.get(node, node)
 
 
 def _pick(leaf: fx.Node, rows: _Rows, at: fx.Node, context: Context) -> fx.Node:

@@ -105,6 +105,30 @@ def test_what_others_read_is_made_once() -> None:
     assert not any(n.target is picked_rows for n in gm.graph.nodes)
 
 
+def test_rows_that_others_read_too_stay() -> None:
+    def both(x: Tensor, rows: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        return flat[rows] * flat.mean()
+
+    assert not any(n.target is picked_rows for n in rewritten(Net([], both)).graph.nodes)
+
+
+class Twice(Net):
+    """The head runs without gradients first, of the same states."""
+
+    def forward(self, ids: Tensor, rows: Tensor) -> Tensor:
+        h = self.embed(ids)
+        with torch.no_grad():
+            teacher = self.head(h).softmax(-1)
+        masked = torch.where((ids > 3).unsqueeze(-1), self.head(h).log_softmax(-1), teacher)
+        return (masked * teacher).flatten(0, 1)[rows].sum()
+
+
+def test_rows_are_picked_with_and_without_gradients() -> None:
+    assert any(n.target is picked_rows for n in rewritten(Twice([], None)).graph.nodes)
+    assert_exact(Twice([], None), 7)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.sampled_from(sorted(STEPS | OTHERS)), max_size=3), st.sampled_from(sorted(PICKS)),
@@ -112,9 +136,12 @@ def test_what_others_read_is_made_once() -> None:
 )  # fmt: skip
 def test_exact(steps: list[str], pick: str, count: int) -> None:
     steps = [s for s in steps if s != "random"]
+    assert_exact(Net([(STEPS | OTHERS)[s] for s in steps], PICKS[pick]), count)
+
+
+def assert_exact(net: Net, count: int) -> None:
     with everything_in_double():
-        net = Net([(STEPS | OTHERS)[s] for s in steps], PICKS[pick]).double()
-        found = []
+        net, found = net.double(), []
         torch._dynamo.reset()
         plan = Plan(stream=Stream(chunk=3, loss_chunk=3))
         streamed = torch.compile(net, backend=fxmem.backend(plan), dynamic=True)
