@@ -1,8 +1,8 @@
-"""``python -m fxmem.demo`` is ``fxmem demo``."""
+"""``python -m fxmem`` is ``fxmem``."""
 
 import sys
 
 from fxmem.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["demo", *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))
