@@ -15,7 +15,8 @@ from fxmem._compat import errors as _compat_errors
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
 from fxmem._compat import tracing, varying
-from fxmem._compat.capture_stack import keep_symbolic, sources
+from fxmem._compat.capture_stack import sources
+from fxmem._compat.fixed_sizes import keep_symbolic
 from fxmem.compiler.compile import LAYER_PASSES, compile_graph
 from fxmem.compiler.step import CompiledGraph
 from fxmem.deferred.recorder import Recorder

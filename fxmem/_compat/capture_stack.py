@@ -1,12 +1,11 @@
 """Private names of torch for pieces of a model that run as they are: where Dynamo was when it gave
-up, calls that it takes into its graph without looking inside, and sizes that are not to be fixed.
+up, and calls that it takes into its graph without looking inside.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any
@@ -16,24 +15,16 @@ from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables import LazyVariableTracker, UnspecializedNNModuleVariable
 from torch._guards import TracingContext, detect_fake_mode
-from torch.fx.experimental.sym_node import SymNode
 
 from fxmem._compat.errors import frames
 from fxmem._compat.varying import STAND_IN
 
 __all__ = [
-    "FixedSizeError", "callers", "demanded", "dynamic_sources", "is_held", "is_piece",
-    "is_stand_in",
-    "keep_symbolic", "piece_call", "sources", "stand_in", "written",
+    "callers", "dynamic_sources", "is_held", "is_piece", "is_stand_in", "piece_call", "sources",
+    "stand_in", "written",
 ]  # fmt: skip
 
-_LOCAL = threading.local()
 _PIECE = "_fxmem_piece"
-
-
-class FixedSizeError(Exception):
-    """The captured code needs the value of a size that is to stay symbolic, such as a loop over
-    it."""
 
 
 def callers(error: BaseException) -> list[tuple[Any, CodeType]]:
@@ -150,35 +141,3 @@ def stand_in(
 def is_stand_in(tensor: torch.Tensor) -> bool:
     """It was made by :func:`stand_in`."""
     return hasattr(tensor, STAND_IN)
-
-
-def _guard_int(self: SymNode, file: str, line: int) -> int:
-    if (kept := getattr(_LOCAL, "kept", None)) and not self.expr.is_number:
-        env = self.shape_env
-        hints = {int(env.backed_var_to_val.get(s, 0)) for s in self.expr.free_symbols}
-        if hints & kept:
-            _LOCAL.demanded = True
-            raise FixedSizeError(f"the code needs the value of a size, {self.expr}")
-    return _PLAIN_GUARD_INT(self, file, line)
-
-
-def demanded() -> bool:
-    """Whether the latest capture of this thread has ended with a :class:`FixedSizeError`."""
-    return getattr(_LOCAL, "demanded", False)
-
-
-_PLAIN_GUARD_INT: Any = SymNode.guard_int
-SymNode.guard_int = _guard_int
-
-
-@contextlib.contextmanager
-def keep_symbolic(sizes: set[int]) -> Iterator[None]:
-    """Code captured by this thread meanwhile must not need the value of a size that is one of
-    ``sizes`` now; an empty set takes the demand back.
-    """
-    before = getattr(_LOCAL, "kept", None)
-    _LOCAL.kept, _LOCAL.demanded = sizes, False
-    try:
-        yield
-    finally:
-        _LOCAL.kept = before

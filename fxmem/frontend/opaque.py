@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxmem._compat import capture_stack
+from fxmem._compat import capture_stack, fixed_sizes
 from fxmem._compat import errors as dynamo
 from fxmem.errors import CaptureError, FxmemError, FxmemWarning, PlanError
 from fxmem.frontend import faults
@@ -83,7 +83,7 @@ class Opaque:
         if self.pieces and not self._recorded:
             # a call of another sort, in which pieces are called otherwise than in those before
             return self._record(again, given)
-        if capture_stack.demanded() and self._carried(error, again, given):
+        if fixed_sizes.demanded() and self._carried(error, again, given):
             return True
         reason = self._reason(error)
         if len({p.kind for p in self.pieces}) < KINDS:
@@ -96,7 +96,7 @@ class Opaque:
                 if self._record(again, given):
                     return True
                 self.pieces = before
-        fixed = self._any_length and capture_stack.demanded()
+        fixed = self._any_length and fixed_sizes.demanded()
         self._any_length &= not fixed
         return fixed
 
@@ -154,7 +154,7 @@ class Opaque:
         return [m for m in found if m not in known], True
 
     def _reason(self, error: BaseException) -> str:
-        if capture_stack.demanded():
+        if fixed_sizes.demanded():
             return "its code needs the length as a number, as a loop over it does"
         named = faults.of_call(error, self.model, None) if isinstance(error, Exception) else error
         text = named.what if isinstance(named, FxmemError) else str(named).split("\n")[0]
@@ -182,7 +182,7 @@ class Opaque:
         ``given``: the tensors of the model's call, by name. ``take_back``: what code around the
         pieces has done meanwhile, beside captured code.
         """
-        with capture_stack.keep_symbolic(_lengths(given) if self._any_length else set()):
+        with fixed_sizes.keep_symbolic(_lengths(given) if self._any_length else set()):
             if not self.pieces:
                 with self._stubs():
                     return call()

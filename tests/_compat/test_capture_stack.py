@@ -45,21 +45,6 @@ def test_the_innermost_caller_comes_first_with_its_object() -> None:
     assert list(frames(ValueError())) == []
 
 
-def test_the_value_of_a_size_is_not_given() -> None:
-    def loops(x: Tensor) -> Tensor:
-        return torch.stack([x[i] for i in range(x.shape[0])])
-
-    with capture_stack.keep_symbolic({5}):
-        failure(loops, torch.randn(5))
-        assert capture_stack.demanded()
-        with capture_stack.keep_symbolic(set()):
-            x = torch.randn(5)
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-            assert torch.equal(torch.compile(loops, backend="eager", fullgraph=True)(x), x)
-    x = torch.randn(7)
-    assert torch.equal(torch.compile(loops, backend="eager", fullgraph=True)(x), x)
-
-
 def test_a_call_is_one_node_with_the_sizes_of_its_stand_ins() -> None:
     calls: list[Any] = []
 
