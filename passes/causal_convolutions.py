@@ -1,20 +1,20 @@
 """Causal convolutions: over each token and those before it, as one op that hands a few rows on.
 
 They are written as a convolution that pads both ends, less the rows behind the last token, or as
-one without padding of a value that was padded in front.
+one or several without padding of a value that was padded in front, once for all of them.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from fxmem.axes.sizes import same, size
 from fxmem.frontend.capture import contexts_of, value_of
@@ -33,13 +33,14 @@ class CausalConvolutions(LocalPass[fx.GraphModule]):
             found = _read(node) if node.target is torch.conv1d else None
             if found is None:
                 continue
-            padded = _padded_in_front(found)
+            chain = _chain(found)
+            padded = _padded_in_front(chain)
             if padded is not None:
-                yield partial(_rewrite, gm, [node], found, padded)
+                yield partial(_rewrite, gm, [node], chain, padded)
             elif found.padding == found.reach and node.users:
                 ends = [u for u in node.users if _drops_the_end(u, found)]
                 if len(ends) == len(node.users):
-                    yield partial(_rewrite, gm, ends, found, found.x)
+                    yield partial(_rewrite, gm, ends, [found], found.x)
 
 
 _DEFAULTS = {
@@ -77,14 +78,26 @@ def _read(node: fx.Node) -> _Convolution | None:
     return _Convolution(node, x, weight, bias, padding, dilation, groups, reach)
 
 
-def _padded_in_front(conv: _Convolution) -> fx.Node | None:
-    """What was padded with as many zeros as the kernel reaches back."""
-    pad: Any = conv.x
-    if conv.padding != 0 or getattr(pad.target, "__name__", "") != F.pad.__name__ or pad.kwargs:
+def _chain(conv: _Convolution) -> list[_Convolution]:
+    """Convolutions without padding of one another, up to ``conv``."""
+    chain = [conv]
+    while chain[0].padding == 0 and chain[0].x.target is torch.conv1d:
+        before = _read(chain[0].x)
+        if before is None or before.padding != 0:
+            break
+        chain.insert(0, before)
+    return chain
+
+
+def _padded_in_front(chain: Sequence[_Convolution]) -> fx.Node | None:
+    """What was padded with as many zeros as the kernels reach back together."""
+    pad: Any = chain[0].x
+    unpadded = chain[0].padding == 0 and getattr(pad.target, "__name__", "") == F.pad.__name__
+    if not unpadded or pad.kwargs:
         return None
     rest: tuple[Any, ...] = (None, None, "constant", None)
     source, pads, mode, value = (pad.args + rest[len(pad.args) :])[:4]
-    front = pads[0] == conv.reach and not any(pads[1:])
+    front = pads[0] == sum(c.reach for c in chain) and not any(pads[1:])
     return source if front and mode == "constant" and not value else None
 
 
@@ -102,14 +115,35 @@ def _drops_the_end(user: fx.Node, conv: _Convolution) -> bool:
     return last.start in (None, 0) and same(*(size(r) for r in rows))
 
 
-def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], conv: _Convolution, x: fx.Node) -> None:
-    contexts = contexts_of(gm)[0]
+def _rewrite(
+    gm: fx.GraphModule, nodes: list[fx.Node], chain: Sequence[_Convolution], x: fx.Node
+) -> None:
+    conv = chain[-1]
+    steps = [(c.weight, c.bias, c.dilation, c.groups) for c in chain]
+    context = contexts_of(gm)[0][conv.node]
     for node in nodes:
-        new = call_before(
-            node, causal_convolution, (x, conv.weight, conv.bias, conv.dilation, conv.groups),
-            like=conv.node, context=contexts[conv.node],
-        )  # fmt: skip
+        new = call_before(node, convolved, (x, steps), like=conv.node, context=context)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     if not conv.node.users and conv.node not in nodes:
         gm.graph.erase_node(conv.node)
+
+
+def convolved(x: Tensor, steps: Sequence[tuple[Tensor, Tensor | None, int, int]]) -> Tensor:
+    """Convolutions of ``x`` with enough zeros in front for all; a step is ``(weight, bias,
+    dilation, groups)``.
+
+    Before the first token a convolution makes its bias of zeros, and the next one sees that. As it
+    is linear, it may see zeros instead, and ``x`` less that bias.
+    """
+    edge: Tensor | None = None
+    for weight, bias, dilation, groups in steps:
+        seen = x if edge is None else x - edge[:, None]
+        x = causal_convolution(seen, weight, bias, dilation, groups)
+        if edge is not None:
+            each = weight.sum(2).unflatten(0, (groups, -1)) * edge.view(groups, 1, -1)
+            edge = each.sum(-1).flatten()
+            x = x + edge[:, None].to(x.dtype)
+        if bias is not None:
+            edge = bias if edge is None else edge + bias
+    return x

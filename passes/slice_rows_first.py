@@ -3,7 +3,8 @@
 Objectives drop the last row of the logits after the head has made them. Sliced logits of several
 sequences are not contiguous, so that what follows copies them, a vocabulary wide; a slice of the
 hidden states is small. Rows of a product do not depend on each other, and what stands between
-product and slice (a change of dtype, a temperature, a softcap) works entry by entry.
+product and slice (a change of dtype, a temperature, a softcap) works entry by entry. Where zeros or
+other rows take the place of those that are dropped, it is a shift, which streams as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxmem.frontend.capture import contexts_of, is_size, value_of
+from fxmem.axes.sizes import size
+from fxmem.frontend.capture import contexts_of, is_size, is_tensor, value_of
 from fxmem.rewriting.pipeline import Edit, LocalPass, call_before
 
 _POINTWISE = frozenset((operator.mul, operator.truediv, torch.mul, torch.div, torch.tanh))
@@ -33,7 +35,7 @@ class SliceRowsFirst(LocalPass[fx.GraphModule]):
 
     def edits(self, gm: fx.GraphModule) -> Iterator[Edit]:
         for node in list(gm.graph.nodes):
-            chain = _chain(node) if slices_rows(node) else None
+            chain = _chain(node) if slices_rows(node) and not _is_shift(node) else None
             if chain:
                 yield partial(_move, gm, node, chain)
 
@@ -52,6 +54,16 @@ def slices_rows(node: fx.Node) -> bool:
     reaches_last = len(cut) == value.dim() or (Ellipsis in index and index[-1] is not Ellipsis)
     whole = not reaches_last or cut[-1] == slice(None)
     return whole and all(i.step in (None, 1) for i in cut)
+
+
+def _is_shift(node: fx.Node) -> bool:
+    """Whatever reads the slice is as long as what was sliced."""
+    source: Any = node.args[0]
+    return all(is_tensor(u) and _shape(u) == _shape(source) for u in node.users)
+
+
+def _shape(node: fx.Node) -> list[Any]:
+    return [size(s) for s in value_of(node).shape]
 
 
 def _chain(node: fx.Node) -> list[fx.Node]:

@@ -1,4 +1,4 @@
-"""Shifts whose first rows the model sets itself."""
+"""Shifts whose first rows the model sets itself, of a product as well as of what follows one."""
 
 from __future__ import annotations
 
@@ -17,26 +17,37 @@ D, VOCAB = 6, 11
 
 
 class Net(nn.Module):
-    """Each token is mixed with the one ``rows`` before; the first have learned ones."""
+    """Each token is mixed with the one ``rows`` before; the first have learned ones, or zeros."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, spelling: str = "learned") -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.spelling = rows, spelling
         self.embed, self.mix = nn.Embedding(VOCAB, D), nn.Linear(D, D)
         self.start, self.head = nn.Parameter(torch.randn(1, rows, D)), nn.Linear(2 * D, VOCAB)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = torch.tanh(self.mix(self.embed(ids)))
-        start = self.mix(self.start).expand(len(x), -1, -1)
-        before = torch.cat([start, x[:, : -self.rows]], dim=1)
+        x = self.mix(self.embed(ids))
+        before = x[:, : -self.rows]
+        if self.spelling == "learned after":
+            x = torch.tanh(x)
+            before = x[:, : -self.rows]
+        if self.spelling == "pad":
+            before = F.pad(before, (0, 0, self.rows, 0)) + self.start[0, 0]
+        elif self.spelling == "zeros":
+            before = torch.cat([torch.zeros_like(x[:, : self.rows]), before], 1) * self.start[0, 0]
+        else:
+            before = torch.cat([self.mix(self.start).expand(len(x), -1, -1), before], dim=1)
         scores = self.head(torch.cat([x, before], -1))
         return F.cross_entropy(scores.flatten(0, 1), ids.flatten())
 
 
-@pytest.mark.parametrize(("rows", "chunk"), [(1, 3), (3, 2)])
-def test_learned_first_rows(rows: int, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("spelling", "rows", "chunk"),
+    [("learned after", 3, 2), ("learned", 1, 3), ("pad", 1, 3), ("zeros", 2, 3)],
+)
+def test_shifted_rows(spelling: str, rows: int, chunk: int) -> None:
     torch.manual_seed(0)
-    plain = Net(rows).double()
+    plain = Net(rows, spelling).double()
     net = copy.deepcopy(plain)
     fxmem.transform(net, Plan(stream=Stream(chunk=chunk, loss_chunk=chunk)))
     for n in (7, 12):
