@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxmem.axes.sizes import same, size
 from fxmem.frontend.capture import contexts_of, value_of
 from fxmem.kernels.carried import causal_convolution
+from fxmem.passes.windows import zeros_in_front
 from fxmem.rewriting.pipeline import Edit, LocalPass, call_before
 
 
@@ -91,14 +91,11 @@ def _chain(conv: _Convolution) -> list[_Convolution]:
 
 def _padded_in_front(chain: Sequence[_Convolution]) -> fx.Node | None:
     """What was padded with as many zeros as the kernels reach back together."""
-    pad: Any = chain[0].x
-    unpadded = chain[0].padding == 0 and getattr(pad.target, "__name__", "") == F.pad.__name__
-    if not unpadded or pad.kwargs:
+    if chain[0].padding != 0:
         return None
-    rest: tuple[Any, ...] = (None, None, "constant", None)
-    source, pads, mode, value = (pad.args + rest[len(pad.args) :])[:4]
-    front = pads[0] == sum(c.reach for c in chain) and not any(pads[1:])
-    return source if front and mode == "constant" and not value else None
+    found = zeros_in_front(chain[0].x)
+    rows = sum(c.reach for c in chain)
+    return found[0] if found is not None and found[1:] == (2, rows) else None
 
 
 def _drops_the_end(user: fx.Node, conv: _Convolution) -> bool:

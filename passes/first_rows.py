@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxmem.axes.sizes import size
 from fxmem.frontend.capture import contexts_of, is_tensor, value_of
+from fxmem.passes.windows import made_of_zeros
 from fxmem.rewriting.pipeline import Edit, LocalPass, call_before
 
 LIMIT = 8
@@ -55,7 +56,12 @@ def _read(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
         return None
     dim = int(node.args[1] if len(node.args) > 1 else 0) % out.dim()
     rows, length = size(value_of(first).shape[dim]), size(out.shape[dim])
-    if not rows.is_Integer or not 0 < rows <= LIMIT or not length.free_symbols or _is_zero(first):
+    if (
+        not rows.is_Integer
+        or not 0 < rows <= LIMIT
+        or not length.free_symbols
+        or made_of_zeros(first)
+    ):
         return None
     if rest.target is not operator.getitem or not is_tensor(rest.args[0]):
         return None
@@ -64,11 +70,6 @@ def _read(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
     source = value_of(rest.args[0])
     whole = source.dim() == out.dim() and size(source.shape[dim]) == length
     return (first, rest, dim) if whole and cuts == [slice(None, -int(rows))] else None
-
-
-def _is_zero(node: fx.Node) -> bool:
-    """It is made of zeros, in any spelling."""
-    return "zeros" in str(getattr(node.target, "__name__", node.target))
 
 
 def _rewrite(gm: fx.GraphModule, node: fx.Node, first: fx.Node, rest: fx.Node, dim: int) -> None:

@@ -40,6 +40,7 @@ from fxmem.passes.select_rows_first import SelectRowsFirst
 from fxmem.passes.share_kv_heads import ShareKvHeads
 from fxmem.passes.slice_rows_first import SliceRowsFirst
 from fxmem.passes.subgraphs import Subgraphs
+from fxmem.passes.windows import Windows
 from fxmem.plan.plan import Plan, Stream
 from fxmem.progress import doing
 from fxmem.rewriting.pipeline import Pass, copy_graph, run_passes
@@ -54,8 +55,8 @@ from fxmem.streaming.token_mixing import mixes
 
 GRAPH_PASSES: tuple[Pass[fx.GraphModule], ...] = (
     HookBorders(), Subgraphs(), PieceBorders(), PositionalArguments(), ScalarInputs(),
-    Functionalize(), DropIdentities(), CausalConvolutions(), FirstRows(), ShareKvHeads(),
-    SliceRowsFirst(), SelectRowsFirst(), SelectLogProbs(),
+    Functionalize(), DropIdentities(), CausalConvolutions(), Windows(), FirstRows(),
+    ShareKvHeads(), SliceRowsFirst(), SelectRowsFirst(), SelectLogProbs(),
 )  # fmt: skip
 """Rewrites of the captured graph, in order."""
 LAYER_PASSES: tuple[Pass[fx.GraphModule], ...] = (

@@ -31,7 +31,10 @@ class Net(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = torch.tanh(self.embed(ids)).transpose(1, 2)
-        x = x + self.mixes(F.pad(x, (self.reach, 0)))
+        padded = F.pad(x, (self.reach, 0))
+        if self.reach % 2:
+            padded = torch.cat([x.new_zeros(len(x), D, self.reach), x], -1)
+        x = x + self.mixes(padded)
         return F.cross_entropy(self.head(x.transpose(1, 2)).flatten(0, 1), ids.flatten())
 
 

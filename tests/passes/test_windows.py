@@ -1,0 +1,61 @@
+"""Windows over earlier tokens stream, along any axis and in the spellings that people use."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from double import largest_difference
+from torch import Tensor, nn
+
+import fxmem
+from fxmem import Plan, Stream
+
+D, VOCAB = 6, 11
+
+
+class Net(nn.Module):
+    """A convolution of ``rows`` taps, whose weights each token makes of itself."""
+
+    def __init__(self, rows: int, spelling: str) -> None:
+        super().__init__()
+        self.rows, self.spelling = rows, spelling
+        self.embed, self.taps = nn.Embedding(VOCAB, D), nn.Linear(D, rows)
+        self.mix, self.head = nn.Linear(D, D), nn.Linear(D, VOCAB)
+
+    def windows(self, x: Tensor) -> Tensor:
+        before, length = self.rows - 1, x.shape[1]
+        if self.spelling == "length last":
+            padded = F.pad(x.transpose(1, 2), (before, 0))[..., -(length + before) :]
+            return padded.unfold(-1, self.rows, 1).flip(-1).transpose(1, 2)
+        if self.spelling == "joined":
+            zeros = torch.zeros(len(x), before, D, dtype=x.dtype)
+            return torch.cat([zeros, x], 1).unfold(1, self.rows, 1)
+        return F.pad(x, (0, 0, before, 0)).unfold(dimension=1, size=self.rows, step=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.mix(self.embed(ids))
+        x = x + (self.windows(x) * self.taps(x).softmax(-1).unsqueeze(2)).sum(-1)
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+
+@pytest.mark.parametrize(
+    ("spelling", "rows", "chunk"), [("length last", 4, 3), ("joined", 3, 1), ("padded", 2, 5)]
+)
+def test_windows_over_earlier_tokens(spelling: str, rows: int, chunk: int) -> None:
+    torch.manual_seed(0)
+    plain = Net(rows, spelling).double()
+    net = copy.deepcopy(plain)
+    fxmem.transform(net, Plan(stream=Stream(chunk=chunk, loss_chunk=chunk)))
+    for n in (7, 12):
+        ids = torch.randint(VOCAB, (2, n))
+        found = []
+        for one in (plain, net):
+            one.zero_grad()
+            loss = one(ids)
+            loss.backward()
+            found.append({"loss": loss.detach(), **{k: p.grad for k, p in one.named_parameters()}})
+        assert largest_difference(found[1], found[0])[0] <= 1e-10
+    assert not fxmem.explain(net).barriers
