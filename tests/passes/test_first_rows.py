@@ -33,6 +33,8 @@ class Net(nn.Module):
             before = x[:, : -self.rows]
         if self.spelling == "pad":
             before = F.pad(before, (0, 0, self.rows, 0)) + self.start[0, 0]
+        elif self.spelling == "rolled":
+            before = x.roll(self.rows, 1) + torch.roll(x.tanh(), -1, dims=1) * self.start[0, 0]
         elif self.spelling == "zeros":
             before = torch.cat([torch.zeros_like(x[:, : self.rows]), before], 1) * self.start[0, 0]
         else:
@@ -43,7 +45,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize(
     ("spelling", "rows", "chunk"),
-    [("learned after", 3, 2), ("learned", 1, 3), ("pad", 1, 3), ("zeros", 2, 3)],
+    [("learned after", 3, 2), ("learned", 1, 3), ("pad", 1, 3), ("zeros", 2, 3), ("rolled", 2, 3)],
 )
 def test_shifted_rows(spelling: str, rows: int, chunk: int) -> None:
     torch.manual_seed(0)
