@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import pickle
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from fxmem.frontend.capture import (
     canonical,
     canonical_shape,
     is_border,
+    is_number,
     is_size,
     is_tensor,
     value_of,
@@ -287,7 +288,7 @@ def make(capture: Capture, pre: Preamble, nodes: list[fx.Node]) -> Region:
     outputs = [
         n for n in nodes
         if is_tensor(n)
-        and (n in final or any(u not in inside and u in capture.main_set for u in n.users))
+        and (n in final or any(u not in inside and u in capture.main_set for u in _readers(n)))
     ]  # fmt: skip
     external = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
     ints = _ints(capture)
@@ -318,6 +319,14 @@ def make(capture: Capture, pre: Preamble, nodes: list[fx.Node]) -> Region:
         cones,
         cone_args,
     )
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Users; whoever asks for a number that values decide makes it of the values."""
+    for user in node.users:
+        yield user
+        if is_number(user):
+            yield from _readers(user)
 
 
 def _ints(capture: Capture) -> list[fx.Node]:

@@ -30,8 +30,11 @@ class Either(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    """``deep``: a number is made of what stands behind a piece."""
+
+    def __init__(self, deep: bool) -> None:
         super().__init__()
+        self.deep = deep
         self.embed, self.mlp, self.head = (
             nn.Embedding(VOCAB, D), nn.Linear(D, D), nn.Linear(D, VOCAB),
         )  # fmt: skip
@@ -41,13 +44,15 @@ class Model(nn.Module):
         marked = (ids == 3).any().item()
         x = self.first(self.embed(ids), marked, False)
         x = x + self.mlp(x).tanh()
-        x = self.second(x, marked, (ids == 4).all().item())
+        last = (x.mean(-1) > 9).any() if self.deep else (ids == 4).all()
+        x = self.second(x, marked, last.item())
         return fn.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 
 
+@pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.filterwarnings("ignore::fxmem.FxmemWarning")  # that parts are whole
-def test_a_number_is_made_where_it_is_asked_for() -> None:
-    net = Model().double()
+def test_a_number_is_made_where_it_is_asked_for(deep: bool) -> None:
+    net = Model(deep).double()
     plain = copy.deepcopy(net)
     fxmem.transform(net, Plan(stream=Stream(chunk=5, loss_chunk=4)))
     for length, low in ((13, 0), (17, 4), (14, 0)):
