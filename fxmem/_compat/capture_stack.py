@@ -20,8 +20,8 @@ from fxmem._compat.errors import frames
 from fxmem._compat.varying import STAND_IN
 
 __all__ = [
-    "callers", "dynamic_sources", "is_held", "is_piece", "is_stand_in", "piece_call", "sources",
-    "stand_in", "written",
+    "callers", "dynamic_sources", "is_held", "is_never_entered", "is_piece", "is_stand_in",
+    "piece_call", "sources", "stand_in", "written",
 ]  # fmt: skip
 
 _PIECE = "_fxmem_piece"
@@ -64,6 +64,12 @@ def _first_argument(tx: Any) -> Any:
 
 def _value(variable: Any) -> Any:
     return variable.value if isinstance(variable, UnspecializedNNModuleVariable) else None
+
+
+def is_never_entered(module: torch.nn.Module) -> bool:
+    """Dynamo takes no module of this class, whatever its code."""
+    disabled = getattr(type(module).forward, "_torchdynamo_disable", False)
+    return bool(disabled) or isinstance(module, (torch.nn.RNNBase, torch.jit.ScriptModule))
 
 
 def piece_call(

@@ -150,6 +150,8 @@ class Opaque:
                 Recording(self.model, [], given), called_at(stack[-1]) as modules,
             ):  # fmt: skip
                 again()
+                # others may be called by the same line
+                modules.sort(key=lambda m: not capture_stack.is_never_entered(m))
                 found = [(module, "forward") for module in modules]
         return [m for m in found if m not in known], True
 

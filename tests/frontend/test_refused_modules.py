@@ -1,4 +1,4 @@
-"""Modules of classes that Dynamo does not take at all, called by the model itself."""
+"""Modules of classes that Dynamo does not take at all, called by the model beside others."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ class Net(nn.Module):
         super().__init__()
         self.embed, self.head = nn.Embedding(11, D), nn.Linear(D, 11)
         self.steps = nn.ModuleList(kind(D, D, batch_first=True) for _ in range(1 + many))
-        self.mix = nn.Linear(D, 3 * D)
+        self.mix, self.norm = nn.Linear(D, 3 * D), nn.LayerNorm(D)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
         for step in self.steps:
-            made, _ = step(x)
-            q, k, v = self.mix(made).unsqueeze(1).chunk(3, -1)
+            q, k, v = self.mix(step(self.norm(x))[0]).unsqueeze(1).chunk(3, -1)
             x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
         return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 
