@@ -92,10 +92,10 @@ def table(rows: Iterable[Row]) -> str:
         f"(`python -m benchmarks.coverage`): one step at two lengths, one batch padded on the "
         f"left, in float64, with chunks of {CHUNK} tokens. *Exact*: loss and every gradient within "
         f"{TOLERANCE:g} of plain PyTorch. *Whole*: operators that do not stream, and modules that "
-        "run as they are. *Exact, to torch.compile*: the model's code asks whether it is compiled, "
-        "and plain PyTorch has another loss than its `torch.compile`. *Bytes*: the peak of a step "
-        "of 128 tokens against checkpointing every "
-        "layer; at this size weights and chunks weigh more than in a real model. Types that are "
+        "run as they are, in newer rows with the line that is the reason. *Exact, to "
+        "torch.compile*: the model's code asks whether it is compiled, and plain PyTorch has "
+        "another loss than its `torch.compile`. *Bytes*: the peak of a step of 128 tokens against "
+        "checkpointing every layer; at this size weights and chunks weigh more than in a real model. Types that are "
         "not here have not been run.\n",
     ]
     for kind in KINDS:
@@ -122,15 +122,18 @@ def _lines(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> str:
-    whole = [*(f"`{op}`" for op in row.get("barriers", ())), *_pieces(row.get("pieces", 0))]
+    whole = [*(f"`{op}`" for op in row.get("barriers", ())), *_pieces(row)]
     ratio = f"{row['streamed'] / row['checkpointed']:.2f}" if "streamed" in row else ""
     reason = row.get("reason", "").replace("|", "\\|").replace("<", "&lt;")
     result = f"{row['status']}: {reason}" if reason else row["status"]
     return f"| {row['type']} | {result} | {', '.join(whole)} | {ratio} |"
 
 
-def _pieces(count: int) -> list[str]:
-    return [f"{count} module{'s' * (count > 1)}"] if count else []
+def _pieces(row: Row) -> list[str]:
+    """How many modules run as they are, and why."""
+    count = row.get("pieces", 0)
+    why = "; ".join(f"`{r}`".replace("|", "\\|") for r in row.get("reasons", ()))
+    return [f"{count} module{'s' * (count > 1)}{f' ({why})' * bool(why)}"] if count else []
 
 
 if __name__ == "__main__":

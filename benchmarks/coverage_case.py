@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import resource
 import sys
 import warnings
@@ -126,6 +127,7 @@ def cases(kind: str, name: str) -> Iterator[dict[str, Any]]:
             "difference": worst,
             "bodies": report.executed_bodies, "pieces": len(report.pieces),
             "barriers": sorted({b.op for b in report.barriers}),
+            "reasons": sorted({_cause(p.reason) for p in report.pieces}),
         }  # fmt: skip
         yield found
         yield {**found, **_bytes(net, checkpointed, make(LONG // 2, False))}
@@ -179,6 +181,12 @@ def _bytes(net: nn.Module, plain: Any, inputs: Batch) -> dict[str, Any]:
     except Exception as error:
         return {"unmeasured": _line(error)}
     return found
+
+
+def _cause(reason: str) -> str:
+    """The line of code for which a piece runs as it is, or the reason itself."""
+    code = re.search(r'File "[^"]*", line \d+, in \S+ +(.*)', reason.split("\n")[0])
+    return code[1] if code else reason
 
 
 def _line(error: Exception) -> str:
