@@ -95,8 +95,8 @@ def table(rows: Iterable[Row]) -> str:
         "run as they are, in newer rows with the line that is the reason. *Exact, to "
         "torch.compile*: the model's code asks whether it is compiled, and plain PyTorch has "
         "another loss than its `torch.compile`. *Bytes*: the peak of a step of 128 tokens against "
-        "checkpointing every layer; at this size weights and chunks weigh more than in a real model. Types that are "
-        "not here have not been run.\n",
+        "checkpointing every layer; at this size weights and chunks weigh more than in a real "
+        "model. Types that are not here have not been run.\n",
     ]
     for kind in KINDS:
         own = [r for r in found if r["kind"] == kind]

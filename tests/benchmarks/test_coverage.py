@@ -17,16 +17,18 @@ EXACT: dict[str, Any] = {
     "streamed": 50, "checkpointed": 100,
 }  # fmt: skip
 WHOLE = {**EXACT, "type": "odd", "barriers": ["aten.sort.default"], "pieces": 2}
+LOOP = {**WHOLE, "type": "loop", "barriers": [], "reasons": ["for a in b | c:"]}
 STOPPED = {"kind": "image", "type": "vit", "status": "stopped", "reason": "CaptureError: a | b"}
 BROKEN = {**STOPPED, "status": "does not train in plain PyTorch"}
 
 
 def test_the_page() -> None:
-    page = coverage.table([BROKEN, STOPPED, WHOLE, EXACT])
+    page = coverage.table([BROKEN, STOPPED, WHOLE, LOOP, EXACT])
     assert page.index("## Causal") < page.index("## Image")
-    assert f"2 of {len(types('causal'))} types: 2 exact. Exact with nothing whole: 1 of 2." in page
+    assert f"3 of {len(types('causal'))} types: 3 exact. Exact with nothing whole: 1 of 3." in page
     assert "| llama | exact |  | 0.50 |" in page
     assert "| odd | exact | `aten.sort.default`, 2 modules | 0.50 |" in page
+    assert "| loop | exact | 2 modules (`for a in b \\| c:`) | 0.50 |" in page
     assert "| vit | stopped: CaptureError: a \\| b |  |  |" in page
 
 
