@@ -112,17 +112,19 @@ def without_asking(module: torch.nn.Module, but: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_hooks_uncaptured(model: torch.nn.Module) -> Iterator[None]:
-    """Hooks on the output of ``model`` itself run as they are: what they see has left the capture,
-    and may be a tensor that Dynamo knows nothing of.
+    """Hooks before and after the forward of ``model`` itself run as they are: what they see is not
+    in the capture yet, or has left it, and may be a tensor that Dynamo knows nothing of.
     """
-    hooks: dict[int, Any] = model._forward_hooks
-    held = dict(hooks)
-    apart = {k: torch.compiler.disable(h) for k, h in held.items()}
-    hooks.update(apart)
+    both: tuple[dict[int, Any], ...] = model._forward_pre_hooks, model._forward_hooks
+    held = [dict(hooks) for hooks in both]
+    apart = [{k: torch.compiler.disable(h) for k, h in hooks.items()} for hooks in both]
+    for hooks, own in zip(both, apart, strict=True):
+        hooks.update(own)
     try:
         yield
     finally:  # one may have removed or added some
-        hooks.update((k, held[k]) for k, h in apart.items() if hooks.get(k) is h)
+        for hooks, own, old in zip(both, apart, held, strict=True):
+            hooks.update((k, old[k]) for k, h in own.items() if hooks.get(k) is h)
 
 
 _hooks_lock = threading.Lock()

@@ -73,11 +73,18 @@ def test_own_hooks_run_uncaptured() -> None:
 
     def later(*_: Any) -> None: ...
 
+    def before(*_: Any) -> None:
+        torch._dynamo.graph_break()
+        early.remove()
+        model.register_forward_pre_hook(later)
+
+    early = model.register_forward_pre_hook(before)
     first = model.register_forward_hook(hook)
     call = torch.compile(model._call_impl, backend="eager", fullgraph=True)
     with _compat_hooks.own_hooks_uncaptured(model):
         call(torch.ones(1, 2))
     assert list(model._forward_hooks.values()) == [later]
+    assert list(model._forward_pre_hooks.values()) == [later]
 
 
 def test_gradient_hooks_are_nodes() -> None:
@@ -157,11 +164,6 @@ def test_old_hooks_are_known() -> None:
 def test_what_dynamo_skips_is_a_known_option() -> None:
     with _compat.capture_config():
         assert not torch._dynamo.config.skip_nnmodule_hook_guards
-
-
-def test_no_ddp_module_runs() -> None:
-    # one that runs is in test_blocks_processes
-    assert not _compat.inside_ddp()
 
 
 def test_reads_of_requires_grad_are_seen() -> None:
