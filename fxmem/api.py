@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxmem._compat import ddp, recorded_outputs
 from fxmem._compat import graph as _compat
 from fxmem._compat import hooks as _compat_hooks
-from fxmem._compat import recorded_outputs
 from fxmem._compat.dynamo_gaps import answered
 from fxmem._compat.other_compilers import by_itself
 from fxmem._compat.repeated_layers import Sharing, sharing
@@ -30,6 +30,7 @@ from fxmem.compiler.training_step import check_called
 from fxmem.deferred.tensor import settle, with_values
 from fxmem.distributed import fsdp2
 from fxmem.distributed.sequence import Group, digest
+from fxmem.distributed.whole import unwrapped
 from fxmem.dynamo_backend import Backend, backend, fxmem_backend, recorder_of
 from fxmem.errors import (
     FxmemError,
@@ -56,10 +57,6 @@ from fxmem.roles.roles import Adapter, ReadOnly, RoleSource, RoleTable
 from fxmem.roles.terms import Uncaptured, leave
 from fxmem.runtime import sharding
 
-NO_DDP = (
-    "give the model itself, one process each, and Blocks(average=True); or shard it by "
-    "fully_shard, which transformers' Trainer does with TrainingArguments(fsdp=True)"
-)
 _BY_FUNCTION = "a transform of torch.func, or forward-mode differentiation"
 RECAPTURES = 64
 """Captures per model (train and eval, with and without a mask, autocast states) before an error."""
@@ -90,13 +87,14 @@ def transform(model: nn.Module, plan: Plan | None = None, *, mesh: Any = None) -
         if plan.stream is None and plan.blocks is None:
             return model
     group = _group(plan, mesh)
-    if isinstance(model, nn.parallel.DistributedDataParallel) and plan.blocks is None:
-        transform(model.module, plan, mesh=mesh)
+    if unwrapped(model) is not model:
+        transform(unwrapped(model), plan, mesh=mesh)
         return model
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    if isinstance(model, nn.DataParallel):
         raise PlanError(
-            f"the model is wrapped by {type(model).__name__}, which averages gradients",
-            advice="transform the model itself, then wrap it" if plan.blocks is None else NO_DDP,
+            "the model is wrapped by DataParallel, which copies it at every call",
+            advice="transform the model itself, and run one process for each device: wrap it by "
+            "DistributedDataParallel",
         )
     check_called(model)
     leave(model)
@@ -107,8 +105,9 @@ def transform(model: nn.Module, plan: Plan | None = None, *, mesh: Any = None) -
     if state is not None:
         attach(model, state)
         use_roles(
-            model, state.table, state.follow, state.adapters_of_all if state.adapters else None
-        )
+            model, state.table, state.follow, state.adapters_of_all if state.adapters else None,
+            state.inside,
+        )  # fmt: skip
     return model
 
 
@@ -160,11 +159,7 @@ def install(model: nn.Module, plan: Plan, kind: type[Backend] = Backend) -> Back
             kwargs = without_cache(model, kwargs, args)
         if engine.roles is not None:
             engine.roles.armed = model.training
-            if _compat.inside_ddp():
-                raise RoleError(
-                    "DistributedDataParallel averages gradients after blocks have used them",
-                    advice=NO_DDP,
-                )
+            engine.roles.inside(ddp.active())
         if engine.sharded is None:
             engine.sharded = fsdp2.of(model)
         shards = engine.sharded
@@ -311,6 +306,7 @@ def merge_low_rank(model: nn.Module) -> int:
     Raises:
         NotTransformedError: the model has no block state.
     """
+    model = unwrapped(model)
     return adapters.merge(model, state_of(model).adapters)
 
 
@@ -319,10 +315,12 @@ def use_roles(
     table: Callable[[], RoleTable | None],
     follow: Callable[[], None] = lambda: None,
     adapters: Callable[[], Mapping[nn.Parameter, Adapter]] | None = None,
+    inside: Callable[[Any], None] | None = None,
 ) -> None:
     """Let the training steps of a transformed model follow a role table, read at every forward.
     ``follow`` is told before a call of a model whose parameters are shards. ``adapters``: of all
-    weights that have one, read at every call without gradients.
+    weights that have one, read at every call without gradients. ``inside`` is told before a call in
+    which DistributedDataParallel it is, or None; without it the model is refused in one.
 
     Call it before the first step: what is captured without roles stays without.
 
@@ -344,13 +342,24 @@ def use_roles(
         this = weakref.ref(model)
         engine.uncaptured = Uncaptured(lambda: _as_read(this(), follow, adapters))
         engine.uncaptured.reach(model, adapters())
-    old, engine.roles = engine.roles, RoleSource(table, model.training, follow, reading=reading)
+    old, engine.roles = (
+        engine.roles,
+        RoleSource(table, model.training, follow, inside or _not_inside, reading=reading),
+    )
     engine.flags.truth = True
     recorded = engine.recorder.programs.values() if engine.recorder else ()
     for one in (engine, *(p.backend for p in recorded if p.backend.roles)):
         one.roles = engine.roles if one is engine or one.roles is old else reading
         for graph in one.graphs:
             graph.roles = one.roles
+
+
+def _not_inside(wrapper: Any) -> None:
+    if wrapper is not None:
+        raise RoleError(
+            "DistributedDataParallel averages gradients after roles have used them",
+            advice="give the model itself, one process each, and average in the table's update",
+        )
 
 
 def _as_read(
@@ -368,14 +377,6 @@ def _as_read(
 def is_transformed(model: nn.Module) -> bool:
     """Whether :func:`transform` was applied to the module itself and not undone."""
     return model in _TRANSFORMED
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that :func:`transform` changes."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        inside: nn.Module = model.module
-        return inside
-    return model
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ __all__ = [
     "after_backward", "ambient_autocast", "assume", "backward_id", "call_impl", "compile_times",
     "compiled_call",
     "enable_python_dispatcher", "fake_mode_of", "fixed_sizes", "hint_bytes", "is_fixed",
-    "inlined_operands", "input_name", "inside_ddp", "is_control_node", "is_custom_function",
+    "inlined_operands", "input_name", "is_control_node", "is_custom_function",
     "is_forward_mode", "is_mutable", "is_random", "is_transformed", "is_view",
     "may_alias", "named_arguments",
     "no_autocast", "origin", "runs_in_this_pass",
@@ -357,8 +357,3 @@ def after_backward(call: Callable[[], None]) -> None:
 def runs_in_this_pass(node: Any) -> bool:
     """Whether the autograd pass that runs now has run a node's backward or will do so."""
     return torch._C._will_engine_execute_node(node)
-
-
-def inside_ddp() -> bool:
-    """Whether a DistributedDataParallel module is running its forward."""
-    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None

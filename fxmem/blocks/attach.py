@@ -22,6 +22,11 @@ def detach(model: nn.Module) -> None:
     _STATES.pop(model, None)
 
 
+def has_state(model: nn.Module) -> bool:
+    """Whether a state is attached to `model`."""
+    return model in _STATES
+
+
 def state_of(model: nn.Module) -> Any:
     """The state attached to `model`.
 

@@ -18,12 +18,17 @@ from fxmem.blocks.policies import mean_over_processes, world_size
 
 
 class Averager:
-    """Gradients of one backward; ``apply(parameter, mean)`` is called in the common order."""
+    """Gradients of one backward; ``apply(parameter, mean)`` is called in the common order.
+    ``group``: the processes; None stands for all.
+    """
 
     def __init__(
-        self, names: Mapping[nn.Parameter, str], apply: Callable[[nn.Parameter, Tensor], None]
+        self,
+        names: Mapping[nn.Parameter, str],
+        apply: Callable[[nn.Parameter, Tensor], None],
+        group: dist.ProcessGroup | None,
     ) -> None:
-        self._names, self._apply = names, apply
+        self._names, self._apply, self._group = names, apply, group
         self._order: list[str] | None = None
         self._left: list[nn.Parameter] = []
         self._others: list[nn.Parameter] = []
@@ -34,7 +39,7 @@ class Averager:
         """A backward begins that updates these parameters; their positions in the graph."""
         if self._order is None:
             used = sorted(first_use, key=lambda p: first_use[p])
-            self._order = _of_first_rank([self._names[p] for p in used])
+            self._order = _of_first_rank([self._names[p] for p in used], self._group)
         members = {self._names[p]: p for p in updated}
         self._left = [members.pop(n) for n in self._order if n in members]
         # what the first rank does not use is reduced where some rank has it
@@ -57,8 +62,8 @@ class Averager:
         if self._others:
             found = torch.tensor([p in self._ready for p in self._others], dtype=torch.int32)
             found = found.to(self._others[0].device)
-            if world_size() > 1:
-                dist.all_reduce(found)
+            if world_size(self._group) > 1:
+                dist.all_reduce(found, group=self._group)
             for p, count in zip(self._others, found.tolist(), strict=True):
                 if count:
                     self._reduce(p)
@@ -73,15 +78,15 @@ class Averager:
         grad = self._ready.pop(parameter, None)
         wide = torch.promote_types(parameter.dtype, torch.float32)
         own = torch.zeros_like(parameter, dtype=wide) if grad is None else grad.to(wide)
-        self._apply(parameter, mean_over_processes(own.contiguous()))
+        self._apply(parameter, mean_over_processes(own.contiguous(), self._group))
 
 
-def _of_first_rank(names: list[str]) -> list[str]:
-    if world_size() == 1:
+def _of_first_rank(names: list[str], group: dist.ProcessGroup | None) -> list[str]:
+    if world_size(group) == 1:
         return names
-    box: list[list[str] | None] = [names if dist.get_rank() == 0 else None]
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else None
-    dist.broadcast_object_list(box, src=0, device=device)
+    box: list[list[str] | None] = [names if dist.get_rank(group) == 0 else None]
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else None
+    dist.broadcast_object_list(box, group=group, group_src=0, device=device)
     assert box[0] is not None
     return box[0]
 

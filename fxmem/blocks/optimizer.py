@@ -16,6 +16,7 @@ from fxmem.blocks.attach import state_of
 from fxmem.blocks.policies import average_gradients
 from fxmem.blocks.shards import cut, is_shard, local, mean_of_ranks, total_norm
 from fxmem.blocks.state import BlockState
+from fxmem.distributed.whole import unwrapped
 from fxmem.errors import BlockStateError
 from fxmem.kernels.registry import find
 from fxmem.plan.blocks import SGD, LowRank, SignSGD
@@ -33,7 +34,8 @@ class BlockAdamW(torch.optim.Optimizer):
     the first group over ``lr`` scales the updates of inactive weights.
 
     Args:
-        model: a model from ``fxmem.transform`` with ``Plan(blocks=...)``.
+        model: a model from ``fxmem.transform`` with ``Plan(blocks=...)``, wrapped by
+            DistributedDataParallel or not.
         lr: learning rate of the active block.
         betas: as in torch.optim.AdamW.
         eps: as in torch.optim.AdamW.
@@ -57,6 +59,7 @@ class BlockAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         max_grad_norm: float | None = None,
     ) -> None:
+        model = unwrapped(model)
         self.blocks: BlockState = state_of(model)
         self.blocks.optimizer = lambda: None
         self.blocks.follow()
@@ -176,7 +179,7 @@ class BlockAdamW(torch.optim.Optimizer):
             if group["name"] in ("up", "down") or self._names[p] in active
         ]
         if blocks.averages:
-            average_gradients([p for p, _ in pairs])
+            blocks.average()
         elif blocks.sharded is not None:  # low-rank terms, of which no engine knows
             beside = partial(mean_of_ranks, beside=blocks.sharded)
             average_gradients([p for p, _ in pairs if not is_shard(p)], beside)

@@ -13,9 +13,9 @@ from fxmem.blocks.shards import local, sum_of_parts
 from fxmem.errors import BlockStateError
 
 
-def world_size() -> int:
-    """Processes of the default group; 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Processes of the group, at first of all; 1 where there is none."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def check_world(average: bool) -> None:
@@ -26,16 +26,16 @@ def check_world(average: bool) -> None:
     """
     if world_size() > 1 and not average:
         raise BlockStateError(
-            "several processes train, but updates inside the backward are not averaged; "
-            "DistributedDataParallel comes too late for them",
-            advice="use fully_shard, or set Blocks(average=True) and do not wrap the model",
+            "several processes train, but updates inside the backward are not averaged",
+            advice="wrap the model by DistributedDataParallel, shard it by fully_shard, or set "
+            "Blocks(average=True)",
         )
 
 
-def mean_over_processes(grad: Tensor) -> Tensor:
-    """The mean over the default group, in place where there is one."""
-    if (count := world_size()) > 1:
-        dist.all_reduce(grad)
+def mean_over_processes(grad: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The mean over the group, in place where there is one."""
+    if (count := world_size(group)) > 1:
+        dist.all_reduce(grad, group=group)
         grad /= count
     return grad
 

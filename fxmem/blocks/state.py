@@ -22,11 +22,10 @@ from fxmem.blocks.policies import (
     check_precision,
     check_world,
     is_last_micro_batch,
-    world_size,
 )
+from fxmem.blocks.ranks import Ranks
 from fxmem.blocks.rounding import key
 from fxmem.blocks.shards import first_element, is_shard, local
-from fxmem.distributed.agreement import agree
 from fxmem.distributed.sequence import digest
 from fxmem.errors import BlockStateError, PlanError
 from fxmem.plan.blocks import SGD, Blocks, LowRank, SignSGD
@@ -74,7 +73,7 @@ class BlockState(RoleTable):
         self._kept: dict[nn.Parameter, Tensor] = {}
         self._backwards, self._backward, self._held = 0, -1, False
         self._cache: dict[nn.Parameter, Role] = {}
-        self._agreed = False
+        self.ranks = Ranks()
         self.adapters: dict[str, Adapter] = {}
         self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         if isinstance(plan.inactive, LowRank):
@@ -88,8 +87,8 @@ class BlockState(RoleTable):
         """Know the model's parameters by these objects."""
         self.names = {p: n for n, p in parameters.items()}
         self.sharded = next((p for p in self.names if is_shard(p)), None)
-        self.averages = self.plan.average and self.sharded is None
-        self._averager = Averager(self.names, self._move)
+        self.averages = self.sharded is None and (self.plan.average or self.ranks.wrapped)
+        self._averager = Averager(self.names, self._move, self.ranks.group)
         self._order = {p: i for i, p in enumerate(self.names)}
         self._adapters = {parameters[n]: a for n, a in self.adapters.items()}
         self._cache.clear()
@@ -120,6 +119,21 @@ class BlockState(RoleTable):
             return
         self._name(now)
 
+    def inside(self, wrapper: Any) -> None:
+        """A forward begins, in this DistributedDataParallel or in none.
+
+        Raises:
+            RoleError: it does what blocks cannot do in its place.
+        """
+        if (model := self._model()) is not None and self.ranks.enter(wrapper, model):
+            self._name(dict(model.named_parameters()))
+
+    def average(self) -> None:
+        """What AdamW is going to take becomes the mean over all ranks, once."""
+        active, terms = self.active, self.adapters.values()
+        taken = [p for p, n in self.names.items() if n in active]
+        self.ranks.average(taken + [t for a in terms for t in (a.up, a.down)])
+
     def table(self) -> BlockState:
         """Begin a forward; the table that it follows.
 
@@ -131,15 +145,14 @@ class BlockState(RoleTable):
         model = self._model()
         if model is None or not model.training:
             return self
-        check_world(self.plan.average or self.sharded is not None)
-        if self.averages and not self._agreed and world_size() > 1:
+        check_world(self.averages or self.sharded is not None)
+        if self.averages:
             learn = [n for p, n in self.names.items() if p.requires_grad]
             facts = {
                 "plans": digest(self.plan), "parameters that learn": digest(learn),
                 "numbers of steps": self.step,
             }  # fmt: skip
-            agree(facts, [None], next(iter(self.names)).device)
-            self._agreed = True
+            self.ranks.agree(facts, next(iter(self.names)).device)
         if isinstance(self.plan.inactive, (SGD, SignSGD)):
             check_precision(self.names)
         if (optimizer := self.optimizer()) is not None:
@@ -173,9 +186,10 @@ class BlockState(RoleTable):
         if number == self._backward:
             return
         self._backwards += 1
-        self._backward = number
+        self._backward, self.ranks.averaged = number, False
         if self.averages and self.plan.accumulation != "accumulate":
             self._begin_averaging()
+        if self.averages:
             _compat.after_backward(self._end_backward)
 
     def _begin_averaging(self) -> None:
@@ -187,6 +201,8 @@ class BlockState(RoleTable):
     def _end_backward(self) -> None:
         if not self._expected:
             self._averager.finish()
+        if self.ranks.wrapped and self.ranks.syncs:  # as the wrapper would
+            self.average()
 
     def tell_order(self, first_use: Mapping[nn.Parameter, int]) -> None:
         """First use of each parameter in the captured graph.
@@ -206,7 +222,7 @@ class BlockState(RoleTable):
     def rule(self, parameter: nn.Parameter) -> Rule | None:
         """As the plan says, where nothing asks for the gradient and one backward makes a step."""
         plan, kind = self.plan, self.plan.inactive
-        if plan.average or plan.clip != "none" or plan.accumulation is not None:
+        if self.averages or plan.clip != "none" or plan.accumulation is not None:
             return None
         if not isinstance(kind, (SGD, SignSGD)):
             return None
@@ -232,7 +248,8 @@ class BlockState(RoleTable):
     def _roles_now(self) -> dict[nn.Parameter, Role]:
         """Roles of the forward to come; under ``"last"``, updates wait for the last micro-batch."""
         roles = self.roles_at(self.step)
-        if self.plan.accumulation == "last" and not self.is_last_micro_batch():
+        last = self.ranks.syncs and self.is_last_micro_batch()
+        if self.plan.accumulation == "last" and not last:
             held = [p for p, r in roles.items() if r is Role.UPDATE]
             self._held |= bool(held)
             roles |= dict.fromkeys(held, Role.FROZEN)
@@ -262,7 +279,7 @@ class BlockState(RoleTable):
 
     def sgd_rate(self, parameter: nn.Parameter) -> float | None:
         plan, kind = self.plan, self.plan.inactive
-        if not isinstance(kind, SGD) or plan.average or plan.clip != "none":
+        if not isinstance(kind, SGD) or self.averages or plan.clip != "none":
             return None
         if plan.accumulation == "accumulate":
             return None
@@ -374,6 +391,7 @@ class BlockState(RoleTable):
         self._averager.clear()
         self._cache.clear()
         self._backwards, self._backward, self._held = 0, -1, False
+        self.ranks.averaged = False
 
 
 __all__ = ["BlockState"]

@@ -1,4 +1,4 @@
-"""What reads whole weights module by module, as pruning does, needs the bare model."""
+"""Wrappers around a model, and what needs it bare: it reads whole weights, as pruning does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from fxmem._compat import fsdp as _compat
 from fxmem.errors import PlanError
 
 GATHERED = "prune before the model is sharded, or build it again and load the full state_dict"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that streams: of a DistributedDataParallel the one inside."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inside: nn.Module = model.module
+        return inside
+    return model
 
 
 def check_whole(model: nn.Module) -> None:
@@ -30,4 +38,4 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-__all__ = ["check_whole"]
+__all__ = ["check_whole", "unwrapped"]

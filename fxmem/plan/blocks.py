@@ -120,7 +120,8 @@ class Blocks:
             active block then stays as well. Updates made before it in that backward remain. Where
             products go straight into a weight, factors are checked instead of their product.
         warmup_after_switch: steps of linear warmup of the active block in each visit.
-        average: average gradients over the processes of the default group before every update.
+        average: average gradients over the processes of the default group before every update;
+            inside DistributedDataParallel they are averaged over its own, whatever this says.
         compat: ``"blockoptimizers"`` follows microsoft/BlockOptimizers: the first visit is a step
             short and norms decay.
 

@@ -239,6 +239,7 @@ class RoleSource:
         table: the table in force, or None: every parameter that requires a gradient is ACTIVE.
         armed: updates may happen: the model is in training mode.
         follow: told before a call of a model whose parameters are shards.
+        inside: told before a call in which DistributedDataParallel it is, or None.
         shard: of a parameter that is whole for the time of a call: the one that roles are of.
         reading: the source of calls without gradients, where there are adapters.
     """
@@ -246,6 +247,7 @@ class RoleSource:
     table: Callable[[], RoleTable | None]
     armed: bool = True
     follow: Callable[[], None] = lambda: None
+    inside: Callable[[Any], None] = lambda wrapper: None
     shard: Callable[[Any], Any] = lambda parameter: parameter
     reading: RoleSource | None = None
 

@@ -131,15 +131,13 @@ def moved(rank: int) -> tuple[list[str], list[Tensor]]:
 
 
 def other_plans(rank: int) -> list[tuple[str, dict[str, int]]]:
-    """What ranks are told that have other plans, or blocks under DistributedDataParallel at last;
-    and what was sent before.
-    """
+    """What ranks are told that have other plans, and what was sent before."""
     kinds: list[Callable[[], Any]] = [
         lambda: transformed(Blocks(inactive=SGD(0.1) if rank else None), sharded=True),
         lambda: transformed(Blocks(inactive=None) if rank else None, sharded=True),
         lambda: transformed(Blocks(inactive=SGD(0.1 + rank), average=True)),
         lambda: _half_frozen(rank),
-        lambda: nn.parallel.DistributedDataParallel(transformed(Blocks(inactive=None))),
+        lambda: nn.parallel.DistributedDataParallel(transformed(Blocks(steps=rank + 1))),
     ]
     found = []
     for kind in kinds:
