@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,9 +61,9 @@ class StorageWatch(TorchDispatchMode):
         try:
             result = func(*args, **(kwargs or {}))
         except DynamicOutputShapeException:
-            if func is not torch.ops.aten.index.Tensor:
+            if func not in _LARGEST:
                 raise
-            result = _largest(func, args, kwargs or {})
+            result = _LARGEST[func](*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 key = _key(leaf)
@@ -80,9 +82,7 @@ def _key(tensor: torch.Tensor) -> int:
     return key
 
 
-def _largest(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """An op that indexes by a mask, whose size depends on values, if every element is set."""
-    source, indices, *rest = args
+def _masked(source: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     chosen: list[Any] = []
     for index in indices:
         if index is not None and index.dtype in (torch.bool, torch.uint8):
@@ -90,4 +90,54 @@ def _largest(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             chosen += [every] * index.dim()
         else:
             chosen.append(index)
-    return func(source, chosen, *rest, **kwargs)
+    return torch.ops.aten.index.Tensor(source, chosen)
+
+
+def _selected(x: Tensor, mask: Tensor) -> Tensor:
+    return x.new_empty(math.prod(torch.broadcast_shapes(x.shape, mask.shape)))
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return x.new_empty((x.numel(), x.dim()), dtype=torch.int64)
+
+
+def _counted(x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    rows = minlength or x.numel()
+    if weights is None:
+        return x.new_empty(rows, dtype=torch.int64)
+    single = weights.dtype == torch.float32
+    return weights.new_empty(rows, dtype=torch.float32 if single else torch.float64)
+
+
+def _repeated(repeats: Tensor, *, output_size: int | None = None) -> Tensor:
+    return repeats.new_empty(repeats.numel() if output_size is None else output_size)
+
+
+def _unique(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    count = x.numel()
+    return x.new_empty(count), *(x.new_empty(s, dtype=torch.int64) for s in (x.shape, count))
+
+
+def _unique_along(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    rows = x.shape[dim]
+    return x.new_empty(x.shape), *(x.new_empty(rows, dtype=torch.int64) for _ in range(2))
+
+
+def _consecutive(
+    x: Tensor, inverse: bool = False, counts: bool = False, dim: int | None = None
+) -> tuple[Tensor, ...]:
+    return _unique(x) if dim is None else _unique_along(x, dim)
+
+
+_LARGEST: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.index.Tensor: _masked,
+    torch.ops.aten.masked_select.default: _selected,
+    torch.ops.aten.nonzero.default: _nonzero,
+    torch.ops.aten.bincount.default: _counted,
+    torch.ops.aten.repeat_interleave.Tensor: _repeated,
+    torch.ops.aten._unique2.default: _unique,
+    torch.ops.aten._unique.default: lambda *args, **kwargs: _unique(*args, **kwargs)[:2],
+    torch.ops.aten.unique_dim.default: lambda x, dim, *_, **__: _unique_along(x, dim),
+    torch.ops.aten.unique_consecutive.default: _consecutive,
+}
+"""What ops give whose sizes depend on values, if all elements count, and all differ."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,28 @@ def test_storage_watch_counts_storages_that_live() -> None:
     assert watch.peak == 4040
     assert watch.owner(kept)[1] == 40
     assert watch.owner(before)[1] == 0
+
+
+X = torch.tensor([[3, 1, 2], [5, 4, 6]])
+SIZED: list[tuple[Any, tuple[Any, ...]]] = [
+    (torch.nonzero, (X,)), (torch.masked_select, (X, X > 0)), (torch.masked_select, (X, X[:1] > 0)),
+    (torch.bincount, (X.flatten(), None, 9)), (torch.bincount, (X.flatten(), X.flatten() / 2, 9)),
+    (torch.repeat_interleave, (torch.arange(4), torch.ones(4, dtype=torch.int64))),
+    (torch.unique, (X, True, True, True)), (torch.unique, (X, True, True, True, 0)),
+    (torch.unique_consecutive, (X, True, True)), (torch.unique_consecutive, (X, True, True, 1)),
+    (torch.Tensor.__getitem__, (X, X > 0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "args"), SIZED)
+def test_sizes_that_depend_on_values_are_the_largest(op: Any, args: tuple[Any, ...]) -> None:
+    want = op(*args)  # all elements count, and all differ
+    with _compat.FakeTensorMode() as mode:
+        given = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        with StorageWatch():
+            got = op(*given)
+    results = [r if isinstance(r, tuple) else (r,) for r in (got, want)]
+    assert [(g.shape, g.dtype) for g in results[0]] == [(w.shape, w.dtype) for w in results[1]]
 
 
 def test_storage_watch_asks_what_an_op_needs_inside() -> None:
