@@ -23,8 +23,8 @@ from fxmem.rewriting.pipeline import Edit, LocalPass
 from fxmem.rules.movement import position
 from fxmem.streaming.labels import call_of
 
-_ZEROS = ("aten.zeros.default", "aten.zeros_like.default", "aten.full.default",
-          "aten.full_like.default")  # fmt: skip
+_ZEROS = ("aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default",
+          "aten.full.default", "aten.full_like.default")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def _cat(joint: Joint, node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
     parts: Any = node.args[0]
     rank = joint.info[node].rank
     dim = int(node.args[1] if len(node.args) > 1 else 0) % rank
-    zeros = [_is_zero(p) for p in parts]
+    zeros = [is_zero(p) for p in parts]
     if len(parts) != 2 or sum(zeros) != 1 or not has_axis(joint.info[node].shape[dim]):
         return None
     (source,) = (p for p, z in zip(parts, zeros, strict=True) if not z)
@@ -139,7 +139,8 @@ def _cat(joint: Joint, node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
     return (source, dim, rows, 0) if zeros[0] else (source, dim, 0, rows)
 
 
-def _is_zero(node: fx.Node) -> bool:
+def is_zero(node: fx.Node) -> bool:
+    """It is made of zeros."""
     fills = [a for a in node.args[1:] if isinstance(a, (int, float))]
     full = "full" in str(node.target)
     return is_op(node, *_ZEROS) and (not full or fills[-1:] in ([0], [0.0]))

@@ -11,6 +11,7 @@ from fxmem.frontend.canonicalize import Canonicalize
 from fxmem.frontend.joint import Caller, Joint
 from fxmem.passes.free_factories import FreeFactories
 from fxmem.passes.global_mean import GlobalMean
+from fxmem.passes.indexed_sums import IndexedSums
 from fxmem.passes.running_sums import RunningSums
 from fxmem.passes.scatter_into_sums import ScatterIntoSums
 from fxmem.passes.shifts import Shifts
@@ -31,7 +32,8 @@ _CODES = CodeLibrary()
 
 
 JOINT_PASSES: tuple[Pass[Joint], ...] = (
-    FreeFactories(), GlobalMean(), Simplify(), ScatterIntoSums(), Shifts(), RunningSums(),
+    FreeFactories(), GlobalMean(), Simplify(), ScatterIntoSums(), IndexedSums(), Shifts(),
+    RunningSums(),
 )  # fmt: skip
 """Rewrites of every traced region, in order."""
 
