@@ -132,7 +132,7 @@ def _cells(row: Row) -> str:
 def _pieces(row: Row) -> list[str]:
     """How many modules run as they are, and why."""
     count = row.get("pieces", 0)
-    why = "; ".join(f"`{r}`".replace("|", "\\|") for r in row.get("reasons", ()))
+    why = "; ".join(row.get("reasons", ())).replace("|", "\\|")
     return [f"{count} module{'s' * (count > 1)}{f' ({why})' * bool(why)}"] if count else []
 
 

@@ -184,9 +184,9 @@ def _bytes(net: nn.Module, plain: Any, inputs: Batch) -> dict[str, Any]:
 
 
 def _cause(reason: str) -> str:
-    """The line of code for which a piece runs as it is, or the reason itself."""
+    """The line of code for which a piece runs as it is, as code, or the reason itself."""
     code = re.search(r'File "[^"]*", line \d+, in \S+ +(.*)', reason.split("\n")[0])
-    return code[1] if code else reason
+    return f"`{code[1]}`" if code else reason
 
 
 def _line(error: Exception) -> str:

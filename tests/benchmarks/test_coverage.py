@@ -17,7 +17,7 @@ EXACT: dict[str, Any] = {
     "streamed": 50, "checkpointed": 100,
 }  # fmt: skip
 WHOLE = {**EXACT, "type": "odd", "barriers": ["aten.sort.default"], "pieces": 2}
-LOOP = {**WHOLE, "type": "loop", "barriers": [], "reasons": ["for a in b | c:"]}
+LOOP = {**WHOLE, "type": "loop", "barriers": [], "reasons": ["`for a in b | c:`"]}
 STOPPED = {"kind": "image", "type": "vit", "status": "stopped", "reason": "CaptureError: a | b"}
 BROKEN = {**STOPPED, "status": "does not train in plain PyTorch"}
 
