@@ -20,7 +20,7 @@ STAGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _engine(model: Any, zero: dict[str, Any]) -> Any:
+def _engine(model: Any, zero: dict[str, Any], optimizer: Any = None) -> Any:
     import deepspeed
 
     deepspeed.init_distributed("gloo", dist_init_required=False)
@@ -29,7 +29,7 @@ def _engine(model: Any, zero: dict[str, Any]) -> Any:
         "gradient_clipping": 0.5, "zero_optimization": zero, "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     return deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )[0]
@@ -73,4 +73,10 @@ def refused(rank: int) -> list[str]:
             _weights(rank, "llama", {"stage": 3}, when)
         except fxmem.PlanError as error:
             messages.append(str(error))
+    blocks = tiny.model()
+    fxmem.transform(blocks, fxmem.Plan(blocks=fxmem.Blocks(average=True)))
+    try:
+        _engine(blocks, STAGES["1"], fxmem.BlockAdamW(blocks))(**tiny.batch(2, 9))
+    except fxmem.FxmemError as error:
+        messages.append(str(error))
     return messages
