@@ -43,7 +43,7 @@ CONVOLUTION = st.tuples(
 )
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(CONVOLUTION, min_size=2, max_size=3), st.integers(1, 5))
 def test_one_pad_serves_several_convolutions(
     convolutions: list[tuple[int, int, int, bool]], chunk: int
