@@ -120,7 +120,8 @@ class _Writer:
 
     def learn_sizes(self, nodes: Sequence[Node]) -> None:
         """Numbers that are a size, or one beside it, of an input that varies, and not of a weight;
-        then what one length leaves of another: of a sequence, where its answer begins.
+        then what one length leaves of another: of a sequence, where its answer begins; then how
+        many rows the caller has asked for.
         """
         operands = (v.real if isinstance(v, Node) else v for n in nodes for v in n.operands())
         found = list(dict.fromkeys(v for v in operands if isinstance(v, Tensor)))
@@ -138,12 +139,23 @@ class _Writer:
             for other in [w for w in varying if w.dim() > 1 and w.shape[1] < length]:
                 text = f"({t} - {self.tensor(other)}.shape[1])"
                 self._learn(length - other.shape[1], text, fixed)
+        for rows in dict.fromkeys(n.fake.shape[-2] for n in nodes if _takes_rows(n)):
+            if rows >= SMALLEST and rows not in fixed and rows not in self.sizes:
+                counted = torch.empty(rows, 0)  # its size is all that it has
+                self._learn(rows, f"{self.tensor(counted)}.shape[0]", fixed)
 
     def _learn(self, size: int, name: str, fixed: set[int], near: bool = True) -> None:
         beside = ((size - 1, f"({name} - 1)"), (size + 1, f"({name} + 1)"))
         for number, text in ((size, name), *beside[: 2 * near]):
             if number >= SMALLEST and number not in fixed:
                 self.sizes.setdefault(number, text)
+
+
+def _takes_rows(node: Node) -> bool:
+    """It is an output of the model, or some rows of it."""
+    below = [o for o in node.operands() if isinstance(o, Node)]
+    ends = node.target in ("__getitem__", operator.getitem) or not any(o.heads for o in below)
+    return bool(ends and node.heads and node.wide and node.fake.dim() > 1)
 
 
 def constant(value: Any) -> str:

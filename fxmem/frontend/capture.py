@@ -320,6 +320,10 @@ def _symbols(
                     lengths[symbol] = max(lengths.get(symbol, 0), int(excess))
     if votes and not any(_computed(main, s) for s in votes):
         votes.update(dict.fromkeys(order, 0))
+    # a teacher's best words have their number last, behind the tokens; and the number of tokens
+    # may be an input of its own
+    inner = [e for _, symbolic in voters for e in symbolic[1:-1] if e.is_Symbol]
+    votes.update(dict.fromkeys([*inner, *numbers] if votes else (), 0))
     streamed = max(votes, key=lambda s: (_computed(main, s), votes[s])) if votes else None
     if streamed is not None:
         lengths[streamed] = max(lengths.get(streamed, 0), _excess(main, streamed))

@@ -83,13 +83,18 @@ def _head(capture: Capture, pre: Preamble, last: Region, output: fx.Node) -> Reg
     not of that kind, or has what only a compiled region can run.
     """
     shape = capture.shape(output)
-    if degree(shape) != 1 or per_token(shape) <= KEEP_PER_TOKEN:
+    width = per_token(shape)
+    if degree(shape) == 0 and len(shape) > 2 and shape[-2] != 1:
+        width = per_token(shape[-1:])  # as many rows as the call asked for, not as its length has
+    elif degree(shape) != 1:
+        return None
+    if width <= KEEP_PER_TOKEN:
         return None
     region = replace(make(capture, pre, _cone(last.nodes, [output])), outputs=[output])
     read = [canonical_shape(v, capture.symbols) for v in region.values]
     states = sum(per_token(s) for s in read if degree(s) == 1)
     plain = not region.cones and all(map(_is_plain, region.nodes))
-    return region if plain and 0 < states < per_token(shape) else None
+    return region if plain and 0 < states < width else None
 
 
 def _cone(nodes: Sequence[fx.Node], roots: Sequence[fx.Node]) -> list[fx.Node]:

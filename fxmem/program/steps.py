@@ -184,7 +184,10 @@ Value = Any
 
 @dataclass(frozen=True, slots=True)
 class Barrier:
-    """An op that had to run whole although a cut value reaches it."""
+    """An op that had to run whole although a cut value reaches it.
+
+    ``small``: it moves rows, no more than the region is given or gives whole anyway.
+    """
 
     node: fx.Node
     op: str
@@ -192,3 +195,4 @@ class Barrier:
     module: str | None
     source: str | None
     shape: tuple[Size, ...]
+    small: bool = False

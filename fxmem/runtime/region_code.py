@@ -252,7 +252,7 @@ class RegionCode:
     def _warn(self, program: Program) -> None:
         """Say once per operator of a capture what did not stream; ``explain`` has it in full."""
         for b in program.barriers:
-            if b.op not in self.told:
+            if not b.small and b.op not in self.told:
                 self.told.add(b.op)
                 where = b.module or b.source or "in its backward"
                 text = f"{b.op} ({where}) runs whole, exact but not streamed"

@@ -37,7 +37,7 @@ from fxmem.axes.signature import (
     TensorInfo,
     place,
 )
-from fxmem.axes.sizes import T, has_axis, product, same
+from fxmem.axes.sizes import Size, T, has_axis, product, same
 from fxmem.frontend.capture import canonical, is_wide
 from fxmem.frontend.joint import Joint
 from fxmem.frontend.origin import module_path, source_line
@@ -356,9 +356,28 @@ def _barrier(
     alone = isinstance(labels.joint.info[node], tuple) and not isinstance(label, tuple)
     labels.label[node] = (label,) if alone else label
     shape = next((o.shape for o in call.outs if o is not None), ())
+    small = call.op in _PICKS and _part_of_given(labels.joint, shape)
     labels.barriers.append(
-        Barrier(node, call.op, reason, module_path(node), source_line(node), shape)
+        Barrier(node, call.op, reason, module_path(node), source_line(node), shape, small)
     )
+
+
+_PICKS = frozenset((
+    "aten.slice.Tensor", "aten.slice_backward.default", "aten.select.int",
+    "aten.select_backward.default", "aten.index.Tensor", "aten.index_select.default",
+    "aten.index_put.default", "aten.index_add.default",
+))  # fmt: skip
+"""Rows out of a value, and back into zeros."""
+
+
+def _part_of_given(joint: Joint, shape: tuple[Size, ...]) -> bool:
+    """Rows as wide as those that the region is given or gives along an axis that varies."""
+    ends = [n for n in (*joint.inputs, *joint.tangents, *joint.outputs) if n is not None]
+    shapes = [i.shape for i in map(joint.info.get, ends) if isinstance(i, TensorInfo)]
+    return any(
+        len(shape) <= len(s) and shape[-1:] == s[-1:]
+        for s in shapes if any(d.free_symbols for d in s[:-1]) and not s[-1].free_symbols
+    )  # fmt: skip
 
 
 def describe(labels: Labels) -> Mapping[str, str]:
