@@ -296,6 +296,7 @@ def _symbols(
     lengths: dict[sympy.Symbol, int] = {}
     order: list[sympy.Symbol] = []
     numbers: list[sympy.Symbol] = []
+    inner: list[sympy.Symbol] = []
     voters: list[tuple[fx.Node, list[Any]]] = []
     for n in inputs:
         value = value_of(n)
@@ -305,6 +306,7 @@ def _symbols(
             continue
         sizes: tuple[Any, ...] = tuple(value.shape)
         found = [s.node.expr for s in sizes if isinstance(s, torch.SymInt)]
+        inner += [x for x in map(size, sizes[1:-1]) if isinstance(x, sympy.Symbol)]
         symbolic = [e for e in found if e.free_symbols]  # the model may have fixed a size
         order += [x for e in symbolic for x in sorted(e.free_symbols, key=str)]
         voters += [(n, symbolic)] if symbolic else []
@@ -322,8 +324,8 @@ def _symbols(
         votes.update(dict.fromkeys(order, 0))
     # a teacher's best words have their number last, behind the tokens; and the number of tokens
     # may be an input of its own
-    inner = [e for _, symbolic in voters for e in symbolic[1:-1] if e.is_Symbol]
-    votes.update(dict.fromkeys([*inner, *numbers] if votes else (), 0))
+    beside = [s for s in (*inner, *numbers) if s in inner or s not in order]
+    votes.update(dict.fromkeys(beside if votes else (), 0))
     streamed = max(votes, key=lambda s: (_computed(main, s), votes[s])) if votes else None
     if streamed is not None:
         lengths[streamed] = max(lengths.get(streamed, 0), _excess(main, streamed))
