@@ -366,8 +366,9 @@ _PICKS = frozenset((
     "aten.slice.Tensor", "aten.slice_backward.default", "aten.select.int",
     "aten.select_backward.default", "aten.index.Tensor", "aten.index_select.default",
     "aten.index_put.default", "aten.index_add.default",
+    "aten.view.default", "aten._unsafe_view.default",
 ))  # fmt: skip
-"""Rows out of a value, and back into zeros."""
+"""Rows out of a value, and back into zeros; views of some."""
 
 
 def _part_of_given(joint: Joint, shape: tuple[Size, ...]) -> bool:
