@@ -3,12 +3,14 @@
 TRL gives the log-probability of every label by an autograd function that goes over the vocabulary
 in pieces and writes them in place. Written in plain PyTorch the logits are in the captured graph,
 and stream with everything else. On a GPU TRL takes the rows that have labels first, a size that
-depends on values; here every row is scored, as TRL does elsewhere.
+depends on values; here every row is scored, as TRL does elsewhere. Its Triton kernels for losses
+need logits with values; those that are recorded take the way that TRL has for a CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 import threading
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Head", "known", "plain_head"]
+__all__ = ["Head", "known", "plain_head", "spare_kernels"]
 
 _TAKES = (
     "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size",
@@ -104,6 +106,23 @@ def plain_head() -> Iterator[None]:
         yield
     finally:
         _SWAP.leave(module)
+
+
+def spare_kernels(kind: type) -> None:
+    """From now on TRL gives no tensor of this kind to its kernels, where TRL is there."""
+    module: Any = sys.modules.get("trl.trainer.utils")
+    own = getattr(module, _SUPPORTED, None)
+    if own is None or hasattr(own, "__wrapped__"):
+        return
+
+    @functools.wraps(own)
+    def supported(logits: Tensor, *rest: Any, **named: Any) -> bool:
+        return not isinstance(logits, kind) and bool(own(logits, *rest, **named))
+
+    setattr(module, _SUPPORTED, supported)
+
+
+_SUPPORTED = "_supports_trl_loss_kernel"
 
 
 def _no(device: torch.device) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 
 from fxmem._compat import graph as _compat
 from fxmem._compat.overrides import version
+from fxmem._compat.trl import spare_kernels
 from fxmem._compat.varying import mark_dynamic
 from fxmem.axes.sizes import evaluate
 from fxmem.caches import Cache
 from fxmem.deferred.source import Source, source
 from fxmem.deferred.tape import MODE, Memory, Node, needed
-from fxmem.deferred.tensor import handle
+from fxmem.deferred.tensor import Deferred, handle
 from fxmem.errors import FxmemError, FxmemWarning, ModifiedParameterError
 from fxmem.frontend import origin
 from fxmem.frontend.capture import canonical, is_size, value_of
@@ -90,6 +91,7 @@ class Recorder:
 
     def output(self, late: Late, values: Sequence[Any], sizes: dict[str, int]) -> Tensor:
         """A tensor that stands for a late output; ``values``: what its region reads."""
+        spare_kernels(Deferred)
         self.sharding, learns = current(), torch.is_grad_enabled()
         return handle(_head(late, values, sizes, Head(self, learns)))
 
