@@ -56,7 +56,7 @@ def test_what_no_decoder_does() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "names", [["smoothed", "states_too", "twice"], ["embedded", "hooked", "frozen"]]
+    "names", [["smoothed", "answer", "states_too", "twice"], ["embedded", "hooked", "frozen"]]
 )
 def test_steps_of_other_kinds(names: list[str]) -> None:
     for found in on_ranks(ways, names):

@@ -107,6 +107,13 @@ def smoothed(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=0.1)
 
 
+def answer(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """A loss on the logits of the last rows alone."""
+    ids, rows = batch["input_ids"], batch["input_ids"].shape[1] // 2
+    logits = net(input_ids=ids, logits_to_keep=rows + 1, use_cache=False).logits[:, :-1]
+    return -logits.log_softmax(-1).gather(-1, ids[:, -rows:, None]).mean()  # type: ignore[no-any-return]
+
+
 def states_too(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Hidden states leave the call."""
     found = net(**batch, output_hidden_states=True)
@@ -146,7 +153,7 @@ def hooked(net: Any, batch: dict[str, Tensor]) -> Tensor:
         handle.remove()
 
 
-STEPS: tuple[Step, ...] = (own_loss, smoothed, states_too, twice, embedded, hooked, frozen)
+STEPS: tuple[Step, ...] = (own_loss, smoothed, answer, states_too, twice, embedded, hooked, frozen)
 
 
 def ways(rank: int, names: list[str]) -> dict[str, float]:
