@@ -205,7 +205,8 @@ def test_weights_after_three_steps(name: str, tmp_path: Path) -> None:
     want, _ = trained(name, False, start, tmp_path / "plain")
     before = COUNTER.captures
     got, net = trained(name, True, start, tmp_path / "streamed")
-    assert COUNTER.captures - before <= 4  # trainers switch checkpoints off and on at every step
+    # trainers switch checkpoints off and on at every step; TPO's metrics read thirds of the batch
+    assert COUNTER.captures - before <= 4 + (name == "tpo")
     report = fxmem.explain(net)
     assert report.executed_bodies
     assert not report.barriers or name in WHOLE
