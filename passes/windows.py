@@ -101,8 +101,9 @@ def _joined(node: fx.Node) -> tuple[fx.Node, int, int] | None:
 
 
 def made_of_zeros(node: fx.Node) -> bool:
-    """In any spelling."""
-    return "zeros" in str(getattr(node.target, "__name__", node.target))
+    """In any spelling; an input may have such a name, too."""
+    name = getattr(node.target, "__name__", node.target)
+    return node.op.startswith("call") and name in ("zeros", "zeros_like", "new_zeros")
 
 
 def _rewrite(gm: fx.GraphModule, node: fx.Node, source: fx.Node, dim: int, rows: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from streams import streams
+from streams import exact, streams
 from torch import Tensor, nn
 
 D, VOCAB = 6, 11
@@ -42,3 +42,22 @@ class Net(nn.Module):
 def test_windows_over_earlier_tokens(spelling: str, rows: int, chunk: int) -> None:
     torch.manual_seed(0)
     streams(Net(rows, spelling), VOCAB, chunk)
+
+
+class Named(nn.Module):
+    """A state that is learned, under a name that says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+        self.zeros = nn.Parameter(torch.randn(1, 2, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids[:1])
+        x = x + torch.cat([self.zeros, x], 1).unfold(1, 3, 1).sum(-1)
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids[:1].flatten())
+
+
+def test_a_name_makes_no_zeros() -> None:
+    torch.manual_seed(0)
+    exact(Named(), VOCAB, 3)
